@@ -1,0 +1,345 @@
+"""The torch.optim.Optimizer that users see: groups, state, checkpoints. The updates themselves are rules."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, ClassVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import ParamsT
+
+from ademamix import backends, rules
+from ademamix.plan import Plan, like_state
+from ademamix.schedules import alpha_schedule, beta3_schedule
+
+STATES = ("float32",)
+_ONE = torch.tensor(1.0)
+
+
+class RuleOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
+
+    Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
+    tensor of the parameter's shape: float64 for float64 parameters, float32 for others, complex for complex ones.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
+        defaults: hyperparameters, each a param-group entry.
+        state: how state slots are stored: "float32".
+        backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
+
+    Raises:
+        ValueError: an argument is out of its range; the message names its value and what is allowed.
+    """
+
+    rule: ClassVar[backends.Rule]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, state: str, backend: str) -> None:
+        if state not in STATES:
+            raise ValueError(f"state must be one of {STATES}, got {state!r}")
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
+        self.check(defaults)
+        self.state_format = state
+        self.backend = backend
+        self._plan: Plan | None = None
+        super().__init__(params, defaults)
+
+    @staticmethod
+    @abstractmethod
+    def check(group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a hyperparameter out of its range."""
+
+    @staticmethod
+    @abstractmethod
+    def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+        """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64."""
+
+    @classmethod
+    def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the rule's slots that parameters of ``group`` store."""
+        return backends.slot_names(cls.rule)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in torch.optim, after its hyperparameters and devices have been checked."""
+        self.check({**self.defaults, **param_group})
+        given = param_group["params"]
+        if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
+            given = list(given)
+        for entry in [given] if isinstance(given, Tensor) else given:
+            p = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(p, Tensor):
+                backends.choose(self.backend, p.device)
+        super().add_param_group({**param_group, "params": given})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which ``step`` returns.
+
+        Raises:
+            RuntimeError: a gradient is sparse, a dtype is not served, or a state tensor does not fit its parameter;
+                nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        groups = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
+        if not groups:
+            return loss
+        of_group, params = zip(*groups, strict=True)
+        stored = [self.stored(group) for group in self.param_groups]
+        if self._plan is None or not self._plan.serves(self, params, of_group, stored):
+            self._plan = Plan(self, params, of_group, stored)
+        plan = self._plan
+
+        rows: dict[tuple[int, float], int] = {}
+        assigned = [rows.setdefault((i, t.item()), len(rows)) for i, t in zip(of_group, plan.steps, strict=True)]
+        names = backends.coefficient_names(self.rule)
+        coefficients = np.empty((len(rows), 1 + len(names)))
+        for (i, done), row in rows.items():
+            values = self.coefficients(done + 1.0, self.param_groups[i])
+            sign = -1.0 if self.param_groups[i]["maximize"] else 1.0
+            coefficients[row] = [sign, *(values[name] for name in names)]
+
+        plan.run(assigned, coefficients)
+        self.state.update(plan.fresh)
+        plan.fresh = {}
+        torch._foreach_add_(plan.steps, _ONE, alpha=1.0)  # a Python number would become a tensor for each of them
+        increment_version(plan.written)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, exactly: state keeps its own dtype, whatever that of the parameter is.
+
+        Tensors that fit as they are become the optimizer's own, without a copy, as in torch.optim.
+
+        Raises:
+            ValueError: groups, parameters or the shape of a state tensor do not fit; nothing has been changed then.
+        """
+        loaded: dict[str, Any] = {}
+        # Hooks run in the order of their registration: this one sees what the user's own have made of the dict.
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._checked(final)))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        slots = backends.slot_names(self.rule)
+        for p, saved in self._by_parameter(loaded):
+            kept = {
+                name: value for name, value in saved.items() if value is not None
+            }  # the authors store None for none
+            exact = {name: like_state(kept[name], p) for name in slots if name in kept}
+            others = {name: value for name, value in self.state[p].items() if name in kept}
+            self.state[p] = {**others, **exact, "step": torch.tensor(float(kept["step"]))}
+
+    def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        return [(p, state_dict["state"][i]) for i, p in zip(ids, own, strict=False) if state_dict["state"].get(i)]
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        name = type(self).__name__
+        for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
+            if "step" not in saved:
+                raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
+            for slot in backends.slot_names(self.rule):
+                value = saved.get(slot)
+                if value is not None and value.shape != p.shape:
+                    raise ValueError(
+                        f"{name}: {slot!r} of parameter {index} has shape {tuple(value.shape)}, "
+                        f"the parameter {tuple(p.shape)}"
+                    )
+        for group in state_dict["param_groups"]:
+            self.check({**self.defaults, **group})
+        return state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state_format": self.state_format, "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = dict(state.get("defaults") or self.defaults)
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
+            for name, value in defaults.items():
+                group.setdefault(name, value)
+
+
+def _check(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
+    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not number or not math.isfinite(value) or not fits(float(value)):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_common(group: Mapping[str, Any], betas: int) -> None:
+    """The hyperparameters that all rules of the Adam family have."""
+    for name in ("lr", "eps", "weight_decay"):
+        _check(name, group[name], "a finite number >= 0", lambda x: x >= 0.0)
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != betas:
+        raise ValueError(f"betas must be {betas} numbers in [0, 1), got {group['betas']!r}")
+    for i, beta in enumerate(group["betas"]):
+        _check(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
+
+
+def _common_coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+    beta1, beta2 = group["betas"][:2]
+    return {
+        "lr": float(group["lr"]),
+        "weight_decay": group["weight_decay"],
+        "eps": group["eps"],
+        "w1": 1.0 - beta1,
+        "w2": 1.0 - beta2,
+        "debias1": 1.0 / (1.0 - beta1**step),
+        "debias2": 1.0 / math.sqrt(1.0 - beta2**step),
+    }
+
+
+class AdEMAMix(RuleOptimizer):
+    """AdEMAMix (Pagliardini, Ablin and Grangier, arXiv 2409.03137): AdamW with a second, slow EMA of the gradients.
+
+    With g_t the gradient in step t = 1, 2, ...::
+
+        m1_t = b1 m1_{t-1} + (1 - b1) g_t
+        m2_t = b3_t m2_{t-1} + (1 - b3_t) g_t
+        v_t  = b2 v_{t-1} + (1 - b2) g_t^2
+        p_t  = p_{t-1} - lr ((m1_t / (1 - b1^t) + alpha_t m2_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
+
+    Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
+    of 2 and the missing warmups among them are seldom what you want. For a run of T steps: ``alpha`` 5 to 8,
+    ``alpha_warmup = beta3_warmup = T``, beta3 = 0.9999 from about 100,000 steps on and less for shorter runs (0.999
+    for a few thousand steps); ``lr``, ``weight_decay`` and the other betas as for AdamW.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decays (b1, b2, b3) of the fast EMA, of the squared gradient's EMA and of the slow EMA, each in [0, 1).
+            With b1 = 0 the gradient itself takes the fast EMA's place, and no fast EMA is stored.
+        alpha: weight of the slow EMA, >= 0.
+        beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
+        alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, multiplied by lr, >= 0.
+        maximize: go along the gradient, not against it.
+        state: how state is stored: "float32" (float64 for float64 parameters).
+        backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
+
+    State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names its value and what is allowed.
+
+    Example:
+        >>> optimizer = AdEMAMix(model.parameters(), lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=8.0,
+        ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
+    """
+
+    rule = staticmethod(rules.ademamix)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 2.0,
+        beta3_warmup: float | None = None,
+        alpha_warmup: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state: str = "float32",
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "beta3_warmup": beta3_warmup,
+            "alpha_warmup": alpha_warmup,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, state=state, backend=backend)
+
+    @staticmethod
+    def check(group: Mapping[str, Any]) -> None:
+        _check_common(group, betas=3)
+        _check("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0.0)
+        for name in ("beta3_warmup", "alpha_warmup"):
+            if group[name] is not None:
+                _check(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
+
+    @classmethod
+    def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
+        names = super().stored(group)
+        return names if group["betas"][0] > 0.0 else names[1:]
+
+    @staticmethod
+    def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+        beta1, _, beta3 = group["betas"]
+        return {
+            **_common_coefficients(step, group),
+            "alpha": alpha_schedule(step, group["alpha"], group["alpha_warmup"]),
+            "w3": 1.0 - beta3_schedule(step, beta1, beta3, group["beta3_warmup"]),
+        }
+
+
+class AdamW(RuleOptimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the same engine: the baseline.
+
+    Arguments, defaults and state keys (``step``, ``exp_avg``, ``exp_avg_sq``) are those of torch.optim.AdamW.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decays (b1, b2) of the EMAs of the gradient and of its square, each in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, multiplied by lr, >= 0.
+        maximize: go along the gradient, not against it.
+        state: how state is stored: "float32" (float64 for float64 parameters).
+        backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
+
+    Raises:
+        ValueError: an argument is out of its range; the message names its value and what is allowed.
+    """
+
+    rule = staticmethod(rules.adamw)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        state: str = "float32",
+        backend: str = "auto",
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, state=state, backend=backend)
+
+    @staticmethod
+    def check(group: Mapping[str, Any]) -> None:
+        _check_common(group, betas=2)
+
+    @staticmethod
+    def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+        return _common_coefficients(step, group)

@@ -1,0 +1,61 @@
+"""The mathematics: one pure elementwise function for each optimizer.
+
+A rule maps ``(p, g, *state)`` and its keyword-only coefficients to ``(new p, *new state)``. Its positional names after
+``p`` and ``g`` are the names of the state slots; its keyword-only names are the coefficients, computed once for each
+group and step by the optimizer class. A rule is written against the array namespace ``xp``: each backend binds that
+name to a namespace of its own and runs or compiles this same source, so a rule may use arithmetic and ``xp`` functions
+that all of them have (``sqrt``, ``abs``, ``exp``, ``log``, ``minimum``, ``maximum``, ``where``) and nothing else.
+
+Averages are written ``m + w * (g - m)`` with ``w = 1 - beta``: in float32, ``1 - 0.9999`` would be off by 3e-4 of its
+value, while ``w`` arrives rounded once from float64.
+"""
+
+from typing import Any
+
+import numpy as xp
+
+
+def ademamix(
+    p: Any,
+    g: Any,
+    exp_avg_fast: Any,
+    exp_avg_slow: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    alpha: Any,  # alpha_t
+    w1: Any,  # 1 - beta1
+    w2: Any,  # 1 - beta2
+    w3: Any,  # 1 - beta3_t
+    debias1: Any,  # 1 / (1 - beta1^t)
+    debias2: Any,  # 1 / sqrt(1 - beta2^t)
+) -> tuple[Any, Any, Any, Any]:
+    """AdEMAMix (arXiv 2409.03137, equation AdEMAMix in section 3): a fast and a slow EMA over one second moment."""
+    exp_avg_fast = exp_avg_fast + w1 * (g - exp_avg_fast)
+    exp_avg_slow = exp_avg_slow + w3 * (g - exp_avg_slow)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = (debias1 * exp_avg_fast + alpha * exp_avg_slow) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg_fast, exp_avg_slow, exp_avg_sq
+
+
+def adamw(
+    p: Any,
+    g: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    w1: Any,  # 1 - beta1
+    w2: Any,  # 1 - beta2
+    debias1: Any,  # 1 / (1 - beta1^t)
+    debias2: Any,  # 1 / sqrt(1 - beta2^t)
+) -> tuple[Any, Any, Any]:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), with the decay multiplied by lr as in PyTorch."""
+    exp_avg = exp_avg + w1 * (g - exp_avg)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = debias1 * exp_avg / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq

@@ -1,0 +1,579 @@
+"""AdEMAMix and AdamW as torch.optim.Optimizers."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix.backends import cpu
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "eager"])
+MAKERS: dict[str, Callable[..., RuleOptimizer]] = {
+    "AdEMAMix": lambda p, **k: AdEMAMix(
+        p, **{"lr": 0.02, "alpha": 5.0, "beta3_warmup": 12, "alpha_warmup": 15, "weight_decay": 0.1, **k}
+    ),
+    "AdEMAMix beta1=0": lambda p, **k: AdEMAMix(p, **{"lr": 0.02, "betas": (0.0, 0.99, 0.999), "alpha": 5.0, **k}),
+    "AdamW": lambda p, **k: AdamW(p, **{"lr": 0.02, "weight_decay": 0.1, **k}),
+}
+EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def set_grads(net: nn.Module, t: int) -> None:
+    generator = torch.Generator().manual_seed(100 + t)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+# --------------------------------------------------------------------------------- against torch's own AdamW
+
+
+@BACKENDS
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128], ids=str)
+def test_adamw_is_torch_s_adamw_step_by_step(dtype: torch.dtype, maximize: bool, backend: str) -> None:
+    torch.manual_seed(0)
+    ours = [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((7, 5), (64,), ())]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2, "maximize": maximize}
+    optimizer, reference = AdamW(ours, backend=backend, **options), torch.optim.AdamW(theirs, **options)
+    # A dozen roundings a step on either side, each of half a unit, over 50 steps; the sign of each is arbitrary.
+    tolerance = 50 * torch.finfo(dtype).eps
+    for _ in range(50):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    for p, q in zip(ours, theirs, strict=True):
+        for slot in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                optimizer.state[p][slot], reference.state[q][slot], rtol=tolerance, atol=tolerance
+            )
+
+
+def test_defaults_are_torch_s_and_the_authors() -> None:
+    p = [nn.Parameter(torch.zeros(2))]
+    theirs = torch.optim.AdamW(p).defaults
+    assert all(theirs[name] == value for name, value in AdamW(p).defaults.items())
+    group = AdEMAMix(p, 0.5, (0.8, 0.9, 0.99), 3.0, 10, 20, 1e-6, 0.1).param_groups[0]
+    names = ("lr", "betas", "alpha", "beta3_warmup", "alpha_warmup", "eps", "weight_decay")
+    assert [group[n] for n in names] == [0.5, (0.8, 0.9, 0.99), 3.0, 10, 20, 1e-6, 0.1]
+    assert [AdEMAMix(p).defaults[n] for n in names] == [1e-3, (0.9, 0.999, 0.9999), 2.0, None, None, 1e-8, 0.0]
+
+
+# --------------------------------------------------------------------------------- hyperparameters, groups, hooks
+
+
+@BACKENDS
+def test_groups_have_their_own_hyperparameters(backend: str) -> None:
+    together, apart = model(), model()
+    options = [{"lr": 0.1, "alpha": 3.0}, {"lr": 0.01, "betas": (0.0, 0.9, 0.99), "maximize": True}]
+    grouped = AdEMAMix([{"params": together[0].parameters(), **options[0]}], weight_decay=0.1, backend=backend)
+    grouped.add_param_group({"params": together[2].parameters(), **options[1]})
+    singles = [
+        AdEMAMix(apart[0].parameters(), weight_decay=0.1, backend=backend, **options[0]),
+        AdEMAMix(apart[2].parameters(), weight_decay=0.1, backend=backend, **options[1]),
+    ]
+    for t in range(5):
+        set_grads(together, t)
+        set_grads(apart, t)
+        for optimizer in (grouped, *singles):
+            optimizer.step()
+    assert same(list(together.parameters()), list(apart.parameters()))
+
+
+def test_named_parameters_and_a_single_tensor() -> None:
+    net = model()
+    optimizer = AdEMAMix(net.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    single = AdEMAMix([nn.Parameter(torch.zeros(2))])
+    single.add_param_group({"params": nn.Parameter(torch.zeros(3))})
+    assert len(single.param_groups) == 2
+    with pytest.raises(TypeError):
+        AdEMAMix([{"params": {nn.Parameter(torch.zeros(2))}}])
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1.0 / (1 + t)),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 4), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+            [4],
+        ),
+    ],
+    ids=["cosine", "one-cycle", "lambda", "sequential"],
+)
+def test_torch_s_schedulers_drive_lr_as_number_and_as_tensor(make: Any, schedule: Any) -> None:
+    number, tensor, by_hand = model(), model(), model()
+    optimizers = [
+        make(number.parameters(), lr=0.02),
+        make(tensor.parameters(), lr=torch.tensor(0.02, dtype=torch.double)),
+    ]
+    schedulers = [schedule(o) for o in optimizers]
+    manual = make(by_hand.parameters())
+    for t in range(10):
+        manual.param_groups[0]["lr"] = float(optimizers[0].param_groups[0]["lr"])
+        for net, o in zip((number, tensor, by_hand), (*optimizers, manual), strict=True):
+            set_grads(net, t)
+            o.step()
+        for s in schedulers:
+            s.step()
+    assert same(list(number.parameters()), list(by_hand.parameters()))
+    assert isinstance(optimizers[1].param_groups[0]["lr"], torch.Tensor)
+    for p, q in zip(number.parameters(), tensor.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)  # the tensor's schedule rounds by itself
+
+
+@EVERY
+@BACKENDS
+def test_a_closure_is_called_with_gradients_and_its_loss_returned(make: Any, backend: str) -> None:
+    w = nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = make([w], lr=0.05, weight_decay=0.0, backend=backend)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        return loss.detach()
+
+    losses = [float(optimizer.step(closure)) for _ in range(60)]
+    assert losses[0] == 13.0
+    assert losses[-1] < 1.0
+    optimizer.zero_grad()
+    assert w.grad is None
+    before = w.detach().clone()
+    assert optimizer.step() is None
+    assert torch.equal(w, before)
+
+
+def test_hooks_run() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = AdEMAMix([w])
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.register_state_dict_post_hook(lambda _, d: {**d, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, d: {k: v for k, v in d.items() if k != "extra"})
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    w.grad = torch.ones(2)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["extra"] == 1
+    optimizer.load_state_dict(saved)
+    assert calls == ["pre", "post", "loaded"]
+
+
+# --------------------------------------------------------------------------------- saving and resuming
+
+
+@EVERY
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resume_at_every_step_is_exact(make: Any, backend: str, dtype: torch.dtype) -> None:
+    """In the middle of both warmups too; bfloat16 parameters keep their float32 state."""
+    net = model(dtype)
+    optimizer = make(net.parameters(), backend=backend)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    saved = []
+    for t in range(20):
+        set_grads(net, t)
+        optimizer.step()
+        scheduler.step()
+        file = io.BytesIO()
+        torch.save([net.state_dict(), optimizer.state_dict(), scheduler.state_dict()], file)
+        saved.append(file)
+    for done, file in enumerate(saved, start=1):
+        file.seek(0)
+        weights, state, schedule = torch.load(file, weights_only=True)
+        again = model(dtype)
+        again.load_state_dict(weights)
+        resumed = make(again.parameters(), lr=7.0, backend=backend)
+        new_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(resumed, 20)
+        resumed.load_state_dict(state)
+        new_schedule.load_state_dict(schedule)
+        for t in range(done, 20):
+            set_grads(again, t)
+            resumed.step()
+            new_schedule.step()
+        assert same(list(again.parameters()), list(net.parameters())), done
+        assert same(resumed.state_dict(), optimizer.state_dict()), done
+
+
+@EVERY
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike_and_apart(make: Any, clone: Any) -> None:
+    net = model()
+    optimizer = make(net.parameters(), backend="eager")
+    for t in range(3):
+        set_grads(net, t)
+        optimizer.step()
+    twin = clone(optimizer)
+    assert (twin.backend, twin.state_format) == ("eager", "float32")
+    twins = twin.param_groups[0]["params"]
+    assert twins[0].data_ptr() != next(net.parameters()).data_ptr()
+    for t in range(3, 6):
+        set_grads(net, t)
+        for p, q in zip(net.parameters(), twins, strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        before = [q.detach().clone() for q in twins]
+        assert not same(before, list(net.parameters()))
+        twin.step()
+        assert same(list(twins), list(net.parameters()))
+    assert same(twin.state_dict(), optimizer.state_dict())
+
+
+def test_two_optimizers_loaded_from_one_dict_count_their_own_steps() -> None:
+    net, other = model(), model()
+    one, two = AdEMAMix(net.parameters()), AdEMAMix(other.parameters())
+    set_grads(net, 0)
+    one.step()
+    two.load_state_dict(one.state_dict())
+    set_grads(net, 1)
+    one.step()
+    assert [two.state[p]["step"].item() for p in other.parameters()] == [1.0] * 4
+
+
+def test_a_checkpoint_of_the_authors_program_loads() -> None:
+    """It counts steps in Python, stores None for the fast EMA of beta1 = 0 and knows no ``maximize``."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdEMAMix([p], betas=(0.0, 0.9, 0.99))
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["maximize"]
+    slots = {"exp_avg_fast": None, "exp_avg_slow": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    state["state"] = {0: {"step": 4, **slots}}
+    optimizer.load_state_dict(state)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert sorted(optimizer.state[p]) == ["exp_avg_slow", "exp_avg_sq", "step"]
+    assert optimizer.state[p]["step"].item() == 5.0
+
+
+def test_a_foreign_or_misshapen_checkpoint_is_refused_before_anything_changes() -> None:
+    net = model()
+    optimizer = AdEMAMix(net.parameters(), lr=0.5)
+    set_grads(net, 0)
+    optimizer.step()
+    good = copy.deepcopy(optimizer.state_dict())
+    bad_shape, no_step, bad_lr = (copy.deepcopy(good) for _ in range(3))
+    bad_shape["state"][2]["exp_avg_slow"] = torch.zeros(3, 9)
+    del no_step["state"][1]["step"]
+    bad_lr["param_groups"][0]["lr"] = float("nan")
+    for bad, message in (
+        (bad_shape, r"'exp_avg_slow' of parameter 2 has shape \(3, 9\), the parameter \(3, 8\)"),
+        (no_step, "state of parameter 1 has no 'step'"),
+        (bad_lr, "lr must be a finite number >= 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(bad)
+        assert same(optimizer.state_dict(), good)
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(AdEMAMix([nn.Parameter(torch.zeros(2))]).state_dict())
+
+
+# --------------------------------------------------------------------------------- kinds of tensors
+
+
+@EVERY
+@BACKENDS
+def test_layouts_do_not_matter(make: Any, backend: str) -> None:
+    """Channels-last, transposed, strided, zero-element, scalar and expanded tensors: the values of contiguous ones."""
+    torch.manual_seed(0)
+    values = [
+        torch.randn(2, 3, 4, 5),
+        torch.randn(6, 4),
+        torch.randn(5, 3),
+        torch.randn(0, 3),
+        torch.randn(()),
+        torch.randn(7),
+    ]
+
+    def odd() -> list[torch.Tensor]:
+        storage = torch.zeros(10, 6)
+        strided = storage[::2, ::2]
+        strided.copy_(values[2])
+        layouts = [values[0].clone().to(memory_format=torch.channels_last), values[1].T.clone().T, strided]
+        return [t.requires_grad_() for t in (*layouts, *(v.clone() for v in values[3:]))]
+
+    plain, strange = [v.clone().requires_grad_() for v in values], odd()
+    optimizers = [make(ps, backend=backend) for ps in (plain, strange)]
+    for t in range(4):
+        for p, q in zip(plain, strange, strict=True):
+            g = torch.randn(p.shape)
+            p.grad, q.grad = g, g.clone()
+        strange[0].grad = strange[0].grad.to(memory_format=torch.channels_last if t % 2 else torch.contiguous_format)
+        constant = torch.randn(())
+        plain[5].grad, strange[5].grad = constant.repeat(7), constant.expand(7)
+        for o in optimizers:
+            o.step()
+        for p, q in zip(plain, strange, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+    for p, q in zip(plain, strange, strict=True):
+        assert same(optimizers[0].state[p], optimizers[1].state[q])
+    assert strange[0].is_contiguous(memory_format=torch.channels_last)
+
+    again = odd()  # state saved from contiguous parameters serves parameters of another layout
+    resumed = make(again, backend=backend)
+    for p, q in zip(plain, again, strict=True):
+        q.data.copy_(p)
+    resumed.load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for p, q in zip(plain, again, strict=True):
+        p.grad = torch.randn(p.shape)
+        q.grad = p.grad.clone()
+    optimizers[0].step()
+    resumed.step()
+    for p, q in zip(plain, again, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+@EVERY
+@BACKENDS
+def test_complex_parameters_are_pairs_of_real_ones(make: Any, backend: str) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(5, 3, dtype=torch.complex64, requires_grad=True)
+    pair = torch.view_as_real(z.detach()).clone().requires_grad_()
+    optimizers = make([z], backend=backend), make([pair], backend=backend)
+    for t in range(4):
+        g = torch.randn(5, 3, dtype=torch.complex64)
+        z.grad = g.conj() if t % 2 else g  # a lazily conjugated one too
+        pair.grad = torch.view_as_real(z.grad.resolve_conj()).clone()
+        for o in optimizers:
+            o.step()
+    assert torch.equal(torch.view_as_real(z), pair)
+    assert optimizers[0].state[z]["exp_avg_sq"].dtype == torch.complex64
+
+
+@EVERY
+def test_state_is_float32_for_low_precision_and_float64_for_double(make: Any) -> None:
+    for dtype, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ):
+        p = torch.ones(3, dtype=dtype, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        optimizer = make([p])
+        optimizer.step()
+        assert {v.dtype for k, v in optimizer.state[p].items() if k != "step"} == {expected}
+        assert optimizer.state[p]["step"].dtype == torch.float32
+        assert p.dtype == dtype
+        assert (p < 1).all()
+
+
+@BACKENDS
+def test_parameters_whose_gradient_was_missing_get_their_own_coefficients(backend: str) -> None:
+    late, always, alone = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    both = MAKERS["AdEMAMix"]([late, always], backend=backend)
+    single = MAKERS["AdEMAMix"]([alone], backend=backend)
+    for t in range(8):
+        always.grad = torch.full((4,), 1.0 + t)
+        late.grad = torch.full((4,), 2.0 - t) if t % 3 == 1 else None
+        both.step()
+        if late.grad is not None:
+            alone.grad = late.grad.clone()
+            single.step()
+    assert (both.state[late]["step"].item(), both.state[always]["step"].item()) == (3.0, 8.0)
+    assert torch.equal(late, alone)
+
+
+@BACKENDS
+def test_state_exchanged_by_the_user_is_used(backend: str) -> None:
+    p, q = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    one, two = (MAKERS["AdEMAMix"]([x], backend=backend) for x in (p, q))
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(4, 3), torch.ones(4, 3)
+        one.step()
+        two.step()
+    one.state[p]["exp_avg_slow"].zero_()
+    two.state[q]["exp_avg_slow"] = torch.zeros(3, 4).T  # another tensor, of another layout
+    p.data = p.data.clone()
+    one.step()
+    two.step()
+    assert torch.equal(p, q)
+    one.param_groups[0]["betas"] = two.param_groups[0]["betas"] = (0.0, 0.999, 0.9999)
+    one.step()
+    two.step()
+    assert torch.equal(p, q)
+    two.state[q]["exp_avg_sq"] = torch.zeros(5)
+    before = copy.deepcopy((q.detach(), two.state[q]))
+    with pytest.raises(RuntimeError, match=r"'exp_avg_sq' has shape \(5,\), its parameter \(4, 3\)"):
+        two.step()
+    assert same((q.detach(), two.state[q]), before)
+
+
+@BACKENDS
+def test_a_stale_backward_is_caught(backend: str) -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = AdEMAMix([w], backend=backend)
+    loss = (w**3).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_gradient_is_written() -> None:
+    w = nn.Parameter(torch.ones(1000))
+    w.grad = torch.randn(1000)
+    before, version = w.grad.clone(), w.grad._version
+    AdEMAMix([w], maximize=True).step()
+    assert torch.equal(w.grad, before)
+    assert w.grad._version == version
+
+
+# --------------------------------------------------------------------------------- errors
+
+
+P = nn.Parameter(torch.zeros(2))
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
+        ({"lr": NAN}, "lr must be a finite number >= 0, got nan"),
+        ({"lr": INF}, "lr must be a finite number >= 0, got inf"),
+        ({"lr": "0.1"}, "lr must be a finite number >= 0, got '0.1'"),
+        ({"lr": torch.zeros(2)}, r"lr must be a finite number >= 0, got tensor\(\[0., 0.\]\)"),
+        ({"eps": -1e-9}, "eps must be a finite number >= 0, got -1e-09"),
+        ({"weight_decay": NAN}, "weight_decay must be a finite number >= 0, got nan"),
+        ({"alpha": -2}, "alpha must be a finite number >= 0, got -2"),
+        ({"betas": (0.9, 0.999)}, r"betas must be 3 numbers in \[0, 1\), got \(0.9, 0.999\)"),
+        ({"betas": 0.9}, r"betas must be 3 numbers in \[0, 1\), got 0.9"),
+        ({"betas": (1.0, 0.9, 0.9)}, r"betas\[0\] must be a number in \[0, 1\), got 1.0"),
+        ({"betas": (0.9, -0.1, 0.9)}, r"betas\[1\] must be a number in \[0, 1\), got -0.1"),
+        ({"betas": (0.9, 0.9, NAN)}, r"betas\[2\] must be a number in \[0, 1\), got nan"),
+        ({"beta3_warmup": 0}, "beta3_warmup must be None or a number of steps >= 1, got 0"),
+        ({"alpha_warmup": -5}, "alpha_warmup must be None or a number of steps >= 1, got -5"),
+        ({"alpha_warmup": "all"}, "alpha_warmup must be None or a number of steps >= 1, got 'all'"),
+        ({"maximize": 1}, "maximize must be True or False, got 1"),
+        ({"state": "int4"}, r"state must be one of \('float32',\), got 'int4'"),
+        ({"backend": "gpu"}, r"backend must be one of \('auto', 'eager', 'cpu'\), got 'gpu'"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_bad_hyperparameters_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdEMAMix([P], **options)
+    group = {k: v for k, v in options.items() if k not in ("state", "backend")}
+    if group:
+        optimizer = AdEMAMix([P])
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], **group})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_adamw_names_bad_hyperparameters_too() -> None:
+    with pytest.raises(ValueError, match=r"betas must be 2 numbers in \[0, 1\), got \(0.9, 0.99, 0.9\)"):
+        AdamW([P], betas=(0.9, 0.99, 0.9))
+
+
+def test_a_device_that_the_backend_cannot_serve() -> None:
+    with pytest.raises(ValueError, match="backend='cpu' cannot serve a parameter on 'meta'"):
+        AdEMAMix([nn.Parameter(torch.zeros(2, device="meta"))], backend="cpu")
+    optimizer = AdEMAMix([P], backend="cpu")
+    with pytest.raises(ValueError, match="allowed there: 'auto', 'eager'"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.zeros(2, device="meta"))})
+    assert len(optimizer.param_groups) == 1
+
+
+@BACKENDS
+def test_a_refused_gradient_leaves_everything_as_it_was(backend: str) -> None:
+    good = nn.Parameter(torch.ones(3))
+    embedding = nn.Embedding(4, 2, sparse=True)
+    counts = nn.Parameter(torch.zeros(2, dtype=torch.float8_e5m2), requires_grad=False)
+    optimizer = AdEMAMix([good, embedding.weight, counts], backend=backend)
+    embedding(torch.tensor([1])).sum().backward()
+    good.grad = torch.ones(3)
+    for _ in range(2):  # at first without state, then with
+        before = copy.deepcopy((good.detach(), embedding.weight.detach(), optimizer.state_dict()["state"]))
+        with pytest.raises(RuntimeError, match=r"dense gradients .* is torch\.sparse_coo"):
+            optimizer.step()
+        after = (good.detach(), embedding.weight.detach(), optimizer.state_dict()["state"])
+        assert same(before, after)
+        sparse, embedding.weight.grad = embedding.weight.grad, torch.ones(4, 2)
+        optimizer.step()
+        embedding.weight.grad = sparse
+    embedding.weight.grad = None
+    counts.grad = torch.zeros(2, dtype=torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match=r"cannot update a parameter of dtype torch\.float8_e5m2"):
+        optimizer.step()
+
+
+def test_a_step_that_fails_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = AdEMAMix([p], backend="cpu")
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cpu.Launch, "__call__", fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(p, torch.ones(3))
+    monkeypatch.undo()
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 1.0
+
+
+# --------------------------------------------------------------------------------- memory
+
+
+def test_no_temporary_of_parameter_size() -> None:
+    """The high-water mark of the process rises by less than 1 MB + 1 % of the state in a step of 16M parameters."""
+    resource = pytest.importorskip("resource")
+    p = nn.Parameter(torch.ones(1 << 24))
+    p.grad = torch.ones(1 << 24)
+    optimizer = AdEMAMix([p], backend="cpu")
+    optimizer.step()
+    state_bytes = 3 * 4 * p.numel()
+    spike = torch.ones(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    current = _resident()
+    spike = torch.ones(max(0, before * 1024 - current) // 4)  # fill up to the mark, so that a temporary raises it
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    optimizer.step()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del spike
+    assert (after - before) * 1024 <= (1 << 20) + state_bytes // 100
+
+
+def _resident() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        pytest.skip("needs /proc")
