@@ -74,13 +74,13 @@ def programs(params: list[torch.Tensor]) -> Iterator[tuple[str, Step]]:
     yield "stream: 4 read, 3 written", Stream(params, four_read_three_written).step
     yield "stream: 5 read, 4 written", Stream(params, five_read_four_written).step
     try:
-        from pytorch_optimizer import AdEMAMix as Theirs  # noqa: PLC0415
+        from pytorch_optimizer import AdEMAMix as Theirs
 
         yield "pytorch_optimizer AdEMAMix", Theirs(params).step
     except ImportError:
         pass
     try:
-        from bitsandbytes import optim  # noqa: PLC0415
+        from bitsandbytes import optim
 
         yield "bitsandbytes AdEMAMix", optim.AdEMAMix(params).step
         yield "bitsandbytes AdEMAMix8bit", optim.AdEMAMix8bit(params).step
@@ -101,7 +101,12 @@ def steps(which: str, rounds: int) -> list[str]:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    rows = [f"### {title}", "", "| program | ms a step, median | min to max | ratio to torch's fused AdamW |", "|---|--:|--:|--:|"]
+    rows = [
+        f"### {title}",
+        "",
+        "| program | ms a step, median | min to max | ratio to torch's fused AdamW |",
+        "|---|--:|--:|--:|",
+    ]
     reference = np.array(times["torch AdamW (fused)"][1:])  # the first round compiles and allocates
     for name, seconds in times.items():
         ms, ratios = 1e3 * np.array(seconds[1:]), np.array(seconds[1:]) / reference
@@ -125,7 +130,9 @@ MEMORY = """
     for p in ps: p.grad = torch.ones_like(p)
     optimizer = ademamix.AdEMAMix(ps, backend="cpu")
     optimizer.step()
-    def status(): return {{k: int(v) for k, v in re.findall(r"(VmHWM|VmRSS):\\s+(\\d+)", open("/proc/self/status").read())}}
+    def status():
+        text = open("/proc/self/status").read()
+        return {{name: int(value) for name, value in re.findall(r"(VmHWM|VmRSS):\\s+(\\d+)", text)}}
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again here
     before = status()["VmRSS"]
     optimizer.step()
@@ -162,7 +169,12 @@ def start(rounds: int) -> list[str]:
 
 
 def memory(rounds: int) -> list[str]:
-    rows = ["### Memory during a step", "", "| parameters | state, MB | peak above it, MB | share |", "|---|--:|--:|--:|"]
+    rows = [
+        "### Memory during a step",
+        "",
+        "| parameters | state, MB | peak above it, MB | share |",
+        "|---|--:|--:|--:|",
+    ]
     for title, shapes in SHAPES.values():
         extra, state = fresh(MEMORY.format(shapes=shapes))
         rows.append(f"| {title} | {state / 1e6:.1f} | {extra / 1e6:.2f} | {extra / state:.3%} |")
@@ -174,7 +186,7 @@ def machine() -> list[str]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
-    import numba  # noqa: PLC0415
+    import numba
 
     return [
         f"- command: `python {' '.join(sys.argv)}`",

@@ -26,6 +26,7 @@ from numba.core import types as nt
 from numba.extending import intrinsic
 
 from ademamix.backends import Rule, bind, called_functions, coefficient_names, compute_dtype
+from ademamix.cache import cache_folder
 
 PIECE = 1 << 18  # least elements in a piece of work: about 0.2 ms
 PREFETCH = 2048  # bytes ahead; 512 to 4096 measured alike, none was 8 % slower
@@ -168,18 +169,12 @@ def fingerprint(function: Rule) -> str:
     return repr((text(code), names, constants, cells, function.__defaults__, function.__kwdefaults__, nested))
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``ADEMAMIX_CACHE``, else the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return Path(os.environ.get("ADEMAMIX_CACHE") or Path(home or Path.home() / ".cache") / "ademamix") / "kernels"
-
-
 def _stored(name: str, source: str) -> Path | None:
     """A file of ``source`` in the cache folder, beside which Numba keeps the machine code; None where none can be made.
 
     The name holds a digest of all that goes into the kernel, so a file never changes once it is there.
     """
-    path = cache_folder() / f"{name}.py"
+    path = cache_folder() / "kernels" / f"{name}.py"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

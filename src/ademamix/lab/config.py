@@ -1,0 +1,260 @@
+"""What a run is: typed settings with their meaning, and presets of them. Imports nothing heavy: `--help` reads it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ademamix.lab.schedule import Shape
+
+Optimizer = Literal["adamw", "ademamix"]
+
+
+class BadInputError(Exception):
+    """Something the user gave cannot be used; the message is one sentence for the terminal."""
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """Settings of AdamW."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the gradient's average, per step."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's average, per step."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradient's average."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+
+
+@dataclass(frozen=True)
+class AdEMAMixSettings(AdamWSettings):
+    """Settings of AdEMAMix; alpha and beta3 both warm up over all steps of the run."""
+
+    beta3: float = 0.999
+    """Decay of the slow average at the end of its warmup; its half-life should be well below the run's length."""
+    alpha: float = 8.0
+    """Weight of the slow average at the end of its warmup."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the numbers of a run. A run can only be resumed with the recipe it was started with."""
+
+    preset: str = "demo"
+    """Where the other defaults come from: demo (0.4M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
+    data: str = "stdlib"
+    """Folder written by `ademamix data`, or "stdlib": the Python standard library's own source files, as bytes."""
+    layers: int = 2
+    """Transformer layers (Llama architecture, tied embeddings)."""
+    width: int = 128
+    """Width of the residual stream; heads are 64 wide."""
+    context: int = 128
+    """Tokens a sequence."""
+    batch: int = 8
+    """Sequences a step."""
+    accumulate: int = 1
+    """Parts into which a batch is cut to save memory; their gradients are added up."""
+    steps: int = 4000
+    """Optimizer steps; batch * context * steps is the budget in tokens."""
+    warmup: int = 200
+    """Steps of linear learning-rate warmup."""
+    schedule: Shape = "cosine"
+    """Learning rate after the warmup: down along a cosine or a line, or constant with a linear last fifth (wsd)."""
+    final_lr: float = 0.0
+    """Learning rate of the last step, as a fraction of the peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a longer one is scaled down."""
+    seed: int = 0
+    """Decides initial weights and batches."""
+    eval_every: int = 200
+    """Steps between two looks at the validation loss; the last step always has one."""
+    eval_sequences: int = 256
+    """Validation sequences, always the same ones, spread evenly over the validation text."""
+    adamw: AdamWSettings = AdamWSettings(beta2=0.95)
+    ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=5e-4, beta2=0.99, beta3=0.998, alpha=12.0)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "context", "batch", "accumulate", "steps", "eval_every", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup < self.steps:
+            raise BadInputError(f"warmup must be in [0, steps), got {self.warmup} with {self.steps} steps")
+        if self.batch % self.accumulate:
+            raise BadInputError(f"accumulate must divide batch, got {self.accumulate} with a batch of {self.batch}")
+        if self.width % 64 and (self.width > 64 or self.width % 2):
+            raise BadInputError(f"width must be a multiple of 64, or an even number below it, got {self.width}")
+        if not 0 <= self.final_lr <= 1:
+            raise BadInputError(f"final_lr must be in [0, 1], got {self.final_lr}")
+        if not self.clip > 0:
+            raise BadInputError(f"clip must be positive, got {self.clip}")
+        if self.seed < 0:
+            raise BadInputError(f"seed must not be negative, got {self.seed}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.context
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a run is carried out; nothing here changes its numbers (but another device rounds differently)."""
+
+    out: Path | None = None
+    """Folder for everything the run writes; must not exist yet. Default: a new folder below runs/."""
+    resume: Path | None = None
+    """Go on with the run in this folder; settings not given are taken from there."""
+    device: str = "auto"
+    """Device to train on: auto takes the accelerator that is there (cuda, mps, xpu), else the cpu."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    save_every: int = 1000
+    """Steps between two checkpoints; the end and Ctrl-C always write one."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How long AdamW may try to reach AdEMAMix's loss."""
+
+    match: bool = False
+    """Also train AdamW with growing budgets, each with a full schedule of its own, until it has AdEMAMix's loss."""
+    match_step: float = 0.25
+    """By how much the budget grows each time, in budgets of the comparison."""
+    match_cap: float = 3.0
+    """The largest budget that is tried."""
+
+    def __post_init__(self) -> None:
+        if not self.match_step > 0:
+            raise BadInputError(f"match_step must be positive, got {self.match_step}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a small language model with AdEMAMix or AdamW.
+
+    Writes metrics.jsonl, TensorBoard events and checkpoints to a folder. Ctrl-C saves and says how to go on.
+    """
+
+    optimizer: Optimizer = "ademamix"
+    """The optimizer; its settings are those of its own section below."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    job: Annotated[Job, tyro.conf.arg(name="")] = field(default_factory=Job)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train with AdamW and with AdEMAMix on the same text from the same weights, and show the difference.
+
+    Writes report.html (one file, opens without a network), curves.png, results.json and both runs to a folder.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    job: Annotated[Job, tyro.conf.arg(name="")] = field(default_factory=Job)
+    match: Annotated[Match, tyro.conf.arg(name="")] = field(default_factory=Match)
+
+
+VALID_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class Data:
+    """Turn text into a folder of token files for `ademamix train --data FOLDER`.
+
+    Every document goes to training or to validation by a hash of its text, so that no document is in both, however
+    often it occurs. A document is a record of a JSONL or Parquet file or of a dataset; a text file in a folder (one
+    above 1 MiB is cut at line ends, as is a text file given by name); what is neither .jsonl nor .parquet is text.
+    """
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files or folders; "hf:NAME" for a dataset of the Hugging Face hub, "hf:NAME:SUBSET" for a part of it."""
+    out: Path
+    """Folder to write; must not exist yet."""
+    tokenizer: Path | None = None
+    """A tokenizer.json of the `tokenizers` library. Default: bytes (UTF-8, 0 ends a document)."""
+    text_key: str = "text"
+    """The field of a record that holds the text."""
+    split: str = "train"
+    """The split of a Hugging Face dataset."""
+    valid_fraction: float = VALID_FRACTION
+    """Share of the documents that goes to validation."""
+    max_tokens: int | None = None
+    """Stop after about so many tokens. Default: take everything."""
+
+
+def _paper(layers: int, width: int, batch: int, steps: int, alpha: float, eval_every: int = 1000) -> Recipe:
+    """What the paper states: context, batch, steps, betas, alpha, warmups, schedule and weight decay.
+
+    Not confirmed: layers and width (these give the stated sizes with tied embeddings and 32,000 tokens), the peak
+    learning rate (that of arXiv 2509.01440 for 124M parameters), clipping, and the end of the cosine.
+    """
+    return Recipe(
+        layers=layers,
+        width=width,
+        context=1024,
+        batch=batch,
+        steps=steps,
+        warmup=3000,
+        eval_every=eval_every,
+        eval_sequences=1024,
+        adamw=AdamWSettings(lr=1e-3),
+        ademamix=AdEMAMixSettings(lr=1e-3, beta3=0.9999, alpha=alpha),
+    )
+
+
+def _between(layers: int, width: int, context: int, batch: int, steps: int, lr: float) -> Recipe:
+    """Sizes between the demo and the paper's; learning rates fall with the width and were not tuned."""
+    return Recipe(
+        layers=layers,
+        width=width,
+        context=context,
+        batch=batch,
+        steps=steps,
+        eval_every=steps // 20,
+        adamw=AdamWSettings(lr=lr),
+        ademamix=AdEMAMixSettings(lr=lr, beta3=0.9995 if steps >= 10_000 else 0.999),
+    )
+
+
+_PRESETS = {
+    "demo": Recipe(),
+    "3m": _between(layers=4, width=256, context=256, batch=16, steps=6_000, lr=3e-3),
+    "10m": _between(layers=6, width=384, context=512, batch=16, steps=10_000, lr=2e-3),
+    "30m": _between(layers=8, width=512, context=512, batch=32, steps=20_000, lr=1.5e-3),
+    "110m": _paper(layers=12, width=768, batch=64, steps=256_000, alpha=8.0),
+    "330m": _paper(layers=24, width=1024, batch=96, steps=256_000, alpha=8.0),
+    # 770,000 steps are AdEMAMix's run; AdamW's took 1,500,000.
+    "1.3b": _paper(layers=24, width=2048, batch=128, steps=770_000, alpha=5.0),
+}
+PRESETS = {name: dataclasses.replace(recipe, preset=name) for name, recipe in _PRESETS.items()}
+
+
+def to_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    aside.replace(path)
+
+
+def recipe_from(value: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from what `dataclasses.asdict` made of one.
+
+    Raises:
+        BadInputError: the fields are not those of this version's recipe.
+    """
+    try:
+        adamw, ademamix = AdamWSettings(**value["adamw"]), AdEMAMixSettings(**value["ademamix"])
+        return Recipe(**{**value, "adamw": adamw, "ademamix": ademamix})
+    except (TypeError, KeyError) as error:
+        raise BadInputError(f"the recipe was written by another version of ademamix ({error})") from error

@@ -1,0 +1,53 @@
+"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+OUT = Console()
+PLAIN_EVERY = 10.0  # seconds between two plain lines
+
+
+def say(text: str) -> None:
+    """Print one line, never cut or coloured by what it holds (paths and commands are copied from the terminal)."""
+    OUT.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Show:
+    """The progress of one run, a context manager."""
+
+    def __init__(self, name: str, steps: int, start: int, tokens_per_step: int) -> None:
+        self.name, self.steps, self.start, self.tokens_per_step = name, steps, start, tokens_per_step
+        self.began = self.said = time.perf_counter()
+        self.valid = ""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self.bar = Progress(*columns, console=OUT, disable=not OUT.is_terminal)
+        self.task = self.bar.add_task(f"{name:<10}", total=steps, completed=start, numbers="")
+
+    def __enter__(self) -> "Show":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, loss: float, valid_loss: float | None = None) -> None:
+        """Show where the run is."""
+        if valid_loss is not None:
+            self.valid = f"  validation {valid_loss:.4f}"
+        now = time.perf_counter()
+        rate = (step - self.start) / (now - self.began)
+        numbers = f"loss {loss:.4f}{self.valid}  {rate * self.tokens_per_step:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, numbers=numbers)
+        if not OUT.is_terminal and (now - self.said >= PLAIN_EVERY or (step == self.steps and valid_loss is not None)):
+            self.said = now
+            left = (self.steps - step) / rate
+            say(f"{self.name:<10} step {step:,} of {self.steps:,}  {numbers}  {left:,.0f} s left")

@@ -1,0 +1,78 @@
+"""Token files: a folder with train.bin and valid.bin (memory-mapped) and data.json, and the batches cut from them."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ademamix.lab.config import BadInputError
+
+META = "data.json"
+SPLITS = ("train", "valid")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type that holds every token."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized corpus on disk."""
+
+    vocab_size: int
+    sha256: str  # of what data.json says, which holds the checksums of both token files
+    train: NDArray[np.unsignedinteger[Any]]
+    valid: NDArray[np.unsignedinteger[Any]]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Tokens":
+        """Open a folder written by `ademamix data`.
+
+        Raises:
+            BadInputError: there is no such folder, it is incomplete, or its files are not as long as they should be.
+        """
+        try:
+            text = (folder / META).read_text()
+            meta = json.loads(text)
+            dtype = token_dtype(meta["vocab_size"])
+            splits = [np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in SPLITS]
+            lengths = [meta[split]["tokens"] for split in SPLITS]
+        except FileNotFoundError as error:
+            missing = f"{Path(error.filename).name} is missing"
+            raise BadInputError(f"{folder} is no token folder, {missing}; `ademamix data` makes one") from error
+        except (ValueError, KeyError, NotADirectoryError) as error:
+            raise BadInputError(f"{folder} is no token folder ({error})") from error
+        if [len(split) for split in splits] != lengths:
+            raise BadInputError(f"{folder} is damaged: its token files are not as long as {META} says")
+        return cls(meta["vocab_size"], hashlib.sha256(text.encode()).hexdigest(), *splits)
+
+    def check(self, context: int) -> None:
+        """Raise BadInputError when a split is too short for one sequence of `context` tokens and its target."""
+        for name, split in zip(SPLITS, (self.train, self.valid), strict=True):
+            if len(split) <= context:
+                need = f"a context of {context} needs at least {context + 1}"
+                raise BadInputError(f"the corpus is too small: {len(split)} tokens for {name}, {need}")
+
+    def batch(self, seed: int, step: int, sequences: int, context: int) -> Tensor:
+        """Return training batch number `step`, int64 [sequences, context + 1]: a pure function of the arguments."""
+        random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+        starts = random.integers(0, len(self.train) - context, size=sequences)
+        return _windows(self.train, starts, context)
+
+    def valid_batches(self, sequences: int, batch: int, context: int) -> list[Tensor]:
+        """Return the fixed validation batches: up to `sequences` windows spread evenly, `batch` at a time."""
+        most = (len(self.valid) - 1) // context
+        starts = np.linspace(0, len(self.valid) - context - 1, min(sequences, most)).astype(np.int64)
+        return list(torch.split(_windows(self.valid, starts, context), batch))
+
+
+def _windows(tokens: NDArray[np.unsignedinteger[Any]], starts: NDArray[np.int64], context: int) -> Tensor:
+    windows = tokens[starts[:, None] + np.arange(context + 1)]
+    return torch.from_numpy(windows.astype(np.int64))

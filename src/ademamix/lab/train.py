@@ -1,0 +1,362 @@
+"""The one training loop: data, model and optimizer in, metrics and checkpoints out, exact to the bit across stops."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ademamix import AdamW, AdEMAMix
+from ademamix.lab.config import BadInputError, Job, Optimizer, Recipe, to_json
+from ademamix.lab.console import Show
+from ademamix.lab.corpus import stdlib_tokens
+from ademamix.lab.model import build, checksum, loss_of
+from ademamix.lab.schedule import lr_factor
+from ademamix.lab.tokens import Tokens
+
+CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop; it was saved first."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        super().__init__(f"stopped and saved at step {step:,}")
+        self.signum = signum
+
+
+class DivergedError(Exception):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    optimizer: Optimizer
+    steps: int
+    tokens: int
+    seconds: float  # in training steps; evaluation, logging and saving are not counted
+    valid_loss: float
+    optimizer_ms: float  # median milliseconds of optimizer.step()
+    state_bytes_per_parameter: float
+    parameters: int
+    initial_weights: str  # checksum
+    device: str
+    curve: list[dict[str, float]]  # step, tokens, seconds, valid_loss of every evaluation
+
+
+def make_optimizer(name: Optimizer, model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer for the model.
+
+    Raises:
+        BadInputError: a setting is out of its range.
+    """
+    s, m = recipe.adamw, recipe.ademamix
+    try:
+        if name == "adamw":
+            return AdamW(model.parameters(), s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+        betas, all_steps = (m.beta1, m.beta2, m.beta3), recipe.steps
+        return AdEMAMix(model.parameters(), m.lr, betas, m.alpha, all_steps, all_steps, m.eps, m.weight_decay)
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
+
+
+def check(names: Sequence[Optimizer], recipe: Recipe, job: Job) -> None:
+    """Raise BadInputError for whatever would end such runs at once, before anything is written."""
+    pick_device(job.device)
+    _tokens(recipe)
+    for name in names:
+        make_optimizer(name, torch.nn.Linear(1, 1), recipe)
+
+
+def _tokens(recipe: Recipe) -> Tokens:
+    tokens = Tokens.open(stdlib_tokens() if recipe.data == "stdlib" else Path(recipe.data))
+    tokens.check(recipe.context)
+    return tokens
+
+
+def train(name: Optimizer, recipe: Recipe, job: Job, out: Path, label: str | None = None) -> Result:
+    """Train in the folder `out`: start there, go on from its checkpoint, or return the result that it already holds.
+
+    Args:
+        name: the optimizer.
+        recipe: what to train; a checkpoint in `out` must come from the same one.
+        job: how; its `out` and `resume` are not looked at.
+        out: the run's own folder, made if need be.
+        label: the name to show, by default the optimizer's.
+
+    Raises:
+        BadInputError: data or settings cannot be used.
+        StoppedError: SIGINT or SIGTERM came; a checkpoint was written.
+        DivergedError: the loss is not finite.
+    """
+    if (out / RESULT).exists():
+        return Result(**json.loads((out / RESULT).read_text()))
+    with (
+        closing(_Run(name, recipe, job, out)) as run,
+        _stop_on_signals() as stop,
+        Show(label or name, recipe.steps, run.step, recipe.tokens_per_step) as show,
+    ):
+        for step in range(run.step + 1, recipe.steps + 1):
+            loss = run.advance()
+            last = step == recipe.steps
+            if step % job.log_every == 0 or last:
+                run.log(loss)
+                show.update(step, loss.item())
+            if step % recipe.eval_every == 0 or last:
+                show.update(step, loss.item(), run.evaluate(loss))
+            if step % job.save_every == 0 or last or stop:
+                run.save(loss)
+            if stop and not last:
+                raise StoppedError(step, stop[0])
+        result = run.result()
+    to_json(out / RESULT, dataclasses.asdict(result))
+    return result
+
+
+class _Run:
+    """The state of a run between two steps, on disk and in memory."""
+
+    def __init__(self, name: Optimizer, recipe: Recipe, job: Job, out: Path) -> None:
+        self.name, self.recipe, self.out = name, recipe, out
+        self.device = pick_device(job.device)
+        self.tokens = _tokens(recipe)
+        batch = max(1, recipe.batch // recipe.accumulate)
+        self.valid = self.tokens.valid_batches(recipe.eval_sequences, batch, recipe.context)
+        self.model = build(recipe, self.tokens.vocab_size)
+        self.initial_weights = checksum(self.model)
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(name, self.model, recipe)
+        self.step, self.seconds = 0, 0.0
+        self.stopwatch = _Stopwatch(self.device)
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / CHECKPOINT).exists():
+            self._load()
+        _keep_until(out / METRICS, self.step)
+        self.metrics = (out / METRICS).open("a")
+        from torch.utils.tensorboard import SummaryWriter  # a second of import time
+
+        self.board = SummaryWriter(out / "tensorboard", purge_step=self.step + 1)
+        self.began = time.perf_counter()
+
+    def advance(self) -> Tensor:
+        """Take one training step; return its loss, still on the device."""
+        recipe = self.recipe
+        self.step += 1
+        settings = recipe.adamw if self.name == "adamw" else recipe.ademamix
+        self.lr = settings.lr * lr_factor(self.step, recipe.steps, recipe.warmup, recipe.schedule, recipe.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        batch = self.tokens.batch(recipe.seed, self.step, recipe.batch, recipe.context)
+        total = torch.zeros((), device=self.device)
+        for part in batch.chunk(recipe.accumulate):
+            loss = self._loss(part) / recipe.accumulate
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        self.norm = clip_grad_norm_(self.model.parameters(), recipe.clip)
+        with self.stopwatch:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+            return loss_of(self.model, batch.to(self.device, non_blocking=True))
+
+    def log(self, loss: Tensor) -> None:
+        """Write the step's metrics."""
+        self._lap(loss)
+        self._write(loss=loss.item(), lr=self.lr, grad_norm=self.norm.item(), optimizer_ms=self.stopwatch.median_ms())
+        self.began = time.perf_counter()
+
+    def evaluate(self, loss: Tensor) -> float:
+        """Return and write the validation loss; `loss` is the step's own."""
+        self._lap(loss)
+        with torch.no_grad():
+            # Windows are equally long, batches are not: weight each by its size.
+            losses = torch.stack([self._loss(batch) * len(batch) for batch in self.valid])
+        value = losses.sum().item() / sum(map(len, self.valid))
+        self._write(valid_loss=value)
+        self.began = time.perf_counter()
+        return value
+
+    def _lap(self, loss: Tensor) -> None:
+        """Stop the clock, once the device has caught up, and refuse to go on from a loss that is no number."""
+        value = loss.item()  # waits for the forward pass ...
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()  # ... and this for the rest of the step
+        self.seconds += time.perf_counter() - self.began
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss is {value} at step {self.step:,} with {self.name} at lr {self.lr:g}")
+
+    def _write(self, **values: float) -> None:
+        tokens = self.step * self.recipe.tokens_per_step
+        self.metrics.write(json.dumps({"step": self.step, "tokens": tokens, "seconds": self.seconds} | values) + "\n")
+        self.metrics.flush()
+        for key, value in values.items():
+            self.board.add_scalar(key, value, self.step)
+
+    def save(self, loss: Tensor) -> None:
+        """Write the checkpoint: whole or not at all, also when the machine goes down."""
+        self._lap(loss)
+        aside = self.out / (CHECKPOINT + ".partial")
+        state = {
+            "optimizer_name": self.name,
+            "recipe": dataclasses.asdict(self.recipe),
+            "data": self.tokens.sha256,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.out / CHECKPOINT)
+        self.began = time.perf_counter()
+
+    def _load(self) -> None:
+        path = self.out / CHECKPOINT
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # a damaged file raises whatever its damage leads to
+            raise BadInputError(f"{path} cannot be read, it is damaged ({type(error).__name__})") from error
+        differ = differing(state["recipe"], dataclasses.asdict(self.recipe))
+        differ += ["optimizer"] * (state["optimizer_name"] != self.name)
+        differ += ["the text in " + self.recipe.data] * (state["data"] != self.tokens.sha256)
+        refuse_other(self.out, differ)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.board.close()
+
+    def result(self) -> Result:
+        lines = [json.loads(line) for line in (self.out / METRICS).read_text().splitlines()]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        slots = (slot for state in self.optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor))
+        curve = [line for line in lines if "valid_loss" in line]
+        return Result(
+            optimizer=self.name,
+            steps=self.step,
+            tokens=self.step * self.recipe.tokens_per_step,
+            seconds=self.seconds,
+            valid_loss=curve[-1]["valid_loss"],
+            optimizer_ms=statistics.median(line["optimizer_ms"] for line in lines if "optimizer_ms" in line),
+            state_bytes_per_parameter=sum(slot.numel() * slot.element_size() for slot in slots) / parameters,
+            parameters=parameters,
+            initial_weights=self.initial_weights,
+            device=_device_name(self.device),
+            curve=curve,
+        )
+
+
+class _Stopwatch:
+    """Times a block many times over: by the clock on a CPU, by events in the stream elsewhere (no waiting)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self.start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self.times.append((self.start, self._now()))
+
+    def median_ms(self) -> float:
+        """Return the median since the last call; the device must have caught up."""
+        on_cpu = self.device.type == "cpu"
+        times: list[float] = [1e3 * (end - start) if on_cpu else start.elapsed_time(end) for start, end in self.times]
+        self.times.clear()
+        return statistics.median(times)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the named device, or for "auto" the accelerator that is there, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the names of the settings in which two recipes (as dictionaries) differ."""
+    names: list[str] = []
+    for key in a | b:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            names += differing(left, right, f"{prefix}{key}.")
+        elif left != right:
+            names.append(f"{prefix}{key} ({left} there, {right} here)")
+    return names
+
+
+def refuse_other(out: Path, differ: list[str]) -> None:
+    """Raise BadInputError if the run in `out` was started with other settings, naming them."""
+    if differ:
+        raise BadInputError(f"{out} is a run with other settings: {', '.join(differ)}")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the metrics of steps that a killed run took after its last checkpoint; they will be taken again."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        aside.replace(path)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[list[int]]:
+    """Yield a list that holds the signal once SIGINT or SIGTERM came; a second one ends the program at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # only the main thread can catch signals
+        return
+
+    def note(signum: int, _: object) -> None:
+        came.append(signum)
+        signal.signal(signum, before[signal.Signals(signum)])
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

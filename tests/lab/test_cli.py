@@ -1,0 +1,159 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=100)
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused command prints."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ademamix: ")
+    return line
+
+
+def test_without_the_extra_one_line_says_what_to_install():
+    code = "import sys; sys.modules['tyro'] = None; from ademamix.lab.cli import main; main()"
+    done = run_python(code, "compare")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert 'tyro is missing): pip install "ademamix[lab]"' in line
+
+
+@pytest.mark.parametrize(
+    ("command", "word"), [((), "compare"), (("train",), "--ademamix.beta3"), (("data",), "--text-key")]
+)
+def test_help_names_the_commands_and_loads_no_model_library(command, word):
+    code = (
+        "import sys; from ademamix.lab.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'transformers', 'plotly', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    done = run_python(code, *command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert word in done.stdout
+
+
+def test_the_library_does_not_import_the_lab():
+    done = run_python("import sys, ademamix; assert not any('lab' in name.split('.') for name in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_preset_gives_the_defaults(cli, capsys):
+    assert cli("train", "--preset", "330m", "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: 256000)" in text
+    assert "(default: 0.9999)" in text
+
+
+BAD_DATA = {
+    "no such file or folder: nowhere.txt": ("nowhere.txt",),
+    'bad.jsonl, line 2: no JSON record with a text "text"': ("bad.jsonl",),
+    'good.jsonl, line 1: no JSON record with a text "body"': ("good.jsonl", "--text-key", "body"),
+    'table.parquet has no column "text", only id': ("table.parquet",),
+    "broken.parquet is no Parquet file": ("broken.parquet",),
+    "picture.bin is not text": ("picture.bin",),
+    "of 1 documents none fell to": ("good.jsonl",),
+    "no such tokenizer file: nowhere.json": ("good.jsonl", "--tokenizer", "nowhere.json"),
+    "good.jsonl is no tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
+    "valid_fraction must be between 0 and 1": ("good.jsonl", "--valid-fraction", "1.5"),
+    'cannot read the dataset "./nowhere"': ("hf:./nowhere",),
+}
+
+
+@pytest.mark.parametrize("message", BAD_DATA)
+def test_bad_data_gives_one_line_and_writes_nothing(message, cli, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    Path("good.jsonl").write_text('{"text": "one document"}\n')
+    Path("bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1]}), "table.parquet")
+    Path("broken.parquet").write_bytes(b"PAR1 not really")
+    Path("picture.bin").write_bytes(b"\x89PNG\0\0")
+    before = {path.name for path in Path().iterdir()}
+    assert cli("data", *BAD_DATA[message], "--out", "out") == 2
+    assert message in refusal(capsys)
+    assert {path.name for path in Path().iterdir()} - {"cache"} == before
+
+
+BAD_TRAIN = {
+    "unknown preset huge; there are demo, 3m, 10m, 30m, 110m, 330m, 1.3b": ("--preset", "huge"),
+    "nowhere is no token folder, data.json is missing": ("--data", "nowhere"),
+    "the corpus is too small": ("--context", "100000"),
+    "steps must be at least 1, got 0": ("--steps", "0"),
+    "warmup must be in [0, steps), got 20 with 20 steps": ("--warmup", "20"),
+    "accumulate must divide batch, got 3 with a batch of 4": ("--accumulate", "3"),
+    "width must be a multiple of 64": ("--width", "100"),
+    "lr must be": ("--ademamix.lr", "-1"),
+    "betas[2] must be": ("--ademamix.beta3", "1"),
+    "cannot use the device abacus": ("--device", "abacus"),
+    "out already exists": ("--out", "out"),
+    "Not a directory": ("--out", "file/run"),
+    "nothing to resume in nowhere": ("--resume", "nowhere"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TRAIN)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_bad_settings_give_one_line_and_write_nothing(command, message, cli, tiny, capsys):
+    Path("out").mkdir()
+    Path("out", "mine").write_text("not to be touched")
+    Path("file").write_text("")
+    assert cli(command, *tiny, *BAD_TRAIN[message]) == 2
+    assert message in refusal(capsys)
+    assert {str(path) for path in Path().rglob("*")} == {"out", "out/mine", "file"}
+
+
+@pytest.fixture
+def finished(cli, tiny, capsys) -> Path:
+    """A finished run in the folder `run`."""
+    assert cli("train", *tiny, "--out", "run") == 0
+    capsys.readouterr()
+    return Path("run")
+
+
+def test_a_resume_with_other_settings_names_them(finished, cli, capsys):
+    assert cli("train", "--resume", "run", "--steps", "30", "--ademamix.alpha", "3", "--optimizer", "adamw") == 2
+    line = refusal(capsys)
+    assert "steps (20 there, 30 here)" in line
+    assert "ademamix.alpha (12.0 there, 3.0 here)" in line
+    assert "optimizer (ademamix there, adamw here)" in line
+    assert "warmup" not in line
+
+
+def test_a_resume_by_the_other_command_or_with_out_is_refused(finished, cli, capsys):
+    assert cli("compare", "--resume", "run") == 2
+    assert "run was made by `ademamix train`" in refusal(capsys)
+    assert cli("train", "--resume", "run", "--out", "other") == 2
+    assert "not both" in refusal(capsys)
+
+
+def test_a_resume_on_other_text_is_refused(finished, cli, capsys, tokens):
+    (finished / "result.json").unlink()
+    meta = json.loads((tokens / "data.json").read_text())
+    try:
+        (tokens / "data.json").write_text(json.dumps(meta | {"sources": ["elsewhere"]}))
+        assert cli("train", "--resume", "run") == 2
+    finally:
+        (tokens / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
+    assert "the text in" in refusal(capsys)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
+def test_a_damaged_checkpoint_is_named(damage, finished, cli, capsys):
+    (finished / "result.json").unlink()
+    checkpoint = finished / "checkpoint.pt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    assert cli("train", "--resume", "run") == 2
+    assert "checkpoint.pt cannot be read, it is damaged" in refusal(capsys)
+
+
+def test_a_diverged_run_says_so(cli, tiny, capsys):
+    assert cli("train", *tiny, "--ademamix.lr", "1e30", "--out", "run") == 1
+    assert "a smaller learning rate may help" in refusal(capsys)

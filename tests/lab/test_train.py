@@ -1,0 +1,170 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
+from ademamix.lab.model import build, checksum, loss_of
+from ademamix.lab.tokens import Tokens
+from ademamix.lab.train import DivergedError, train
+
+
+@pytest.fixture
+def recipe(tokens) -> Recipe:
+    small = {"layers": 1, "width": 16, "context": 16, "batch": 4, "steps": 20, "warmup": 2}
+    return dataclasses.replace(Recipe(), data=str(tokens), eval_every=5, eval_sequences=8, **small)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """What a run wrote, without the times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "optimizer_ms")} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "ademamix", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    """Wait until a run has logged a step."""
+    for _ in range(6000):
+        log = run / "metrics.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ademamix"])
+def test_stopped_killed_and_resumed_is_the_unbroken_run_bit_for_bit(optimizer, tiny, tmp_path):
+    longer = (*tiny, "--steps", "1500", "--eval-every", "100", "--save-every", "40", "--optimizer", optimizer)
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    unbroken = start("train", *longer, "--out", str(whole))
+
+    process = start("train", *longer, "--out", str(broken))
+    wait_for_step(broken, 60, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert f"go on with: python -m ademamix train --resume {broken}" in errors
+    assert "Traceback" not in errors
+    stopped_at = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
+    assert 60 <= stopped_at < 1500
+
+    process = start("train", "--resume", str(broken))
+    wait_for_step(broken, stopped_at + 150, process)
+    process.kill()
+    process.communicate()
+    assert not (broken / "result.json").exists()
+
+    process = start("train", "--resume", str(broken), *longer)  # the same settings again are no other settings
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    _, errors = unbroken.communicate()
+    assert unbroken.returncode == 0, errors
+    assert_same_run(broken, whole)
+
+
+def test_sigterm_saves_too(tiny, tmp_path):
+    process = start("train", *tiny, "--steps", "100000", "--save-every", "100000", "--out", str(tmp_path / "run"))
+    wait_for_step(tmp_path / "run", 30, process)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped and saved at step" in errors
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_finished_run_is_not_done_again(recipe, tmp_path):
+    first = train("ademamix", recipe, Job(), tmp_path)
+    before = os.stat(tmp_path / "checkpoint.pt").st_mtime_ns
+    assert train("ademamix", recipe, Job(), tmp_path) == first
+    assert os.stat(tmp_path / "checkpoint.pt").st_mtime_ns == before
+
+
+def test_training_learns_and_its_result_says_what_the_metrics_say(recipe, tmp_path):
+    result = train("ademamix", dataclasses.replace(recipe, steps=200, eval_every=50), Job(log_every=7), tmp_path)
+    assert [point["step"] for point in result.curve] == [50, 100, 150, 200]
+    assert result.curve[-1]["valid_loss"] == result.valid_loss < result.curve[0]["valid_loss"] - 0.1
+    assert result.tokens == 200 * 4 * 16
+    assert 12.0 <= result.state_bytes_per_parameter < 12.1
+    assert 0 < result.optimizer_ms < 1000 * result.seconds
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [*range(7, 200, 7), 200]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_the_validation_loss_is_the_mean_over_all_validation_tokens(recipe, tmp_path):
+    uneven = dataclasses.replace(recipe, eval_sequences=6)  # batches of 4 and 2
+    result = train("adamw", uneven, Job(), tmp_path)
+    data = Tokens.open(Path(recipe.data))
+    model = build(recipe, data.vocab_size)
+    model.load_state_dict(weights(tmp_path))
+    (batch,) = data.valid_batches(6, 6, 16)
+    assert loss_of(model, batch).item() == pytest.approx(result.valid_loss, rel=1e-6)
+
+
+def test_accumulation_gives_the_batch_of_one_piece(recipe, tmp_path):
+    first, *others = [
+        train("adamw", dataclasses.replace(recipe, accumulate=parts), Job(), tmp_path / str(parts)).valid_loss
+        for parts in (1, 2, 4)
+    ]
+    assert others == pytest.approx([first] * 2, rel=1e-5)
+    losses = [[line["loss"] for line in metrics(tmp_path / parts) if "loss" in line] for parts in ("1", "4")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_seed_decides_weights_and_the_optimizer_does_not(recipe, tmp_path):
+    runs = [train(name, recipe, Job(), tmp_path / name) for name in ("adamw", "ademamix")]
+    other = train("adamw", dataclasses.replace(recipe, seed=1), Job(), tmp_path / "other")
+    assert runs[0].initial_weights == runs[1].initial_weights != other.initial_weights
+    assert runs[0].initial_weights == checksum(build(recipe, 256))
+
+
+def test_the_gradient_is_clipped(recipe, tmp_path):
+    """AdamW hardly sees the gradient's length; its first step with eps far above it does."""
+    big = dataclasses.replace(recipe.adamw, eps=1e6, lr=1e6, weight_decay=0.0)
+    steps = {}
+    for clip in (1e-3, 1e-4):
+        settings = dataclasses.replace(recipe, adamw=big, clip=clip, steps=1, warmup=0, schedule="wsd", final_lr=1.0)
+        train("adamw", settings, Job(), tmp_path / str(clip))
+        name, new = next(iter(weights(tmp_path / str(clip)).items()))
+        steps[clip] = (new - build(recipe, 256).state_dict()[name]).norm().item()
+    assert steps[1e-3] == pytest.approx(10 * steps[1e-4], rel=1e-2)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(recipe, tmp_path):
+    wild = dataclasses.replace(recipe, ademamix=AdEMAMixSettings(lr=1e30))
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ with ademamix at lr"):
+        train("ademamix", wild, Job(log_every=1, save_every=1), tmp_path)
+    assert (tmp_path / "checkpoint.pt").exists()  # of the first step, before the loss was seen
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_presets_have_the_sizes_they_are_named_after():
+    sizes = {"3m": 3e6, "10m": 10e6, "30m": 30e6, "110m": 110e6, "330m": 330e6, "1.3b": 1.3e9, "demo": 0.4e6}
+    assert sizes.keys() == PRESETS.keys()
+    for name, size in sizes.items():
+        with torch.device("meta"):
+            model = build(PRESETS[name], 256 if size < 1e8 else 32_000)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(size, rel=0.2)
