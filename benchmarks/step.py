@@ -43,7 +43,7 @@ class Stream(RuleOptimizer):
 
     def __init__(self, params: Any, rule: Any) -> None:
         self.rule = rule
-        super().__init__(params, {"maximize": False}, state="float32", backend="cpu")
+        super().__init__(params, {"maximize": False}, backend="cpu")
 
     @staticmethod
     def check(group: Any) -> None:
@@ -71,6 +71,9 @@ def programs(params: list[torch.Tensor]) -> Iterator[tuple[str, Step]]:
     yield "ademamix AdamW", AdamW(params).step
     yield "ademamix AdEMAMix", AdEMAMix(params).step
     yield "ademamix AdEMAMix, beta1 = 0", AdEMAMix(params, betas=(0.0, 0.999, 0.9999)).step
+    yield "ademamix AdamW, state compact", AdamW(params, state="compact").step
+    yield "ademamix AdEMAMix, state compact", AdEMAMix(params, state="compact").step
+    yield "ademamix AdEMAMix, state bfloat16", AdEMAMix(params, state="bfloat16").step
     yield "stream: 4 read, 3 written", Stream(params, four_read_three_written).step
     yield "stream: 5 read, 4 written", Stream(params, five_read_four_written).step
     try:

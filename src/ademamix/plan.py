@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,14 @@ import torch
 from torch import Tensor
 
 from ademamix import backends
+from ademamix.backends import eager
+from ademamix.formats import BLOCK, FORMATS, Format
 
 if TYPE_CHECKING:
     from ademamix.optimizer import RuleOptimizer
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Plan:
@@ -26,49 +32,67 @@ class Plan:
         optimizer: RuleOptimizer,
         params: Sequence[Tensor],
         of_group: Sequence[int],
-        stored: Sequence[tuple[str, ...]],
+        settings: Sequence[GroupSettings],
     ) -> None:
-        self.params, self.of_group, self.stored = params, of_group, stored
+        self.params, self.of_group, self.settings = params, of_group, settings
         for i, p in zip(of_group, params, strict=True):
             _check_tensors(type(optimizer).__name__, i, p)
-        self.states = [_state_of(optimizer.state.get(p), p, stored[i]) for i, p in zip(of_group, params, strict=True)]
+        formats = [slot_formats(p, settings[i]) for i, p in zip(of_group, params, strict=True)]
+        self.states = [state_of(optimizer.state.get(p), p, f) for p, f in zip(params, formats, strict=True)]
         # The optimizer takes new state over once the step has succeeded.
         self.fresh = {p: s for p, s in zip(params, self.states, strict=True) if s is not optimizer.state.get(p)}
         self.steps = [state["step"] for state in self.states]
-        self.slots = [(s, name) for i, s in zip(of_group, self.states, strict=True) for name in stored[i]]
+        self.slots = [
+            (state, name)
+            for state, f in zip(self.states, formats, strict=True)
+            for n in f
+            for name in _tensor_names(n, f)
+        ]
         self.written = [*params, *(state[name] for state, name in self.slots)]
         self.pointers = [t.data_ptr() for t in self.written]
         self.grad_kinds = [(g.dtype, g.layout) for g in _grads(params)]
 
         # Backends update real, dense tensors: views of the parameters, or a copy where a parameter is not dense.
-        self.targets = [_real(p.detach() if _is_dense(p) else torch.empty_like(p.detach())) for p in params]
-        self.copied = [i for i, p in enumerate(params) if not _is_dense(p)]
+        fit = [_fits(p, f) for p, f in zip(params, formats, strict=True)]
+        self.targets = [
+            _real(p.detach() if fits else torch.empty_like(p.detach(), memory_format=torch.contiguous_format))
+            for p, fits in zip(params, fit, strict=True)
+        ]
+        self.copied = [i for i, fits in enumerate(fit) if not fits]
         self.complex = [i for i, p in enumerate(params) if p.is_complex()]
         self.layouts = [t.stride() for t in self.targets]
 
         buckets: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for index, (i, p, target) in enumerate(zip(of_group, params, self.targets, strict=True)):
-            grad_dtype = _real(_grads([p])[0]).dtype
-            buckets[p.device.type, target.dtype, grad_dtype, stored[i]].append(index)
-        self.launches = []
         names = backends.slot_names(optimizer.rule)
-        for (_, _, grad_dtype, kept), members in buckets.items():
-            targets = [self.targets[m] for m in members]
-            slots = [[_real(self.states[m][n]) if n in kept else None for n in names] for m in members]
-            launch = backends.launch(optimizer.backend, optimizer.rule, targets, slots, grad_dtype)
-            self.launches.append((launch, members))
+        for index, (i, p, target, f) in enumerate(zip(of_group, params, self.targets, formats, strict=True)):
+            grad = _number_format(_real(_grads([p])[0]), stochastic=False)
+            own = _number_format(target, stochastic=settings[i].stochastic_rounding)
+            buckets[p.device.type, own, grad, tuple(f.get(name) for name in names)].append(index)
+        self.launches = []
+        for (_, own, grad, kept), members in buckets.items():
+            named = list(zip(names, kept, strict=True))
+            batch = backends.Batch(
+                optimizer.rule,
+                own,
+                grad,
+                kept,
+                [self.targets[m] for m in members],
+                [[None if f is None else _real(self.states[m][n]) for n, f in named] for m in members],
+                [[self.states[m].get(f"{n}_scale") if f and f.scale else None for n, f in named] for m in members],
+            )
+            self.launches.append((backends.launch(optimizer.backend, batch), members))
 
     def serves(
         self,
         optimizer: RuleOptimizer,
         params: Sequence[Tensor],
         of_group: Sequence[int],
-        stored: Sequence[tuple[str, ...]],
+        settings: Sequence[GroupSettings],
     ) -> bool:
         """Whether all is as it was when this plan was made, also if somebody exchanged tensors or their memory."""
         return (
             of_group == self.of_group
-            and stored == self.stored
+            and settings == self.settings
             and all(map(is_, params, self.params))
             and all(map(is_, map(optimizer.state.get, params), self.states))
             and all(map(is_, [state.get("step") for state in self.states], self.steps))
@@ -77,8 +101,8 @@ class Plan:
             and [(g.dtype, g.layout) for g in _grads(params)] == self.grad_kinds
         )
 
-    def run(self, rows: Sequence[int], coefficients: npt.NDArray[np.float64]) -> None:
-        """Update all parameters; ``coefficients[rows[i]]`` serves the i-th."""
+    def run(self, rows: Sequence[int], coefficients: npt.NDArray[np.float64], keys: npt.NDArray[np.uint32]) -> None:
+        """Update all parameters; ``coefficients[rows[i]]`` and ``keys[i]`` serve the i-th."""
         grads = _grads(self.params)
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
@@ -90,7 +114,7 @@ class Plan:
         for i in self.copied:
             self.targets[i].copy_(_real(self.params[i]))
         for launch, members in self.launches:
-            launch([grads[m] for m in members], [rows[m] for m in members], coefficients)
+            launch([grads[m] for m in members], [rows[m] for m in members], coefficients, keys[members])
         for i in self.copied:
             _real(self.params[i]).copy_(self.targets[i])
 
@@ -103,38 +127,124 @@ def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
+@dataclass(frozen=True)
+class GroupSettings:
+    """What of a parameter group decides how its tensors are stored."""
+
+    formats: dict[str, Format]  # of the slots that are stored
+    stochastic_rounding: bool
+
+
+SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
+
+
+def slot_formats(p: Tensor, settings: GroupSettings) -> dict[str, Format]:
+    """The formats of the parameter's own slots: its group's, or full precision where those would not serve."""
+    if p.dtype == torch.float64 or p.is_complex() or p.ndim < 2 or p.numel() < SMALLEST:
+        full = FORMATS["float64" if p.dtype.to_real() == torch.float64 else "float32"]
+        return dict.fromkeys(settings.formats, full)
+    return settings.formats
+
+
+def _tensor_names(slot: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
+    return (slot, f"{slot}_scale") if formats[slot].scale is not None else (slot,)
+
+
+def _number_format(t: Tensor, *, stochastic: bool) -> Format:
+    """How a parameter's or a gradient's numbers are stored."""
+    if t.dtype == torch.bfloat16:
+        return FORMATS["bfloat16" if stochastic else "bfloat16_nearest"]
+    return FORMATS[str(t.dtype).removeprefix("torch.")]
+
+
 def _is_dense(p: Tensor) -> bool:
     """Whether p fills its memory without gaps or overlaps: then empty_like keeps its strides."""
     return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
 
 
-def _state_dtype(p: Tensor) -> torch.dtype:
-    real = backends.compute_dtype(p.dtype.to_real())
-    return real.to_complex() if p.is_complex() else real
+def _fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
+    """Whether a backend can work on p itself: blocks lie along rows, so they want a contiguous one."""
+    blocked = any(f.scale is not None for f in formats.values())
+    return p.is_contiguous() if blocked else _is_dense(p)
 
 
-def like_state(value: Tensor, p: Tensor) -> Tensor:
-    """``value`` with the device, dtype and layout of p's state; the same tensor where it has them."""
-    wanted = torch.empty_like(p, dtype=_state_dtype(p), device="meta", requires_grad=False)
-    value = value.detach().to(device=p.device, dtype=wanted.dtype)
-    if value.stride() == wanted.stride():
-        return value
-    return torch.empty_like(wanted, device=p.device).copy_(value)
+def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
+    """A tensor without memory that has the shape, dtype and strides of p's slot."""
+    dtype = backends.storage_dtype(format)
+    memory = torch.preserve_format if _fits(p, formats) else torch.contiguous_format
+    kind = dtype.to_complex() if p.is_complex() else dtype
+    return torch.empty_like(p, dtype=kind, device="meta", requires_grad=False, memory_format=memory)
 
 
-def _state_of(saved: dict[str, Any] | None, p: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """The parameter's state with all the named slots: ``saved`` itself where nothing had to be added."""
-    state = {"step": torch.tensor(0.0), **(saved or {})}
-    for name in names:
-        if state.get(name) is None:
-            state[name] = torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
-        elif state[name].shape != p.shape:
-            shapes = f"{tuple(state[name].shape)}, its parameter {tuple(p.shape)}"
-            raise RuntimeError(f"state tensor {name!r} has shape {shapes}: they must be equal")
+def _scale_shape(p: Tensor) -> tuple[int, int]:
+    return p.shape[0], -(-(p.numel() // max(1, p.shape[0])) // BLOCK)
+
+
+STORED_AS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16", torch.uint8: "float8"}
+
+
+def stored_slot(
+    name: str, value: Tensor, scale: Tensor | None, p: Tensor, formats: Mapping[str, Format]
+) -> dict[str, Tensor]:
+    """A state tensor, with its scales, as p's slot ``name`` is to be stored; the same tensors where they already fit.
+
+    Other formats are decoded and encoded, rounded to nearest.
+    """
+    format = formats[name]
+    wanted = _layout(p, format, formats)
+    value = value.detach().to(p.device)
+    if value.dtype != wanted.dtype:
+        numbers = value
+        if value.dtype in STORED_AS:
+            rows = value.contiguous().view(p.shape[0], -1)
+            numbers = eager.decode(FORMATS[STORED_AS[value.dtype]], rows, scale).view(p.shape)
+        if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
+            value, scale = numbers.to(wanted.dtype), None
         else:
-            state[name] = like_state(state[name], p)
-    unchanged = saved is not None and state.keys() == saved.keys() and all(state[k] is saved[k] for k in state)
-    return saved if saved is not None and unchanged else state
+            value = torch.empty_like(wanted, device=p.device, memory_format=torch.contiguous_format)
+            scale = value.new_zeros(_scale_shape(p), dtype=torch.float32) if format.scale else None
+            rows = numbers.float().contiguous().view(p.shape[0], -1)
+            middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
+            eager.encode(format, rows, middle, value.view(p.shape[0], -1), scale)
+    if value.stride() != wanted.stride():
+        value = torch.empty_like(wanted, device=p.device).copy_(value)
+    if format.scale is None:
+        return {name: value}
+    assert scale is not None
+    return {name: value, f"{name}_scale": scale.detach().to(p.device)}
+
+
+def check_state(saved: Mapping[str, Any], p: Tensor, names: Iterable[str]) -> None:
+    """Raise ValueError for a slot that has not p's shape, and for scales that are missing or have not theirs."""
+    for name in names:
+        value = saved.get(name)
+        if value is None:
+            continue
+        tensors = [(name, value, tuple(p.shape))]
+        stored_as = STORED_AS.get(value.dtype)
+        if stored_as is not None and FORMATS[stored_as].scale is not None:
+            tensors.append((f"{name}_scale", saved.get(f"{name}_scale"), _scale_shape(p)))
+        for what, t, shape in tensors:
+            if t is None or tuple(t.shape) != shape:
+                found = "is missing" if t is None else f"has shape {tuple(t.shape)}"
+                raise ValueError(f"state tensor {what!r} {found}; a parameter of shape {tuple(p.shape)} needs {shape}")
+
+
+def state_of(saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format]) -> dict[str, Any]:
+    """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
+    state: dict[str, Any] = {"step": torch.tensor(0.0), **(saved or {})}
+    check_state(state, p, formats)
+    for name, format in formats.items():
+        value, scale = state.get(name), state.pop(f"{name}_scale", None)
+        if value is not None:
+            state.update(stored_slot(name, value, scale, p, formats))
+            continue
+        state[name] = torch.zeros_like(_layout(p, format, formats), device=p.device)
+        if format.scale is not None:
+            state[f"{name}_scale"] = torch.zeros(_scale_shape(p), device=p.device)
+    if saved is not None and state.keys() == saved.keys() and all(state[k] is saved[k] for k in state):
+        return saved  # type: ignore[return-value]
+    return state
 
 
 def _check_tensors(name: str, group: int, p: Tensor) -> None:
@@ -144,7 +254,7 @@ def _check_tensors(name: str, group: int, p: Tensor) -> None:
     if g.layout != torch.strided:
         raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
     for what, t in (("parameter", p), ("gradient", g)):
-        if t.dtype.to_real() not in backends.DTYPES or t.is_complex() != p.is_complex():
+        if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
     if g.shape != p.shape:

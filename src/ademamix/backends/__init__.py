@@ -1,6 +1,6 @@
 """Which backend serves which tensors, and what every backend needs to know of a rule.
 
-A backend is a module with one class, ``Launch``. It is made once for a list of parameters that share their dtypes, and
+A backend is a module with one class, ``Launch``. It is made once for a batch of parameters that share formats, and is
 called in each step with that step's gradients and coefficients.
 """
 
@@ -9,47 +9,80 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
+
+from ademamix.formats import Format
 
 Rule = Callable[..., tuple[Any, ...]]
 
 BACKENDS = ("auto", "eager", "cpu")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
 
 
-class Launch(Protocol):
-    """The update of a fixed list of parameters by one rule.
+@dataclass(frozen=True)
+class Batch:
+    """Parameters that one launch updates: of one device type, dtype and set of formats.
 
-    Args:
-        rule: the elementwise function.
-        parameters: dense real tensors of one device type and dtype.
-        slots: ``slots[i][k]`` is the k-th state tensor of parameter i, with its shape and strides, or None where that
-            slot is not stored: it reads as zero and what the rule returns for it is dropped.
-        grad_dtype: dtype of all gradients.
-
-    Compiling happens here, in the constructor; nothing is written before the call.
+    All tensors are real and dense; where a slot has scales, all are contiguous. For parameter i and slot k of the rule,
+    ``slots[i][k]`` holds the codes, with the parameter's shape, and ``scales[i][k]``, float32 of shape
+    [dim 0, ceil(rest / BLOCK)], their scales. A slot that is not stored reads as zero and what the rule returns for it
+    is dropped: its format is None, as are its tensors.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        parameters: Sequence[torch.Tensor],
-        slots: Sequence[Sequence[torch.Tensor | None]],
-        grad_dtype: torch.dtype,
-    ) -> None: ...
+    rule: Rule
+    format: Format  # of the parameters
+    grad: Format  # of the gradients
+    formats: tuple[Format | None, ...]  # of the slots
+    parameters: Sequence[torch.Tensor]
+    slots: Sequence[Sequence[torch.Tensor | None]]
+    scales: Sequence[Sequence[torch.Tensor | None]]
 
-    def __call__(self, grads: Sequence[torch.Tensor], rows: Sequence[int], coefficients: npt.NDArray[Any]) -> None:
-        """Update parameters and slots in place.
+    @property
+    def blocked(self) -> bool:
+        """Whether any slot has scales."""
+        return any(f is not None and f.scale is not None for f in self.formats)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether anything is rounded by noise."""
+        return any(f is not None and f.stochastic for f in (self.format, *self.formats))
+
+    @property
+    def double(self) -> bool:
+        """Whether the arithmetic is float64, as for float64 parameters, or float32, as for all others."""
+        return self.format.storage == "float64"
+
+
+class Launch(Protocol):
+    """The update of one batch. Compiling happens in the constructor; nothing is written before the call."""
+
+    def __init__(self, batch: Batch) -> None: ...
+
+    def __call__(
+        self,
+        grads: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        coefficients: npt.NDArray[np.float64],
+        keys: npt.NDArray[np.uint32],
+    ) -> None:
+        """Update parameters, slots and scales in place.
 
         Args:
             grads: one gradient a parameter, with its shape and strides.
             rows: ``coefficients[rows[i]]`` serves parameter i.
-            coefficients: float64 rows: a factor on the gradient, then the rule's coefficients in their order.
+            coefficients: a factor on the gradient, then the rule's coefficients in their order.
+            keys: ``keys[i]`` and an element's index give parameter i's noise (formats.noise).
         """
+
+
+def storage_dtype(format: Format) -> torch.dtype:
+    """The dtype of a format's tensors."""
+    return torch.bfloat16 if format.storage == "bits16" else getattr(torch, format.storage)
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -63,24 +96,21 @@ def choose(backend: str, device: torch.device) -> str:
 
 def launch(
     backend: str,
-    rule: Rule,
-    parameters: Sequence[torch.Tensor],
-    slots: Sequence[Sequence[torch.Tensor | None]],
-    grad_dtype: torch.dtype,
+    batch: Batch,
 ) -> Launch:
     """A launch on the chosen backend; "auto" falls back to eager, with one warning, where the fused one fails."""
-    name = choose(backend, parameters[0].device)
-    if (name, rule) in _unavailable and backend == "auto":
+    name = choose(backend, batch.parameters[0].device)
+    if (name, batch.rule) in _unavailable and backend == "auto":
         name = "eager"
     try:
-        made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(rule, parameters, slots, grad_dtype)
+        made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)
     except Exception as error:
         if backend != "auto" or name == "eager":
             raise
-        _unavailable.add((name, rule))
+        _unavailable.add((name, batch.rule))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"ademamix: the {name!r} backend is not available, using 'eager' ({reason})", stacklevel=5)
-        return launch(backend, rule, parameters, slots, grad_dtype)
+        return launch(backend, batch)
     return made
 
 
@@ -93,11 +123,6 @@ def slot_names(rule: Rule) -> tuple[str, ...]:
 def coefficient_names(rule: Rule) -> tuple[str, ...]:
     """Names of a rule's coefficients: its keyword-only arguments."""
     return tuple(q.name for q in inspect.signature(rule).parameters.values() if q.kind is q.KEYWORD_ONLY)
-
-
-def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic's precision: float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if parameter_dtype == torch.float64 else torch.float32
 
 
 def called_functions(function: Rule) -> dict[str, types.FunctionType]:

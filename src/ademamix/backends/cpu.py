@@ -25,24 +25,34 @@ from llvmlite import ir
 from numba.core import types as nt
 from numba.extending import intrinsic
 
-from ademamix.backends import Rule, bind, called_functions, coefficient_names, compute_dtype
+from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names
 from ademamix.cache import cache_folder
+from ademamix.formats import BLOCK, Format, noise, turned
 
-PIECE = 1 << 18  # least elements in a piece of work: about 0.2 ms
+PIECE = 1 << 10  # least blocks in a piece of work: about 0.2 ms
 PREFETCH = 2048  # bytes ahead; 512 to 4096 measured alike, none was 8 % slower
 
-NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-BITS = {"float64": ir.DoubleType(), "float32": ir.FloatType(), "bfloat16": ir.IntType(16), "float16": ir.HalfType()}
+I32, I64 = ir.IntType(32), ir.IntType(64)
+STORAGES = {  # in memory, and how wide
+    "float64": (ir.DoubleType(), 8),
+    "float32": (ir.FloatType(), 4),
+    "float16": (ir.HalfType(), 2),
+    "bits16": (ir.IntType(16), 2),
+    "int16": (ir.IntType(16), 2),
+    "int8": (ir.IntType(8), 1),
+    "uint8": (ir.IntType(8), 1),
+}
 
 
 def accessors(stream: int, streams: int, storage: str, arithmetic: str) -> tuple[Any, Any, Any]:
     """Load, store and prefetch of one of a kernel's ``streams`` tensors, as functions of (address, index[, value]).
 
-    ``storage`` is the dtype in memory, ``arithmetic`` ("float32" or "float64") that of the values.
+    Floating-point values have the type ``arithmetic``; integers are loaded as int32 and stored from uint32.
     """
-    stored, value = BITS[storage], BITS[arithmetic]
-    number = getattr(nt, arithmetic)
-    size = 8 if storage == "float64" else 4 if storage == "float32" else 2
+    stored, size = STORAGES[storage]
+    floating = storage.startswith("float")
+    number = getattr(nt, arithmetic) if floating else nt.int32
+    value = STORAGES[arithmetic][0]
 
     def access(builder: Any, address: Any, index: Any) -> Any:
         pointer = builder.inttoptr(address, stored.as_pointer())
@@ -60,9 +70,9 @@ def accessors(stream: int, streams: int, storage: str, arithmetic: str) -> tuple
     def load(context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x = annotate(builder.load(access(builder, *args)), builder.module)
-            if storage == "bfloat16":
-                x = builder.bitcast(builder.shl(builder.zext(x, ir.IntType(32)), ir.IntType(32)(16)), ir.FloatType())
-            return _convert(builder, x, value)
+            if floating:
+                return _convert(builder, x, value)
+            return builder.sext(x, I32) if storage.startswith("int") else builder.zext(x, I32)
 
         return number(nt.int64, nt.int64), generate
 
@@ -70,24 +80,21 @@ def accessors(stream: int, streams: int, storage: str, arithmetic: str) -> tuple
     def store(context: Any, address: Any, index: Any, x: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             address, index, x = args
-            if storage == "bfloat16":
-                x = _round_to_bfloat16(builder, _convert(builder, x, ir.FloatType()))
-            else:
-                x = _convert(builder, x, stored)
+            x = _convert(builder, x, stored) if floating else builder.trunc(x, stored)
             annotate(builder.store(x, access(builder, address, index)), builder.module)
             return context.get_dummy_value()
 
-        return nt.void(nt.int64, nt.int64, number), generate
+        return nt.void(nt.int64, nt.int64, number if floating else nt.uint32), generate
 
     @intrinsic
     def prefetch(context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+            byte = ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
             function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-            ahead = builder.add(builder.mul(args[1], ir.IntType(64)(size)), ir.IntType(64)(PREFETCH))
+            ahead = builder.add(builder.mul(args[1], I64(size)), I64(PREFETCH))
             pointer = builder.gep(builder.inttoptr(args[0], byte), [ahead])
-            builder.call(function, [pointer, i32(0), i32(3), i32(1)])  # for reading, into all caches, data
+            builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # for reading, into all caches, data
             return context.get_dummy_value()
 
         return nt.void(nt.int64, nt.int64), generate
@@ -101,53 +108,192 @@ def _convert(builder: Any, x: Any, to: Any) -> Any:
     return x if have == want else builder.fpext(x, to) if have < want else builder.fptrunc(x, to)
 
 
-def _round_to_bfloat16(builder: Any, x: Any) -> Any:
-    """Nearest, ties to even, by integer arithmetic: the hardware's instruction would flush denormals."""
-    i16, i32 = ir.IntType(16), ir.IntType(32)
-    bits = builder.bitcast(x, i32)
-    odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
-    rounded = builder.trunc(builder.lshr(builder.add(bits, builder.add(odd, i32(0x7FFF))), i32(16)), i16)
-    return builder.select(builder.fcmp_unordered("uno", x, x), i16(0x7FC0), rounded)
+@intrinsic
+def _widen(context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return nt.void(), generate
 
 
-def _source(rule: Rule, stored: tuple[bool, ...], lines: Sequence[int]) -> str:
-    """Text of the kernel: streams are p, g and the stored slots; ``lines[i]`` = cache lines in 64 elements of one."""
-    present = iter(range(2, len(lines)))
-    slots = [next(present) if s else None for s in stored]
-    kept = [(0, 0), *((s, k + 1) for k, s in enumerate(slots) if s is not None)]
-    count = len(coefficient_names(rule))
-    arguments = ["load0(a0, i)", "load1(a1, i) * factor"]
-    arguments += ["zero" if s is None else f"load{s}(a{s}, i)" for s in slots]
-    arguments += [f"c{k}" for k in range(count)]
-    element = [
-        f"{', '.join(f'r{k}' for k in range(len(slots) + 1))}, = rule({', '.join(arguments)})",
-        *(f"store{s}(a{s}, i, r{k})" for s, k in kept),
-    ]
-    return "\n".join(
-        [
-            "def kernel(pointers, sizes, offsets, rows, coefficients, begin, end):",
-            "    tensor = 0",
-            "    while offsets[tensor + 1] <= begin:",
-            "        tensor += 1",
-            "    while begin < end:",
-            "        stop = min(end, offsets[tensor + 1])",
-            "        start = begin - offsets[tensor]",
-            "        n = stop - begin",
-            *(f"        a{s} = pointers[tensor, {s}] + start * sizes[{s}]" for s in range(len(lines))),
-            "        row = rows[tensor]",
-            "        factor = coefficients[row, 0]",
-            *(f"        c{k} = coefficients[row, {k + 1}]" for k in range(count)),
-            "        for j in range(0, n - 63, 64):",
-            *(f"            prefetch{s}(a{s}, j + {64 // k * m})" for s, k in enumerate(lines) for m in range(k)),
-            "            for i in range(j, j + 64):",
-            *(f"                {line}" for line in element),
-            "        for i in range(n - n % 64, n):",
-            *(f"            {line}" for line in element),
-            "        begin = stop",
-            "        tensor += 1",
-            "",
+@intrinsic
+def _bits(context: Any, x: Any) -> Any:
+    return nt.uint32(nt.float32), lambda context, builder, signature, args: builder.bitcast(args[0], I32)
+
+
+@intrinsic
+def _from_bits(context: Any, x: Any) -> Any:
+    return nt.float32(nt.uint32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
+
+
+def _namespace(**functions: Any) -> types.ModuleType:
+    """A namespace that Numba can look names up in."""
+    module = types.ModuleType("xp")
+    module.__dict__.update(functions)
+    return module
+
+
+def _shift_right(x: Any, places: Any) -> Any:
+    return np.uint32(x >> np.uint32(places))
+
+
+# Selections become one instruction of a vector; NumPy's functions would branch.
+_select = numba.njit(lambda condition, x, y: x if condition else y)
+xp = _namespace(
+    **{name: getattr(np, name) for name in ("sqrt", "abs", "exp", "log", "minimum", "maximum")}, where=_select
+)
+format_xp = _namespace(
+    where=_select,
+    maximum=numba.njit(lambda x, y: x if x > y else y),
+    minimum=numba.njit(lambda x, y: x if x < y else y),
+    bits=_bits,
+    from_bits=_from_bits,
+    uint=np.uint32,
+    shift_right=numba.njit(_shift_right),
+    to_float=np.float32,
+)
+
+
+class _Kernel:
+    """What the text and the functions of one kernel are made from.
+
+    Streams are the tensors behind the pointer table's columns: p, g, the stored slots, then their scales.
+    """
+
+    def __init__(self, rule: Rule, format: Format, grad: Format, formats: tuple[Format | None, ...]) -> None:
+        self.rule, self.formats = rule, (format, grad, *formats)
+        self.arithmetic = "float64" if format.storage == "float64" else "float32"
+        self.streams = [k for k, f in enumerate(self.formats) if f is not None]  # stream -> format
+        self.scaled = [k for k in self.streams if self._of(k).scale is not None]  # of these the scales are streams
+        self.storages = [self._of(k).storage for k in self.streams] + ["float32"] * len(self.scaled)
+        self.coded = [k for k in self.streams if not self._of(k).storage.startswith("float")]
+
+    def _of(self, k: int) -> Format:
+        format = self.formats[k]
+        assert format is not None
+        return format
+
+    def source(self) -> str:
+        """The kernel: for each block of each tensor, one pass that updates, and one that encodes under new scales."""
+        stream = {k: s for s, k in enumerate(self.streams)}
+        scale = {k: len(self.streams) + i for i, k in enumerate(self.scaled)}
+        scratch = {k: len(self.storages) + i for i, k in enumerate(self.scaled)}
+        sizes = [STORAGES[storage][1] for storage in self.storages]
+        count = len(coefficient_names(self.rule))
+
+        def value(k: int) -> str:
+            if k not in stream:
+                return "zero"
+            raw = f"load{stream[k]}(a{stream[k]}, i)"
+            return f"decode{k}({raw}, {f's{k}' if k in scale else 'zero'})" if k in self.coded else raw
+
+        def encoded(k: int, x: str) -> str:
+            if k not in self.coded:
+                return x
+            places = 8 * max(k - 1, 0) % 32
+            random = "h" if not places else f"turned(h, {places})"
+            return f"encode{k}({x}, {f's{k}' if k in scale else 'zero'}, {random if self._of(k).stochastic else 'nil'})"
+
+        hashed = ["h = noise(key, uint(uint(i) + base))"]
+        written = [k for k in self.streams if k != 1]
+        direct = [k for k in written if k not in scale]
+        results = ["r0", *(f"r{k}" for k in range(2, len(self.formats)))]
+        arguments = [value(0), f"{value(1)} * factor", *(value(k) for k in range(2, len(self.formats)))]
+        update = [
+            *(hashed if any(self._of(k).stochastic for k in direct) else []),
+            f"{', '.join(results)}, = rule({', '.join([*arguments, *(f'c{k}' for k in range(count))])})",
+            *(f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'r{k}')})" for k in direct),
+            *(f"store{scratch[k]}(z{k}, i, r{k})" for k in self.scaled),
+            *(f"m{k} = maximum(m{k}, uint(bits(r{k}) & uint(0x7FFFFFFF)))" for k in self.scaled),
         ]
-    )
+        finish = [*hashed] + [
+            f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled
+        ]
+        rescale = [
+            line
+            for k in self.scaled
+            for line in (f"s{k} = scale{k}(from_bits(m{k}))", f"store{scale[k]}(b{k}, row * across + column, s{k})")
+        ]
+        return "\n".join(
+            [
+                "def kernel(pointers, shapes, offsets, rows, coefficients, keys, begin, end):",
+                *([f"    scratch = np.empty({BLOCK * len(self.scaled)}, np.float32)"] if self.scaled else []),
+                *(f"    z{k} = scratch.ctypes.data + {4 * BLOCK * i}" for i, k in enumerate(self.scaled)),
+                "    tensor = 0",
+                "    while offsets[tensor + 1] <= begin:",
+                "        tensor += 1",
+                "    while begin < end:",
+                "        rest, across = shapes[tensor, 0], shapes[tensor, 1]",
+                "        key = keys[tensor]",
+                *(f"        b{k} = pointers[tensor, {scale[k]}]" for k in self.scaled),
+                "        coefficient = rows[tensor]",
+                "        factor = coefficients[coefficient, 0]",
+                *(f"        c{k} = coefficients[coefficient, {k + 1}]" for k in range(count)),
+                "        row = (begin - offsets[tensor]) // across",
+                "        column = (begin - offsets[tensor]) % across",
+                "        stop = min(end, offsets[tensor + 1])",
+                "        for block in range(begin, stop):",
+                f"            start = row * rest + column * {BLOCK}",
+                f"            n = min({BLOCK}, rest - column * {BLOCK})",
+                "            base = uint(start)",
+                *(f"            a{s} = pointers[tensor, {s}] + start * {sizes[s]}" for s in range(len(stream))),
+                "            widen()",
+                "            for j in range(0, n, 64):",
+                *(
+                    f"                prefetch{s}(a{s}, j + {64 // sizes[s] * m})"
+                    for s in range(len(stream))
+                    for m in range(sizes[s])
+                ),
+                *(f"            s{k} = load{scale[k]}(b{k}, row * across + column)" for k in self.scaled),
+                *(f"            m{k} = uint(0)" for k in self.scaled),
+                "            for i in range(n):",
+                *(f"                {line}" for line in update),
+                *(f"            {line}" for line in rescale),
+                *(["            for i in range(n):"] if self.scaled else []),
+                *(f"                {line}" for line in finish if self.scaled),
+                "            column += 1",
+                "            if column == across:",
+                "                column = 0",
+                "                row += 1",
+                "        begin = stop",
+                "        tensor += 1",
+                "",
+            ]
+        )
+
+    def functions(self, module: str) -> dict[str, Any]:
+        """What the names in the text stand for."""
+
+        def jit(constants: Callable[[Any], Any]) -> Callable[[Rule], Any]:
+            return lambda function: _jit(function, constants, module)
+
+        number = getattr(np, self.arithmetic)
+        rule = bind(self.rule, xp, jit(lambda c: number(c) if type(c) in (int, float) else c))
+        single = jit(lambda c: np.float32(c) if type(c) is float else c)
+        functions = {"rule": rule, "zero": number(0), "nil": np.uint32(0), "np": np, "uint": np.uint32}
+        functions |= {"widen": _widen, "bits": _bits, "from_bits": _from_bits, "maximum": format_xp.maximum}
+        functions |= {"noise": bind(noise, format_xp, single), "turned": bind(turned, format_xp, single)}
+        for k in self.coded:
+            format = self._of(k)
+            functions[f"encode{k}"] = bind(format.encode, format_xp, single)
+            functions[f"decode{k}"] = bind(format.decode, format_xp, single)
+            if format.scale is not None:
+                functions[f"scale{k}"] = bind(format.scale, format_xp, single)
+        every = [*self.storages, *["float32"] * len(self.scaled)]  # the scratch blocks last
+        for s, storage in enumerate(every):
+            made = accessors(s, len(every), storage, self.arithmetic)
+            functions.update(zip((f"load{s}", f"store{s}", f"prefetch{s}"), made, strict=True))
+        return functions
+
+    def digest(self, source: str) -> str:
+        """A name for all that goes into the machine code."""
+        rules: list[Rule] = [self.rule, noise, turned]
+        for k in self.coded:
+            format = self._of(k)
+            rules += [f for f in (format.encode, format.decode, format.scale) if f is not None]
+        made_of = (source, self.storages, [fingerprint(f) for f in rules], Path(__file__).read_bytes())
+        return hashlib.sha256(repr((made_of, numba.__version__, sys.version)).encode()).hexdigest()[:16]
 
 
 def fingerprint(function: Rule) -> str:
@@ -188,36 +334,30 @@ def _stored(name: str, source: str) -> Path | None:
     return path
 
 
-def _jit(rule: Rule, arithmetic: str, module: str) -> Any:
-    """The rule for Numba: all arguments positional, its literal numbers in the arithmetic's precision."""
-    rule.__module__ = rule.__globals__["__name__"] = module  # its own may not be importable when a kernel is loaded
-    code = rule.__code__
-    number = getattr(np, arithmetic)
-    constants = tuple(number(c) if type(c) in (int, float) else c for c in code.co_consts)
+def _jit(function: Rule, constant: Callable[[Any], Any], module: str) -> Any:
+    """A function for Numba: all arguments positional, its literal numbers converted."""
+    function.__module__ = function.__globals__["__name__"] = module  # its own may not be importable on loading
+    code = function.__code__
+    constants = tuple(constant(c) for c in code.co_consts)
     count = code.co_argcount + code.co_kwonlyargcount
-    rule.__code__ = code.replace(co_consts=constants, co_argcount=count, co_kwonlyargcount=0)
-    rule.__kwdefaults__ = None
-    return numba.njit(error_model="numpy")(rule)
+    function.__code__ = code.replace(co_consts=constants, co_argcount=count, co_kwonlyargcount=0)
+    function.__kwdefaults__ = None
+    return numba.njit(error_model="numpy")(function)
 
 
 @cache
-def kernel(rule: Rule, parameter: str, grad: str, stored: tuple[bool, ...]) -> Callable[..., None]:
-    """The compiled kernel for parameters and gradients of the named dtypes and the given stored slots."""
-    arithmetic = "float64" if parameter == "float64" else "float32"
-    storages = [parameter, grad, *[arithmetic] * sum(stored)]
-    source = _source(rule, stored, [{"float64": 8, "float32": 4}.get(s, 2) for s in storages])
-    made_of = (source, storages, fingerprint(rule), Path(__file__).read_bytes(), numba.__version__, sys.version)
-    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    name = f"{rule.__name__}_{parameter}_{grad}_{digest}"
+def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | None, ...]) -> Callable[..., None]:
+    """The compiled kernel for a rule with these formats of parameter, gradient and slots."""
+    made = _Kernel(rule, format, grad, formats)
+    source = made.source()
+    name = f"{rule.__name__}_{format.name}_{made.digest(source)}"
     path = _stored(name, source)
     module = sys.modules[name] = types.ModuleType(name)  # Numba looks modules up by name when it loads a kernel
     exec(compile(source, str(path or f"<{name}>"), "exec"), module.__dict__)
-    module.__dict__.update(rule=bind(rule, np, lambda f: _jit(f, arithmetic, name)), zero=getattr(np, arithmetic)(0))
-    for stream, storage in enumerate(storages):
-        functions = accessors(stream, len(storages), storage, arithmetic)
-        module.__dict__.update(zip((f"load{stream}", f"store{stream}", f"prefetch{stream}"), functions, strict=True))
+    module.__dict__.update(made.functions(name))
     table, vector = nt.int64[:, ::1], nt.int64[::1]
-    signature = nt.void(table, vector, vector, vector, getattr(nt, arithmetic)[:, ::1], nt.int64, nt.int64)
+    number = getattr(nt, made.arithmetic)
+    signature = nt.void(table, table, vector, vector, number[:, ::1], nt.uint32[::1], nt.int64, nt.int64)
     jit = numba.njit(signature, nogil=True, error_model="numpy", cache=path is not None)
     compiled: Callable[..., None] = jit(module.kernel)
     return compiled
@@ -235,27 +375,31 @@ if hasattr(os, "register_at_fork"):
 class Launch:
     """See :class:`ademamix.backends.Launch`."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        parameters: Sequence[torch.Tensor],
-        slots: Sequence[Sequence[torch.Tensor | None]],
-        grad_dtype: torch.dtype,
-    ) -> None:
-        stored = tuple(s is not None for s in slots[0])
-        dtype = parameters[0].dtype
-        self.kernel = kernel(rule, NAMES[dtype], NAMES[grad_dtype], stored)
-        self.dtype = np.float64 if compute_dtype(dtype) == torch.float64 else np.float32
-        tensors = [(p, *(s for s in kept if s is not None)) for p, kept in zip(parameters, slots, strict=True)]
-        self.pointers = np.array([[t.data_ptr() for t in (p, p, *kept)] for p, *kept in tensors], np.int64)
-        first, *kept = tensors[0]
-        self.sizes = np.array([first.itemsize, grad_dtype.itemsize, *(s.itemsize for s in kept)], np.int64)
-        self.offsets = np.cumsum([0, *(p.numel() for p in parameters)], dtype=np.int64)
-        self.tensors = tensors  # the pointers are theirs
+    def __init__(self, batch: Batch) -> None:
+        self.kernel = kernel(batch.rule, batch.format, batch.grad, batch.formats)
+        self.dtype = np.float64 if batch.double else np.float32
+        self.tensors = [  # the pointers are theirs; the second is replaced by the gradient's
+            [t for t in (p, p, *slots, *scales) if t is not None]
+            for p, slots, scales in zip(batch.parameters, batch.slots, batch.scales, strict=True)
+        ]
+        self.pointers = np.array([[t.data_ptr() for t in tensors] for tensors in self.tensors], np.int64)
+        lengths = [(p.numel(), p.shape[0] if batch.blocked else 1) for p in batch.parameters]
+        rest = [numel // max(1, rows) for numel, rows in lengths]
+        across = [-(-r // BLOCK) for r in rest]
+        self.shapes = np.array(list(zip(rest, across, strict=True)), np.int64)
+        blocks = [a * rows for a, (_, rows) in zip(across, lengths, strict=True)]
+        self.offsets = np.cumsum([0, *blocks], dtype=np.int64)
 
-    def __call__(self, grads: Sequence[torch.Tensor], rows: Sequence[int], coefficients: npt.NDArray[Any]) -> None:
+    def __call__(
+        self,
+        grads: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        coefficients: npt.NDArray[np.float64],
+        keys: npt.NDArray[np.uint32],
+    ) -> None:
         self.pointers[:, 1] = [g.data_ptr() for g in grads]
-        table = (self.pointers, self.sizes, self.offsets, np.array(rows, np.int64), coefficients.astype(self.dtype))
+        tables = (self.pointers, self.shapes, self.offsets)
+        arguments = (*tables, np.array(rows, np.int64), coefficients.astype(self.dtype), keys)
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (8 * threads))
@@ -263,7 +407,7 @@ class Launch:
 
         def work() -> None:
             for begin in starts:
-                self.kernel(*table, begin, min(begin + piece, total))
+                self.kernel(*arguments, begin, min(begin + piece, total))
 
         helpers = [_pool(threads).submit(work) for _ in range(min(threads, -(-total // piece)) - 1)]
         work()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from ademamix.backends import Rule, bind, coefficient_names, compute_dtype
+from ademamix.backends import Batch, bind, coefficient_names
+from ademamix.formats import BLOCK, Format, noise, turned
 
 PIECE = 1 << 20
 
@@ -23,11 +26,11 @@ PIECE = 1 << 20
 class Tensors:
     """A list of tensors that computes like one tensor."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
 
 
-def _each(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
+def _each(function: Callable[..., Tensor]) -> Callable[..., Tensors]:
     """A function of tensors and numbers, called for each tensor of its lists."""
 
     def apply(*args: Any) -> Tensors:
@@ -69,48 +72,153 @@ class xp:  # noqa: N801 - the namespace that rules are written against
     where = _each(torch.where)
 
 
+class format_xp:  # noqa: N801 - the namespace that formats are written against; uint32 lives in int32
+    where = staticmethod(torch.where)
+
+    @staticmethod
+    def maximum(x: Tensor, least: float) -> Tensor:
+        return x.clamp_min(least)
+
+    @staticmethod
+    def minimum(x: Tensor, most: float) -> Tensor:
+        return x.clamp_max(most)
+
+    @staticmethod
+    def bits(x: Tensor) -> Tensor:
+        return x.view(torch.int32)
+
+    @staticmethod
+    def from_bits(x: Tensor) -> Tensor:
+        return x.view(torch.float32)
+
+    @staticmethod
+    def uint(x: Any) -> Any:
+        return x if isinstance(x, Tensor) else x - ((x & 0x80000000) << 1)
+
+    @staticmethod
+    def shift_right(x: Tensor, places: int) -> Tensor:
+        return (x >> places) & ((1 << (32 - places)) - 1)
+
+    @staticmethod
+    def to_float(x: Tensor) -> Tensor:
+        return x.float()
+
+
+_noise, _turned = bind(noise, format_xp), bind(turned, format_xp)
+
+
+def _raw(t: Tensor, format: Format) -> Tensor:
+    return t.view(torch.int16) if format.storage == "bits16" else t
+
+
+def decode(format: Format, codes: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that codes [rows, rest] with scales [rows, blocks] stand for."""
+    raw = _raw(codes, format)
+    if format.storage.startswith("float"):
+        return raw.to(dtype)
+    raw = raw.to(torch.int32)
+    x: Tensor = bind(format.decode, format_xp)(raw, None if scale is None else _spread(scale, codes.shape[1]))
+    return x
+
+
+def encode(format: Format, x: Tensor, random: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
+    """Write float32 numbers x [rows, rest] as codes and scales."""
+    spread = None
+    if scale is not None and format.scale is not None:
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).abs()
+        scale.copy_(bind(format.scale, format_xp)(padded.view(len(x), -1, BLOCK).amax(2)))
+        spread = _spread(scale, x.shape[1])
+    _raw(codes, format).copy_(bind(format.encode, format_xp)(x, spread, random))
+
+
+def _spread(scale: Tensor, length: int) -> Tensor:
+    return scale.repeat_interleave(BLOCK, dim=1)[:, :length]
+
+
 class Launch:
     """See :class:`ademamix.backends.Launch`."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        parameters: Sequence[torch.Tensor],
-        slots: Sequence[Sequence[torch.Tensor | None]],
-        grad_dtype: torch.dtype,
-    ) -> None:
-        self.rule = bind(rule, xp)
-        self.names = coefficient_names(rule)
-        self.dtype = compute_dtype(parameters[0].dtype)
-        self.pieces = [_pieces(p, *stored) for p, stored in zip(parameters, slots, strict=True)]
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.rule = bind(batch.rule, xp)
+        self.names = coefficient_names(batch.rule)
+        self.formats = (batch.format, batch.grad, *batch.formats)
 
-    def __call__(self, grads: Sequence[torch.Tensor], rows: Sequence[int], coefficients: npt.NDArray[Any]) -> None:
-        lists: dict[tuple[torch.device, int], list[tuple[torch.Tensor | None, ...]]] = defaultdict(list)
-        for pieces, g, row in zip(self.pieces, grads, rows, strict=True):
-            for (g_piece,), (p, *slots) in zip(_pieces(g), pieces, strict=True):
-                lists[g.device, row].append((p, g_piece, *slots))
-        rounded = coefficients.astype(np.float64 if self.dtype == torch.float64 else np.float32)
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        rows: Sequence[int],
+        coefficients: npt.NDArray[np.float64],
+        keys: npt.NDArray[np.uint32],
+    ) -> None:
+        lists: dict[tuple[torch.device, int], list[_Piece]] = defaultdict(list)
+        for i, (g, row) in enumerate(zip(grads, rows, strict=True)):
+            lists[g.device, row] += _pieces(self.batch, i, g, int(keys[i]))
+        rounded = coefficients.astype(np.float64 if self.batch.double else np.float32)
         for (_, row), pieces in lists.items():
             while pieces:
                 count = elements = 0
                 while count < len(pieces) and elements < PIECE:
-                    elements += pieces[count][1].numel()  # type: ignore[union-attr]
+                    elements += pieces[count].tensors[1].numel()  # type: ignore[union-attr]
                     count += 1
                 self._update(pieces[:count], rounded[row].tolist())
                 del pieces[:count]
 
-    def _update(self, pieces: Sequence[Sequence[torch.Tensor | None]], coefficients: Sequence[float]) -> None:
-        columns = list(zip(*pieces, strict=True))
-        p, g, *slots = (Tensors([t.to(self.dtype) for t in c]) if c[0] is not None else 0.0 for c in columns)
+    def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[float]) -> None:
+        dtype = torch.float64 if self.batch.double else torch.float32
+        tensors = list(zip(*(piece.tensors for piece in pieces), strict=True))
+        scales = list(zip(*(piece.scales for piece in pieces), strict=True))
+        p, g, *slots = (
+            0.0 if f is None else Tensors([decode(f, t, s, dtype) for t, s in zip(ts, ss, strict=True)])
+            for f, ts, ss in zip(self.formats, tensors, scales, strict=True)
+        )
         factor, *rest = coefficients
         results = self.rule(p, _foreach("mul")(g, factor), *slots, **dict(zip(self.names, rest, strict=True)))
-        for column, result in zip([columns[0], *columns[2:]], results, strict=True):
-            if column[0] is not None:
-                torch._foreach_copy_(column, result.tensors)
+        random = [_element_noise(piece) if self.batch.stochastic else None for piece in pieces]
+        for k, result in zip((0, *range(2, len(self.formats))), results, strict=True):
+            f = self.formats[k]
+            if f is not None and f.storage.startswith("float"):
+                torch._foreach_copy_(tensors[k], result.tensors)
+            elif f is not None:
+                for x, t, s, h in zip(result.tensors, tensors[k], scales[k], random, strict=True):
+                    places = 8 * max(k - 1, 0) % 32
+                    encode(f, x, _turned(h, places) if places and h is not None else h, t, s)
 
 
-def _pieces(*tensors: torch.Tensor | None) -> list[tuple[torch.Tensor | None, ...]]:
-    """Flat views of dense tensors with equal strides, cut alike into at most PIECE elements."""
-    flat = [(torch.split(t.as_strided((t.numel(),), (1,)), PIECE) if t is not None else None) for t in tensors]
-    count = len(flat[0])  # type: ignore[arg-type]
-    return [tuple(f[i] if f is not None else None for f in flat) for i in range(count)]
+@dataclass
+class _Piece:
+    """Some rows of a parameter, as two-dimensional views: [p, g, *slots] and [None, None, *scales]."""
+
+    key: int
+    start: int  # the first element's index in the parameter
+    tensors: list[Tensor | None]
+    scales: list[Tensor | None]
+
+
+def _pieces(batch: Batch, i: int, g: Tensor, key: int) -> Iterator[_Piece]:
+    p = batch.parameters[i]
+    if p.numel() == 0:
+        return
+    shape = (p.shape[0], p.numel() // p.shape[0]) if batch.blocked else (p.numel(), 1)
+
+    def views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        # Dense tensors of equal strides lie alike in memory: without blocks, any order of the elements will do.
+        return [None if t is None else t.as_strided(shape, (shape[1], 1)) for t in tensors]
+
+    tensors, scales = views([p, g, *batch.slots[i]]), [None, None, *batch.scales[i]]
+    rows = max(1, PIECE // shape[1])
+    for first in range(0, shape[0], rows):
+        yield _Piece(
+            key,
+            first * shape[1],
+            [None if t is None else t[first : first + rows] for t in tensors],
+            [None if t is None else t[first : first + rows] for t in scales],
+        )
+
+
+def _element_noise(piece: _Piece) -> Tensor:
+    like = piece.tensors[0]
+    assert like is not None
+    index = torch.arange(piece.start, piece.start + like.numel(), device=like.device).to(torch.int32).view(like.shape)
+    noise: Tensor = _noise(format_xp.uint(piece.key), index)
+    return noise

@@ -1,0 +1,155 @@
+"""How a state slot, or a parameter, is stored: pairs of pure elementwise functions against the namespace ``xp``.
+
+A format says how a block's absolute maximum becomes the block's scale, how ``(x, scale, noise)`` becomes a code, and
+how ``(code, scale)`` becomes a number again. Finding the maximum of a block's new values is the backend's work.
+
+Rounding is stochastic wherever a slot is stored in less than float32: with beta3 = 0.9999 one step changes the slow EMA
+by 1e-4 of its size, which rounding to nearest would lose. The noise is a hash of (seed, step, element), so it is the
+same on every backend, for any number of threads and for any sharding.
+
+Besides arithmetic and the functions that rules use, a backend's ``xp`` has, for 32-bit unsigned integers (torch has
+none: its namespace holds them in int32, which wraps alike): ``bits`` and ``from_bits`` between float32 and its bits,
+``uint`` to bring an integer into that type, ``shift_right`` (zeros come in), and ``to_float``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+xp: Any = None  # bound by each backend; NumPy itself has no bit operations by these names
+
+BLOCK = 256  # elements under one scale, along the rows of a parameter viewed as [dim 0, rest]
+
+
+def noise(key: Any, index: Any) -> Any:
+    """32 random bits for an element: a bijective hash (two multiplications, three shifts) of its index and the key.
+
+    Args:
+        key: 32 bits that stand for seed, step and parameter.
+        index: the element's position in its parameter, modulo 2**32.
+    """
+    h = xp.uint(index ^ key)
+    h = xp.uint(h ^ xp.shift_right(h, 16))
+    h = xp.uint(h * xp.uint(0x7FEB352D))
+    h = xp.uint(h ^ xp.shift_right(h, 15))
+    h = xp.uint(h * xp.uint(0x846CA68B))
+    return xp.uint(h ^ xp.shift_right(h, 16))
+
+
+def keys(seeds: Sequence[int], steps: Sequence[float], positions: Sequence[int]) -> npt.NDArray[np.uint32]:
+    """The noise's key of each parameter: a hash (SplitMix64's) of its group's seed, its step and its position."""
+    state = np.zeros(len(steps), np.uint64)
+    for part in (seeds, steps, positions):
+        state = (state ^ np.array(part, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    key: npt.NDArray[np.uint32] = (state >> np.uint64(32)).astype(np.uint32)
+    return key
+
+
+def turned(noise: Any, places: int) -> Any:
+    """The noise rotated to the left by 0 < places < 32: each slot of an element takes its bits from another place."""
+    return xp.uint(xp.uint(noise << xp.uint(places)) ^ xp.shift_right(noise, 32 - places))
+
+
+def _uniform(noise: Any) -> Any:
+    """Noise in (-0.5, 0.5), symmetric: the middles of 65536 equal parts."""
+    return (xp.to_float(xp.shift_right(noise, 16)) - 32767.5) * (1.0 / 65536.0)
+
+
+def _same(x: Any, scale: Any, noise: Any) -> Any:
+    return x
+
+
+def _decoded(code: Any, scale: Any) -> Any:
+    return code
+
+
+def encode_bfloat16(x: Any, scale: Any, noise: Any) -> Any:
+    """The upper half of float32's bits, rounded up with the probability that the lower half gives."""
+    rounded = xp.shift_right(xp.uint(xp.bits(x) + xp.shift_right(noise, 16)), 16)
+    return xp.where(x == x, rounded, xp.uint(0x7FC0))
+
+
+def encode_bfloat16_nearest(x: Any, scale: Any, noise: Any) -> Any:
+    """The upper half of float32's bits, rounded to nearest, ties to even."""
+    bits = xp.bits(x)
+    odd = xp.uint(xp.shift_right(bits, 16) & xp.uint(1))
+    return xp.where(x == x, xp.shift_right(xp.uint(bits + xp.uint(odd + xp.uint(0x7FFF))), 16), xp.uint(0x7FC0))
+
+
+def decode_bfloat16(code: Any, scale: Any) -> Any:
+    return xp.from_bits(xp.uint(xp.uint(code) << xp.uint(16)))
+
+
+def scale_int8(absmax: Any) -> Any:
+    return absmax * (1.0 / 126.5)  # 127 at most, whatever the roundings on the way
+
+
+def scale_int16(absmax: Any) -> Any:
+    return absmax * (1.0 / 32766.5)
+
+
+def encode_linear(x: Any, scale: Any, noise: Any) -> Any:
+    """x in units of scale, rounded by adding 1.5 * 2**23, which leaves the integer in the lowest bits of the float."""
+    inverse = xp.where(scale > 1e-36, 1.0 / xp.maximum(scale, 1e-36), 0.0)  # below, 1 / scale would overflow
+    shifted = (x * inverse + _uniform(noise)) + 12582912.0
+    return xp.uint(xp.bits(shifted) - xp.uint(0x4B400000))
+
+
+def decode_linear(code: Any, scale: Any) -> Any:
+    return xp.to_float(code) * scale
+
+
+def scale_max(absmax: Any) -> Any:
+    return absmax
+
+
+def encode_float8(x: Any, scale: Any, noise: Any) -> Any:
+    """An unsigned float of 5 exponent and 3 mantissa bits: x / scale from 1.125 * 2**-32 (code 0) to 1 (code 255).
+
+    What is smaller is stored as the smallest: a second moment that became 0 would divide by eps.
+    """
+    inverse = xp.where(scale > 1e-36, 1.0 / xp.maximum(scale, 1e-36), 0.0)
+    bits = xp.bits(xp.minimum(xp.maximum(x * inverse, 2.6193447411060333e-10), 1.0))
+    return xp.uint(xp.shift_right(xp.uint(bits + xp.shift_right(noise, 12)), 20) - xp.uint(761))
+
+
+def decode_float8(code: Any, scale: Any) -> Any:
+    return xp.from_bits(xp.uint(xp.uint(code + 761) << xp.uint(20))) * scale
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are stored.
+
+    ``encode(x, scale, noise) -> code`` and ``decode(code, scale) -> x`` are elementwise; ``scale(absmax) -> scale``
+    serves formats whose blocks of BLOCK elements have a float32 scale each, and is None for others. ``storage`` is the
+    dtype in memory: floating-point codes are the numbers themselves, "bits16" codes are 16 bits of a bfloat16.
+    """
+
+    name: str
+    storage: str
+    encode: Callable[[Any, Any, Any], Any] = _same
+    decode: Callable[[Any, Any], Any] = _decoded
+    scale: Callable[[Any], Any] | None = None
+    stochastic: bool = False
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("float64", "float64"),
+        Format("float32", "float32"),
+        Format("float16", "float16"),
+        Format("bfloat16", "bits16", encode_bfloat16, decode_bfloat16, stochastic=True),
+        Format("bfloat16_nearest", "bits16", encode_bfloat16_nearest, decode_bfloat16),
+        Format("int8", "int8", encode_linear, decode_linear, scale_int8, stochastic=True),
+        Format("int16", "int16", encode_linear, decode_linear, scale_int16, stochastic=True),
+        Format("float8", "uint8", encode_float8, decode_float8, scale_max, stochastic=True),
+    )
+}
