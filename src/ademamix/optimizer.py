@@ -19,7 +19,6 @@ from ademamix.schedules import alpha_schedule, beta3_schedule
 
 STATES = ("float32", "bfloat16", "compact")
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
-_ONE = torch.tensor(1.0)
 
 
 class RuleOptimizer(torch.optim.Optimizer, ABC):
@@ -130,32 +129,39 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
 
-        numbered = enumerate((i, p) for i, group in enumerate(self.param_groups) for p in group["params"])
-        members = [(n, i, p) for n, (i, p) in numbered if p.grad is not None]
-        if not members:
+        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        params = list(chain.from_iterable(active))
+        if not params:
             return loss
-        positions, of_group, params = zip(*members, strict=True)
+        grads = [p.grad for p in params]
+        of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
-        if self._plan is None or not self._plan.serves(self, params, of_group, settings):
+        if self._plan is None or not self._plan.serves(self, params, grads, of_group, settings):
             self._plan = Plan(self, params, of_group, settings)
         plan = self._plan
 
-        rows: dict[tuple[int, float], int] = {}
-        steps = [t.item() for t in plan.steps]
-        assigned = [rows.setdefault(key, len(rows)) for key in zip(of_group, steps, strict=True)]
+        kinds = [(i, step[()]) for i, step in zip(of_group, plan.steps, strict=True)]
+        rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
         names = backends.coefficient_names(self.rule)
         coefficients = np.empty((len(rows), 1 + len(names)))
         for (i, done), row in rows.items():
             values = self.coefficients(done + 1.0, self.param_groups[i])
             sign = -1.0 if self.param_groups[i]["maximize"] else 1.0
             coefficients[row] = [sign, *(values[name] for name in names)]
-        seeds = [self.param_groups[i]["seed"] for i in of_group]
+        random = np.zeros(len(params), np.uint32)
+        if plan.stochastic:
+            every = chain.from_iterable(group["params"] for group in self.param_groups)
+            positions = [n for n, p in enumerate(every) if p.grad is not None]
+            random = keys([self.param_groups[i]["seed"] for i in of_group], [done for _, done in kinds], positions)
 
-        plan.run(assigned, coefficients, keys(seeds, steps, positions))
-        self.state.update(plan.fresh)
-        plan.fresh = {}
-        torch._foreach_add_(plan.steps, _ONE, alpha=1.0)  # a Python number would become a tensor for each of them
-        increment_version(plan.written)
+        plan.run(grads, [rows[kind] for kind in kinds], coefficients, random)
+        if plan.fresh:
+            self.state.update(plan.fresh)
+            plan.fresh = {}
+            plan.all_states = list(self.state.values())
+        for (_, done), step in zip(kinds, plan.steps, strict=True):
+            step[()] = done + 1.0
+        increment_version(params)  # state is in nobody's graph
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

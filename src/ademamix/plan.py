@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +42,21 @@ class Plan:
         self.states = [state_of(optimizer.state.get(p), p, f) for p, f in zip(params, formats, strict=True)]
         # The optimizer takes new state over once the step has succeeded.
         self.fresh = {p: s for p, s in zip(params, self.states, strict=True) if s is not optimizer.state.get(p)}
-        self.steps = [state["step"] for state in self.states]
-        self.slots = [
+        self.all_states = list(optimizer.state.values())
+        steps = [state["step"] for state in self.states]
+        self.steps: list[Any] = [
+            memoryview(t.numpy()) for t in steps
+        ]  # a tenth of the time that torch takes for so many scalars
+        self.entries = [value for state in self.states for value in state.values()]
+        slots = [
             (state, name)
             for state, f in zip(self.states, formats, strict=True)
             for n in f
             for name in _tensor_names(n, f)
         ]
-        self.written = [*params, *(state[name] for state, name in self.slots)]
-        self.pointers = [t.data_ptr() for t in self.written]
-        self.grad_kinds = [(g.dtype, g.layout) for g in _grads(params)]
+        self.tensors = [*params, *steps, *(state[name] for state, name in slots)]
+        self.pointers = list(map(Tensor.data_ptr, self.tensors))
+        self.grad_dtypes = [g.dtype for g in _grads(params)]
 
         # Backends update real, dense tensors: views of the parameters, or a copy where a parameter is not dense.
         fit = [_fits(p, f) for p, f in zip(params, formats, strict=True)]
@@ -69,6 +75,7 @@ class Plan:
             own = _number_format(target, stochastic=settings[i].stochastic_rounding)
             buckets[p.device.type, own, grad, tuple(f.get(name) for name in names)].append(index)
         self.launches = []
+        self.stochastic = False
         for (_, own, grad, kept), members in buckets.items():
             named = list(zip(names, kept, strict=True))
             batch = backends.Batch(
@@ -81,11 +88,13 @@ class Plan:
                 [[self.states[m].get(f"{n}_scale") if f and f.scale else None for n, f in named] for m in members],
             )
             self.launches.append((backends.launch(optimizer.backend, batch), members))
+            self.stochastic |= batch.stochastic
 
     def serves(
         self,
         optimizer: RuleOptimizer,
         params: Sequence[Tensor],
+        grads: Sequence[Tensor],
         of_group: Sequence[int],
         settings: Sequence[GroupSettings],
     ) -> bool:
@@ -94,19 +103,26 @@ class Plan:
             of_group == self.of_group
             and settings == self.settings
             and all(map(is_, params, self.params))
-            and all(map(is_, map(optimizer.state.get, params), self.states))
-            and all(map(is_, [state.get("step") for state in self.states], self.steps))
-            and all(map(is_, [state.get(name) for state, name in self.slots], self.written[len(params) :]))
-            and [t.data_ptr() for t in self.written] == self.pointers
-            and [(g.dtype, g.layout) for g in _grads(params)] == self.grad_kinds
+            and len(optimizer.state) == len(self.all_states)  # compared in their order: hashing tensors is slow
+            and all(map(is_, optimizer.state.values(), self.all_states))
+            and sum(map(len, self.states)) == len(self.entries)
+            and all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.entries))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+            and [g.dtype for g in grads] == self.grad_dtypes
+            and {g.layout for g in grads} == {torch.strided}
         )
 
-    def run(self, rows: Sequence[int], coefficients: npt.NDArray[np.float64], keys: npt.NDArray[np.uint32]) -> None:
-        """Update all parameters; ``coefficients[rows[i]]`` and ``keys[i]`` serve the i-th."""
-        grads = _grads(self.params)
+    def run(
+        self,
+        grads: list[Tensor],
+        rows: Sequence[int],
+        coefficients: npt.NDArray[np.float64],
+        keys: npt.NDArray[np.uint32],
+    ) -> None:
+        """Update all parameters; ``grads[i]``, ``coefficients[rows[i]]`` and ``keys[i]`` serve the i-th."""
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
-        strides = [g.stride() for g in grads]
+        strides = list(map(Tensor.stride, grads))
         if strides != self.layouts:
             for i, (stride, layout) in enumerate(zip(strides, self.layouts, strict=True)):
                 if stride != layout:
@@ -234,6 +250,11 @@ def state_of(saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, F
     """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
     state: dict[str, Any] = {"step": torch.tensor(0.0), **(saved or {})}
     check_state(state, p, formats)
+    step = state["step"]
+    if not (
+        isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device.type == "cpu"
+    ):
+        state["step"] = torch.tensor(float(step))
     for name, format in formats.items():
         value, scale = state.get(name), state.pop(f"{name}_scale", None)
         if value is not None:

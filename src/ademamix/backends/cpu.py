@@ -397,7 +397,7 @@ class Launch:
         coefficients: npt.NDArray[np.float64],
         keys: npt.NDArray[np.uint32],
     ) -> None:
-        self.pointers[:, 1] = [g.data_ptr() for g in grads]
+        self.pointers[:, 1] = list(map(torch.Tensor.data_ptr, grads))
         tables = (self.pointers, self.shapes, self.offsets)
         arguments = (*tables, np.array(rows, np.int64), coefficients.astype(self.dtype), keys)
         threads = torch.get_num_threads()
