@@ -44,9 +44,8 @@ class Plan:
         self.fresh = {p: s for p, s in zip(params, self.states, strict=True) if s is not optimizer.state.get(p)}
         self.all_states = list(optimizer.state.values())
         steps = [state["step"] for state in self.states]
-        self.steps: list[Any] = [
-            memoryview(t.numpy()) for t in steps
-        ]  # a tenth of the time that torch takes for so many scalars
+        # Read and written through these, many scalars take a tenth of the time that torch takes.
+        self.steps: list[Any] = [memoryview(t.numpy()) for t in steps]
         self.entries = [value for state in self.states for value in state.values()]
         slots = [
             (state, name)
