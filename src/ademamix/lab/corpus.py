@@ -212,16 +212,21 @@ def stdlib_tokens() -> Path:
     """Return the token folder of the standard library's own sources, made on first use.
 
     Its tests are left out: many distributions ship Python without them, and the same version should give the same
-    corpus everywhere. The name of the folder is a hash of what it was made from.
+    corpus everywhere. The name of the folder is a hash of the files' names, sizes and times.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     leave = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    files = [path for path in sorted(root.rglob("*.py")) if leave.isdisjoint(path.relative_to(root).parts)]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - leave  # not entered: site-packages can be large
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
     if not files:
         raise BadInputError(f"this Python has no sources of its standard library in {root}; give --data")
     digest = hashlib.blake2b(digest_size=8)
-    for path in files:
-        digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    for path in files:  # reading them all would take half a second at every start
+        stat = path.stat()
+        digest.update(repr((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)).encode())
     out = cache_folder() / f"stdlib-{digest.hexdigest()}"
     if not out.exists():
         encode, vocab_size = byte_encoder()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from ademamix import AdamW, AdEMAMix
+from ademamix import AdamW, AdEMAMix, RuleOptimizer
 from ademamix.lab.config import BadInputError, Job, Optimizer, Recipe, to_json
 from ademamix.lab.console import Show
 from ademamix.lab.corpus import stdlib_tokens
@@ -58,20 +58,24 @@ class Result:
     curve: list[dict[str, float]]  # step, tokens, seconds, valid_loss of every evaluation
 
 
-def make_optimizer(name: Optimizer, model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer for the model.
+def _hyperparameters(name: Optimizer, recipe: Recipe) -> tuple[type[RuleOptimizer], dict[str, Any]]:
+    """Return the recipe's optimizer class and its arguments.
 
     Raises:
         BadInputError: a setting is out of its range.
     """
-    s, m = recipe.adamw, recipe.ademamix
+    s, m, steps = recipe.adamw, recipe.ademamix, recipe.steps
+    kind: type[RuleOptimizer]
+    if name == "adamw":
+        kind, settings = AdamW, {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay}
+    else:
+        kind, settings = AdEMAMix, {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps}
+        settings |= {"weight_decay": m.weight_decay, "alpha": m.alpha, "alpha_warmup": steps, "beta3_warmup": steps}
     try:
-        if name == "adamw":
-            return AdamW(model.parameters(), s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-        betas, all_steps = (m.beta1, m.beta2, m.beta3), recipe.steps
-        return AdEMAMix(model.parameters(), m.lr, betas, m.alpha, all_steps, all_steps, m.eps, m.weight_decay)
+        kind.check({"maximize": False, **settings})
     except ValueError as error:
         raise BadInputError(str(error)) from error
+    return kind, settings
 
 
 def check(names: Sequence[Optimizer], recipe: Recipe, job: Job) -> None:
@@ -79,7 +83,7 @@ def check(names: Sequence[Optimizer], recipe: Recipe, job: Job) -> None:
     pick_device(job.device)
     _tokens(recipe)
     for name in names:
-        make_optimizer(name, torch.nn.Linear(1, 1), recipe)
+        _hyperparameters(name, recipe)
 
 
 def _tokens(recipe: Recipe) -> Tokens:
@@ -139,7 +143,8 @@ class _Run:
         self.model = build(recipe, self.tokens.vocab_size)
         self.initial_weights = checksum(self.model)
         self.model.to(self.device)
-        self.optimizer = make_optimizer(name, self.model, recipe)
+        kind, settings = _hyperparameters(name, recipe)
+        self.optimizer = kind(self.model.parameters(), **settings)
         self.step, self.seconds = 0, 0.0
         self.stopwatch = _Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
