@@ -62,10 +62,10 @@ class NumpyLaunch:
         self.names = backends.coefficient_names(batch.rule)
         self.dtype = torch.float64 if batch.double else torch.float32
 
-    def __call__(self, grads: Any, rows: Any, coefficients: Any, keys: Any) -> None:
+    def __call__(self, grads: Any, rows: Any, coefficients: Any, skip: Any) -> None:
         dtype = self.dtype
         for p, g, slots, row in zip(self.parameters, grads, self.slots, rows, strict=True):
-            factor, *values = coefficients[row].astype(np.float64 if dtype == torch.float64 else np.float32)
+            factor, _, *values = coefficients[row].to(dtype).numpy()
             p_, g_, *slots_ = (0 if t is None else t.to(dtype).numpy() for t in (p, g, *slots))
             results = self.rule(p_, g_ * factor, *slots_, **dict(zip(self.names, values, strict=True)))
             for t, result in zip((p, *slots), results, strict=True):

@@ -28,7 +28,7 @@ def noise(key: Any, index: Any) -> Any:
     """32 random bits for an element: a bijective hash (two multiplications, three shifts) of its index and the key.
 
     Args:
-        key: 32 bits that stand for seed, step and parameter.
+        key: 32 bits that stand for all but the element.
         index: the element's position in its parameter, modulo 2**32.
     """
     h = xp.uint(index ^ key)
@@ -39,10 +39,13 @@ def noise(key: Any, index: Any) -> Any:
     return xp.uint(h ^ xp.shift_right(h, 16))
 
 
-def keys(seeds: Sequence[int], steps: Sequence[float], positions: Sequence[int]) -> npt.NDArray[np.uint32]:
-    """The noise's key of each parameter: a hash (SplitMix64's) of its group's seed, its step and its position."""
-    state = np.zeros(len(steps), np.uint64)
-    for part in (seeds, steps, positions):
+def keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint32]:
+    """A key for each parameter: a hash (SplitMix64's) of its group's seed and its position in the optimizer.
+
+    The noise of an element in the step after ``done`` steps is ``noise(noise(key, done), index)``.
+    """
+    state = np.zeros(len(positions), np.uint64)
+    for part in (seeds, positions):
         state = (state ^ np.array(part, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

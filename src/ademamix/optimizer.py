@@ -4,21 +4,30 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
-import numpy as np
+import numpy as xp
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from ademamix import backends, rules
-from ademamix.formats import FORMATS, Format, keys
+from ademamix.distributed import global_norm
+from ademamix.formats import FORMATS, Format
 from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
 from ademamix.schedules import alpha_schedule, beta3_schedule
 
 STATES = ("float32", "bfloat16", "compact")
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
+
+
+class Norm(NamedTuple):
+    """The gradients' norm, as the next step is to use it."""
+
+    value: Tensor
+    factor: Tensor | None  # on the gradients
+    grad_scale: float | Tensor | None  # the gradients have been multiplied by it, and value divided
 
 
 class RuleOptimizer(torch.optim.Optimizer, ABC):
@@ -34,10 +43,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         state: how state slots are stored: "float32", "bfloat16", "compact" (16 bits where memory is long, 8 elsewhere),
             or a mapping of slots to formats (names in ``ademamix.formats.FORMATS``; float32 for slots not in it).
         backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
+        stochastic_rounding: round bfloat16 parameters stochastically.
+        seed: of the noise for stochastic rounding.
+        capturable: count steps and compute coefficients on the parameters' devices.
+        skip_nonfinite: what to do about gradients with a NaN or an infinity in them; see :class:`AdEMAMix`.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
 
     rule: ClassVar[backends.Rule]
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
@@ -51,14 +66,21 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         backend: str = "auto",
         stochastic_rounding: bool = True,
         seed: int = 0,
+        capturable: bool = False,
+        skip_nonfinite: bool | None = None,
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         self.state_format = state
         self._formats = self._formats_of(state)
-        defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        if skip_nonfinite not in (None, True, False):
+            raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
+        defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable}
         self._check_group(defaults)
         self.backend = backend
+        self.skip_nonfinite = skip_nonfinite
+        self._skipped: int | Tensor = 0
+        self._norm: Norm | None = None
         self._plan: Plan | None = None
         super().__init__(params, defaults)
 
@@ -69,8 +91,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     @staticmethod
     @abstractmethod
-    def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
-        """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64."""
+    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64, written against ``xp``."""
 
     def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
         names = backends.slot_names(self.rule)
@@ -84,13 +106,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return {name: FORMATS[state.get(name, "float32")] for name in names}
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
-        return GroupSettings({n: self._formats[n] for n in self.stored(group)}, group["stochastic_rounding"])
+        formats = {name: self._formats[name] for name in self.stored(group)}
+        return GroupSettings(formats, group["stochastic_rounding"], group["seed"])
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
         _check("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
-        if not isinstance(group["stochastic_rounding"], bool):
-            raise ValueError(f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}")
+        for name in ("stochastic_rounding", "capturable"):
+            if not isinstance(group[name], bool):
+                raise ValueError(f"{name} must be True or False, got {group[name]!r}")
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -109,6 +133,65 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 backends.choose(self.backend, p.device)
         super().add_param_group({**param_group, "params": given})
 
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
+        return int(self._skipped)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop or zero the gradients as in torch.optim, and what :meth:`clip_grad_norm_` has found about them."""
+        self._norm = None
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | None = None) -> Tensor:
+        """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
+
+        The gradients are read once and stay as they are: the next :meth:`step` multiplies them on its way by
+        ``min(1, max_norm / (norm + 1e-6))``. It changes nothing at all if the norm is not finite, unless the optimizer
+        has ``skip_nonfinite=False``.
+
+        Args:
+            max_norm: the largest norm, >= 0; ``math.inf`` to look at the norm without clipping.
+            grad_scale: what the gradients have been multiplied by, that is, a GradScaler's scale if its ``unscale_``
+                was not called; None if they are as they should be.
+
+        Returns:
+            The norm before clipping (and without the scale), a tensor of no dimensions on the gradients' device. It
+            overflows to infinity for gradients above 1e19.
+        """
+        _check_bound("max_norm", max_norm)
+        norm = global_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        if grad_scale is not None:
+            norm = norm / grad_scale
+        self._norm = Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
+        return norm
+
+    def _guard(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What to multiply the gradients by, and whether to skip the step, where that is a question."""
+        norm, self._norm = self._norm, None
+        # A GradScaler sets these two for the time of a step.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if norm is not None and norm.grad_scale is None and scale is not None:
+            raise RuntimeError(
+                "clip_grad_norm_ has seen scaled gradients: call scaler.unscale_(optimizer) before it, "
+                "or give it grad_scale=scaler.get_scale()"
+            )
+        if norm is None and self.skip_nonfinite:
+            norm = Norm(global_norm(grads), None, None)
+        factor, skip = None, None
+        if norm is not None:
+            factor = norm.factor
+            scale = norm.grad_scale if norm.grad_scale is not None else scale
+            if self.skip_nonfinite is not False:
+                skip = ~norm.value.isfinite()
+        if scale is not None:
+            inverse = torch.as_tensor(1.0 / scale)
+            factor = inverse if factor is None else factor * inverse
+        if found_inf is not None:
+            skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
+        return factor, skip
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -117,12 +200,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
+        Nothing is changed, and ``skipped_steps`` counts it, if a GradScaler or :meth:`clip_grad_norm_` (or, with
+        ``skip_nonfinite=True``, the step itself) has seen a gradient that is not finite.
+
         Args:
             closure: reevaluates the model and returns the loss, which ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a dtype is not served, or a state tensor does not fit its parameter;
-                nothing has been changed then.
+            RuntimeError: a gradient is sparse, a dtype is not served, a state tensor does not fit its parameter, the
+                gradients were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
+                ``capturable``; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -133,34 +220,32 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         params = list(chain.from_iterable(active))
         if not params:
             return loss
+        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
+            if missing:
+                raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
         grads = [p.grad for p in params]
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
-        if self._plan is None or not self._plan.serves(self, params, grads, of_group, settings):
-            self._plan = Plan(self, params, of_group, settings)
+        factor, skip = self._guard(grads)
+        if skip is not None and skip.device.type == "cpu":  # there it is known
+            if skip:
+                self._skipped += 1
+                return loss
+            skip = None
+        with_tensors = skip is not None or any(group["capturable"] for group in self.param_groups)
+        if self._plan is None or not self._plan.serves(self, params, grads, of_group, settings, with_tensors):
+            self._plan = Plan(self, params, of_group, settings, with_tensors)
         plan = self._plan
-
-        kinds = [(i, step[()]) for i, step in zip(of_group, plan.steps, strict=True)]
-        rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
-        names = backends.coefficient_names(self.rule)
-        coefficients = np.empty((len(rows), 1 + len(names)))
-        for (i, done), row in rows.items():
-            values = self.coefficients(done + 1.0, self.param_groups[i])
-            sign = -1.0 if self.param_groups[i]["maximize"] else 1.0
-            coefficients[row] = [sign, *(values[name] for name in names)]
-        random = np.zeros(len(params), np.uint32)
-        if plan.stochastic:
-            every = chain.from_iterable(group["params"] for group in self.param_groups)
-            positions = [n for n, p in enumerate(every) if p.grad is not None]
-            random = keys([self.param_groups[i]["seed"] for i in of_group], [done for _, done in kinds], positions)
-
-        plan.run(grads, [rows[kind] for kind in kinds], coefficients, random)
+        plan.run(self, grads, factor, skip)
         if plan.fresh:
             self.state.update(plan.fresh)
             plan.fresh = {}
             plan.all_states = list(self.state.values())
-        for (_, done), step in zip(kinds, plan.steps, strict=True):
-            step[()] = done + 1.0
+        if skip is not None:
+            if not isinstance(self._skipped, Tensor):
+                self._skipped = torch.full((), self._skipped, device=skip.device)
+            self._skipped += skip
         increment_version(params)  # state is in nobody's graph
         return loss
 
@@ -179,12 +264,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        of_group = {p: group for group in self.param_groups for p in group["params"]}
         for p, saved in self._by_parameter(loaded):
             kept = {
                 name: value for name, value in saved.items() if value is not None
             }  # the authors store None for none
-            formats = slot_formats(p, GroupSettings(self._formats, of_group[p]["stochastic_rounding"]))
+            formats = slot_formats(p, self._formats)
             exact = state_of(kept, p, {name: f for name, f in formats.items() if name in kept})
             self.state[p] = {**exact, "step": torch.tensor(float(kept["step"]))}
 
@@ -204,13 +288,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("state_format", "_formats", "backend")}
+        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped")
+        kept = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
-        self._plan = None
+        self._plan = self._norm = None
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
             for name, value in defaults.items():
                 group.setdefault(name, value)
@@ -220,6 +305,11 @@ def _check(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -
     number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not math.isfinite(value) or not fits(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_bound(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not value >= 0.0:
+        raise ValueError(f"{name} must be a number >= 0, got {value!r}")
 
 
 def _check_common(group: Mapping[str, Any], betas: int) -> None:
@@ -234,16 +324,16 @@ def _check_common(group: Mapping[str, Any], betas: int) -> None:
         raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
 
 
-def _common_coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+def _common_coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     beta1, beta2 = group["betas"][:2]
     return {
-        "lr": float(group["lr"]),
+        "lr": group["lr"],
         "weight_decay": group["weight_decay"],
         "eps": group["eps"],
         "w1": 1.0 - beta1,
         "w2": 1.0 - beta2,
         "debias1": 1.0 / (1.0 - beta1**step),
-        "debias2": 1.0 / math.sqrt(1.0 - beta2**step),
+        "debias2": 1.0 / xp.sqrt(1.0 - beta2**step),
     }
 
 
@@ -279,6 +369,12 @@ class AdEMAMix(RuleOptimizer):
         stochastic_rounding: round bfloat16 parameters stochastically, so that updates far below half a unit in the
             last place move them by the right amount on average; False rounds to nearest, as torch.optim does.
         seed: of the noise for stochastic rounding, an integer >= 0.
+        capturable: count steps and compute coefficients on the parameters' devices, so that a CUDA graph can capture
+            the step; on a device ``step`` is a tensor there. Make ``lr`` a tensor on the device if it is to change.
+        skip_nonfinite: a NaN or an infinity that enters the slow EMA would stay for tens of thousands of steps. True:
+            a step whose gradients' norm is not finite leaves parameters, state and ``step`` as they are, and
+            ``skipped_steps`` counts it. None: so it is after :meth:`clip_grad_norm_`, which gives the norm, and under a
+            GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
 
     State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
 
@@ -309,6 +405,8 @@ class AdEMAMix(RuleOptimizer):
         backend: str = "auto",
         stochastic_rounding: bool = True,
         seed: int = 0,
+        capturable: bool = False,
+        skip_nonfinite: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -321,7 +419,14 @@ class AdEMAMix(RuleOptimizer):
             "maximize": maximize,
         }
         super().__init__(
-            params, defaults, state=state, backend=backend, stochastic_rounding=stochastic_rounding, seed=seed
+            params,
+            defaults,
+            state=state,
+            backend=backend,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            capturable=capturable,
+            skip_nonfinite=skip_nonfinite,
         )
 
     @staticmethod
@@ -332,33 +437,13 @@ class AdEMAMix(RuleOptimizer):
             if group[name] is not None:
                 _check(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
 
-    def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
-        names = backends.slot_names(self.rule)
-        if not isinstance(state, Mapping):
-            if state not in STATES:
-                raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
-            state = self.compact if state == "compact" else dict.fromkeys(names, state)
-        for name, format in state.items():
-            if name not in names or format not in SLOT_FORMATS:
-                raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
-        return {name: FORMATS[state.get(name, "float32")] for name in names}
-
-    def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
-        return GroupSettings({n: self._formats[n] for n in self.stored(group)}, group["stochastic_rounding"])
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        self.check(group)
-        _check("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
-        if not isinstance(group["stochastic_rounding"], bool):
-            raise ValueError(f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}")
-
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
         names = super().stored(group)
         return names if group["betas"][0] > 0.0 else names[1:]
 
     @staticmethod
-    def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         beta1, _, beta3 = group["betas"]
         return {
             **_common_coefficients(step, group),
@@ -383,7 +468,7 @@ class AdamW(RuleOptimizer):
             parameter), or a mapping of slots to formats. All but float32 round stochastically.
         backend: "auto" (the fused backend for CPU tensors, eager elsewhere), "eager" or "cpu".
         stochastic_rounding: as in :class:`AdEMAMix`.
-        seed: as in :class:`AdEMAMix`.
+        seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
@@ -405,10 +490,19 @@ class AdamW(RuleOptimizer):
         backend: str = "auto",
         stochastic_rounding: bool = True,
         seed: int = 0,
+        capturable: bool = False,
+        skip_nonfinite: bool | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
-            params, defaults, state=state, backend=backend, stochastic_rounding=stochastic_rounding, seed=seed
+            params,
+            defaults,
+            state=state,
+            backend=backend,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            capturable=capturable,
+            skip_nonfinite=skip_nonfinite,
         )
 
     @staticmethod
@@ -416,5 +510,5 @@ class AdamW(RuleOptimizer):
         _check_common(group, betas=2)
 
     @staticmethod
-    def coefficients(step: float, group: Mapping[str, Any]) -> dict[str, float]:
+    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         return _common_coefficients(step, group)

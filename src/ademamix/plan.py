@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ademamix import backends
 from ademamix.backends import eager
-from ademamix.formats import BLOCK, FORMATS, Format
+from ademamix.formats import BLOCK, FORMATS, Format, keys
+from ademamix.table import on_device, on_host, sent_to
 
 if TYPE_CHECKING:
     from ademamix.optimizer import RuleOptimizer
 
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,18 +34,25 @@ class Plan:
         params: Sequence[Tensor],
         of_group: Sequence[int],
         settings: Sequence[GroupSettings],
+        with_tensors: bool,
     ) -> None:
         self.params, self.of_group, self.settings = params, of_group, settings
+        saved = [optimizer.state.get(p) for p in params]
+        # Steps that live on an accelerator stay there: reading them would wait for it.
+        self.on_device = with_tensors or any(s and s["step"].device.type != "cpu" for s in saved)
         for i, p in zip(of_group, params, strict=True):
             _check_tensors(type(optimizer).__name__, i, p)
-        formats = [slot_formats(p, settings[i]) for i, p in zip(of_group, params, strict=True)]
-        self.states = [state_of(optimizer.state.get(p), p, f) for p, f in zip(params, formats, strict=True)]
+        formats = [slot_formats(p, settings[i].formats) for i, p in zip(of_group, params, strict=True)]
+        self.states = [
+            state_of(s, p, f, p.device if self.on_device else CPU)
+            for s, p, f in zip(saved, params, formats, strict=True)
+        ]
         # The optimizer takes new state over once the step has succeeded.
-        self.fresh = {p: s for p, s in zip(params, self.states, strict=True) if s is not optimizer.state.get(p)}
+        self.fresh = {p: s for p, s, old in zip(params, self.states, saved, strict=True) if s is not old}
         self.all_states = list(optimizer.state.values())
-        steps = [state["step"] for state in self.states]
+        self.steps = [state["step"] for state in self.states]
         # Read and written through these, many scalars take a tenth of the time that torch takes.
-        self.steps: list[Any] = [memoryview(t.numpy()) for t in steps]
+        self.counters: list[Any] = [] if self.on_device else [memoryview(t.numpy()) for t in self.steps]
         self.entries = [value for state in self.states for value in state.values()]
         slots = [
             (state, name)
@@ -53,7 +60,7 @@ class Plan:
             for n in f
             for name in _tensor_names(n, f)
         ]
-        self.tensors = [*params, *steps, *(state[name] for state, name in slots)]
+        self.tensors = [*params, *self.steps, *(state[name] for state, name in slots)]
         self.pointers = list(map(Tensor.data_ptr, self.tensors))
         self.grad_dtypes = [g.dtype for g in _grads(params)]
 
@@ -67,14 +74,19 @@ class Plan:
         self.complex = [i for i, p in enumerate(params) if p.is_complex()]
         self.layouts = [t.stride() for t in self.targets]
 
+        self.places: dict[tuple[torch.device, int], list[int]] = defaultdict(list)
+        for index, (i, p) in enumerate(zip(of_group, params, strict=True)):
+            self.places[p.device, i].append(index)
         buckets: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         names = backends.slot_names(optimizer.rule)
+        every = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        positions = [n for n, p in enumerate(every) if p.grad is not None]
+        random = keys([settings[i].seed for i in of_group], positions)
         for index, (i, p, target, f) in enumerate(zip(of_group, params, self.targets, formats, strict=True)):
             grad = _number_format(_real(_grads([p])[0]), stochastic=False)
             own = _number_format(target, stochastic=settings[i].stochastic_rounding)
-            buckets[p.device.type, own, grad, tuple(f.get(name) for name in names)].append(index)
+            buckets[p.device, own, grad, tuple(f.get(name) for name in names)].append(index)
         self.launches = []
-        self.stochastic = False
         for (_, own, grad, kept), members in buckets.items():
             named = list(zip(names, kept, strict=True))
             batch = backends.Batch(
@@ -85,9 +97,9 @@ class Plan:
                 [self.targets[m] for m in members],
                 [[None if f is None else _real(self.states[m][n]) for n, f in named] for m in members],
                 [[self.states[m].get(f"{n}_scale") if f and f.scale else None for n, f in named] for m in members],
+                random[members],
             )
             self.launches.append((backends.launch(optimizer.backend, batch), members))
-            self.stochastic |= batch.stochastic
 
     def serves(
         self,
@@ -96,11 +108,13 @@ class Plan:
         grads: Sequence[Tensor],
         of_group: Sequence[int],
         settings: Sequence[GroupSettings],
+        with_tensors: bool,
     ) -> bool:
         """Whether all is as it was when this plan was made, also if somebody exchanged tensors or their memory."""
         return (
             of_group == self.of_group
             and settings == self.settings
+            and with_tensors <= self.on_device
             and all(map(is_, params, self.params))
             and len(optimizer.state) == len(self.all_states)  # compared in their order: hashing tensors is slow
             and all(map(is_, optimizer.state.values(), self.all_states))
@@ -111,14 +125,16 @@ class Plan:
             and {g.layout for g in grads} == {torch.strided}
         )
 
-    def run(
-        self,
-        grads: list[Tensor],
-        rows: Sequence[int],
-        coefficients: npt.NDArray[np.float64],
-        keys: npt.NDArray[np.uint32],
-    ) -> None:
-        """Update all parameters; ``grads[i]``, ``coefficients[rows[i]]`` and ``keys[i]`` serve the i-th."""
+    def run(self, optimizer: RuleOptimizer, grads: list[Tensor], factor: Tensor | None, skip: Tensor | None) -> None:
+        """Update all parameters and count the step.
+
+        Args:
+            optimizer: its rule's coefficients and groups are read.
+            grads: a gradient for each parameter.
+            factor: multiplies all gradients; of one element.
+            skip: boolean, of one element: if it is true, nothing changes.
+        """
+        rows, table = self._table(optimizer)
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
         strides = list(map(Tensor.stride, grads))
@@ -128,10 +144,44 @@ class Plan:
                     grads[i] = torch.empty_like(self.targets[i], dtype=grads[i].dtype).copy_(grads[i])
         for i in self.copied:
             self.targets[i].copy_(_real(self.params[i]))
+        tables: dict[torch.device, Tensor] = {}
         for launch, members in self.launches:
-            launch([grads[m] for m in members], [rows[m] for m in members], coefficients, keys[members])
+            device = self.params[members[0]].device
+            if device not in tables:
+                coefficients = table(device)
+                if factor is not None:
+                    if factor.device.type != "cpu":
+                        coefficients = sent_to(device, coefficients)
+                    coefficients[:, 0] *= factor.to(coefficients.device, non_blocking=True)
+                tables[device] = coefficients
+            here = None if skip is None else skip.to(device, non_blocking=True)
+            launch([grads[m] for m in members], [rows[m] for m in members], tables[device], here)
         for i in self.copied:
             _real(self.params[i]).copy_(self.targets[i])
+        self._count(skip)
+
+    def _table(self, optimizer: RuleOptimizer) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
+        names = backends.coefficient_names(optimizer.rule)
+        if not self.on_device:
+            done = [counter[()] for counter in self.counters]
+            return on_host(optimizer.coefficients, names, optimizer.param_groups, self.of_group, done)
+        rows = [0] * len(self.params)
+        tables: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for (device, i), members in self.places.items():
+            first = sum(map(len, tables[device]))
+            for row, m in enumerate(members, first):
+                rows[m] = row
+            done = [self.steps[m] for m in members]
+            tables[device].append(on_device(optimizer.coefficients, names, optimizer.param_groups[i], done))
+        return rows, lambda device: torch.cat(tables[device])
+
+    def _count(self, skip: Tensor | None) -> None:
+        for counter in self.counters:
+            counter[()] += 1.0
+        if self.on_device:
+            for (device, _), members in self.places.items():
+                taken = 1.0 if skip is None else 1.0 - skip.to(device, torch.float32, non_blocking=True)
+                torch._foreach_add_([self.steps[m] for m in members], taken)
 
 
 def _grads(params: Sequence[Tensor]) -> list[Tensor]:
@@ -148,17 +198,18 @@ class GroupSettings:
 
     formats: dict[str, Format]  # of the slots that are stored
     stochastic_rounding: bool
+    seed: int
 
 
 SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
 
 
-def slot_formats(p: Tensor, settings: GroupSettings) -> dict[str, Format]:
+def slot_formats(p: Tensor, formats: dict[str, Format]) -> dict[str, Format]:
     """The formats of the parameter's own slots: its group's, or full precision where those would not serve."""
     if p.dtype == torch.float64 or p.is_complex() or p.ndim < 2 or p.numel() < SMALLEST:
         full = FORMATS["float64" if p.dtype.to_real() == torch.float64 else "float32"]
-        return dict.fromkeys(settings.formats, full)
-    return settings.formats
+        return dict.fromkeys(formats, full)
+    return formats
 
 
 def _tensor_names(slot: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
@@ -217,10 +268,10 @@ def stored_slot(
             value, scale = numbers.to(wanted.dtype), None
         else:
             value = torch.empty_like(wanted, device=p.device, memory_format=torch.contiguous_format)
-            scale = value.new_zeros(_scale_shape(p), dtype=torch.float32) if format.scale else None
             rows = numbers.float().contiguous().view(p.shape[0], -1)
             middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
-            eager.encode(format, rows, middle, value.view(p.shape[0], -1), scale)
+            codes, scale = eager.encode(format, rows, middle)
+            eager.write(format, value.view(p.shape[0], -1), codes)
     if value.stride() != wanted.stride():
         value = torch.empty_like(wanted, device=p.device).copy_(value)
     if format.scale is None:
@@ -245,15 +296,17 @@ def check_state(saved: Mapping[str, Any], p: Tensor, names: Iterable[str]) -> No
                 raise ValueError(f"state tensor {what!r} {found}; a parameter of shape {tuple(p.shape)} needs {shape}")
 
 
-def state_of(saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format]) -> dict[str, Any]:
+def state_of(
+    saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], step_device: torch.device = CPU
+) -> dict[str, Any]:
     """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
-    state: dict[str, Any] = {"step": torch.tensor(0.0), **(saved or {})}
+    state: dict[str, Any] = {"step": torch.zeros((), device=step_device), **(saved or {})}
     check_state(state, p, formats)
     step = state["step"]
     if not (
-        isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device.type == "cpu"
+        isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
     ):
-        state["step"] = torch.tensor(float(step))
+        state["step"] = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(step_device)
     for name, format in formats.items():
         value, scale = state.get(name), state.pop(f"{name}_scale", None)
         if value is not None:

@@ -26,12 +26,12 @@ _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
 
 @dataclass(frozen=True)
 class Batch:
-    """Parameters that one launch updates: of one device type, dtype and set of formats.
+    """Parameters that one launch updates: of one device, dtype and set of formats.
 
     All tensors are real and dense; where a slot has scales, all are contiguous. For parameter i and slot k of the rule,
     ``slots[i][k]`` holds the codes, with the parameter's shape, and ``scales[i][k]``, float32 of shape
     [dim 0, ceil(rest / BLOCK)], their scales. A slot that is not stored reads as zero and what the rule returns for it
-    is dropped: its format is None, as are its tensors.
+    is dropped: its format is None, as are its tensors. ``keys[i]`` is parameter i's key of the noise (formats.keys).
     """
 
     rule: Rule
@@ -41,6 +41,7 @@ class Batch:
     parameters: Sequence[torch.Tensor]
     slots: Sequence[Sequence[torch.Tensor | None]]
     scales: Sequence[Sequence[torch.Tensor | None]]
+    keys: npt.NDArray[np.uint32]
 
     @property
     def blocked(self) -> bool:
@@ -67,16 +68,17 @@ class Launch(Protocol):
         self,
         grads: Sequence[torch.Tensor],
         rows: Sequence[int],
-        coefficients: npt.NDArray[np.float64],
-        keys: npt.NDArray[np.uint32],
+        coefficients: torch.Tensor,
+        skip: torch.Tensor | None,
     ) -> None:
-        """Update parameters, slots and scales in place.
+        """Update parameters, slots and scales in place, without waiting for the device.
 
         Args:
             grads: one gradient a parameter, with its shape and strides.
             rows: ``coefficients[rows[i]]`` serves parameter i.
-            coefficients: a factor on the gradient, then the rule's coefficients in their order.
-            keys: ``keys[i]`` and an element's index give parameter i's noise (formats.noise).
+            coefficients: [rows, 2 + coefficients], on the CPU, or on the batch's device where only that knows them:
+                a factor on the gradient, the steps done before this one, then the rule's coefficients in their order.
+            skip: None, or a boolean tensor of one element on the batch's device: if it is true, nothing is written.
         """
 
 
@@ -131,7 +133,7 @@ def called_functions(function: Rule) -> dict[str, types.FunctionType]:
     return {n: scope[n] for n in function.__code__.co_names if isinstance(scope.get(n), types.FunctionType)}
 
 
-def bind(function: Rule, xp: Any, wrap: Callable[[Rule], Any] = lambda f: f) -> Any:
+def bind(function: Callable[..., Any], xp: Any, wrap: Callable[[Rule], Any] = lambda f: f) -> Any:
     """The same function over the array namespace ``xp``, wrapped; the functions that it calls are bound with it."""
     called = {name: bind(f, xp, wrap) for name, f in called_functions(function).items()}
     scope = {**function.__globals__, **called, "xp": xp}

@@ -19,7 +19,6 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from llvmlite import ir
 from numba.core import types as nt
@@ -225,11 +224,11 @@ class _Kernel:
                 "        tensor += 1",
                 "    while begin < end:",
                 "        rest, across = shapes[tensor, 0], shapes[tensor, 1]",
-                "        key = keys[tensor]",
                 *(f"        b{k} = pointers[tensor, {scale[k]}]" for k in self.scaled),
                 "        coefficient = rows[tensor]",
                 "        factor = coefficients[coefficient, 0]",
-                *(f"        c{k} = coefficients[coefficient, {k + 1}]" for k in range(count)),
+                "        key = noise(keys[tensor], uint(coefficients[coefficient, 1]))",
+                *(f"        c{k} = coefficients[coefficient, {k + 2}]" for k in range(count)),
                 "        row = (begin - offsets[tensor]) // across",
                 "        column = (begin - offsets[tensor]) % across",
                 "        stop = min(end, offsets[tensor + 1])",
@@ -378,6 +377,7 @@ class Launch:
     def __init__(self, batch: Batch) -> None:
         self.kernel = kernel(batch.rule, batch.format, batch.grad, batch.formats)
         self.dtype = np.float64 if batch.double else np.float32
+        self.keys = batch.keys
         self.tensors = [  # the pointers are theirs; the second is replaced by the gradient's
             [t for t in (p, p, *slots, *scales) if t is not None]
             for p, slots, scales in zip(batch.parameters, batch.slots, batch.scales, strict=True)
@@ -394,12 +394,14 @@ class Launch:
         self,
         grads: Sequence[torch.Tensor],
         rows: Sequence[int],
-        coefficients: npt.NDArray[np.float64],
-        keys: npt.NDArray[np.uint32],
+        coefficients: torch.Tensor,
+        skip: torch.Tensor | None,
     ) -> None:
+        if skip is not None and skip:
+            return
         self.pointers[:, 1] = list(map(torch.Tensor.data_ptr, grads))
         tables = (self.pointers, self.shapes, self.offsets)
-        arguments = (*tables, np.array(rows, np.int64), coefficients.astype(self.dtype), keys)
+        arguments = (*tables, np.array(rows, np.int64), coefficients.numpy().astype(self.dtype), self.keys)
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (8 * threads))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -48,8 +47,11 @@ def _foreach(name: str) -> Callable[..., Tensors]:
     def apply(*args: Any) -> Tensors:
         if not isinstance(args[0], Tensors):
             args = args[::-1]
+        if any(isinstance(a, Tensor) for a in args) and name not in ("add", "mul", "div"):
+            return each(*args)  # torch has no such foreach kernel with a tensor for a number
         return Tensors(function(*(a.tensors if isinstance(a, Tensors) else a for a in args)))
 
+    each = _each(getattr(torch, name))
     return apply
 
 
@@ -121,14 +123,19 @@ def decode(format: Format, codes: Tensor, scale: Tensor | None, dtype: torch.dty
     return x
 
 
-def encode(format: Format, x: Tensor, random: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
-    """Write float32 numbers x [rows, rest] as codes and scales."""
-    spread = None
-    if scale is not None and format.scale is not None:
+def encode(format: Format, x: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Codes [rows, rest], as int32, and scales [rows, blocks] for float32 numbers x [rows, rest]."""
+    scale = spread = None
+    if format.scale is not None:
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).abs()
-        scale.copy_(bind(format.scale, format_xp)(padded.view(len(x), -1, BLOCK).amax(2)))
+        scale = bind(format.scale, format_xp)(padded.view(len(x), -1, BLOCK).amax(2))
         spread = _spread(scale, x.shape[1])
-    _raw(codes, format).copy_(bind(format.encode, format_xp)(x, spread, random))
+    return bind(format.encode, format_xp)(x, spread, random), scale
+
+
+def write(format: Format, codes: Tensor, encoded: Tensor) -> None:
+    """Keep what ``encode`` gave for codes in their own dtype."""
+    _raw(codes, format).copy_(encoded)
 
 
 def _spread(scale: Tensor, length: int) -> Tensor:
@@ -143,28 +150,24 @@ class Launch:
         self.rule = bind(batch.rule, xp)
         self.names = coefficient_names(batch.rule)
         self.formats = (batch.format, batch.grad, *batch.formats)
+        self.keys = torch.from_numpy(batch.keys.view(np.int32)).to(batch.parameters[0].device)
 
-    def __call__(
-        self,
-        grads: Sequence[Tensor],
-        rows: Sequence[int],
-        coefficients: npt.NDArray[np.float64],
-        keys: npt.NDArray[np.uint32],
-    ) -> None:
-        lists: dict[tuple[torch.device, int], list[_Piece]] = defaultdict(list)
+    def __call__(self, grads: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor, skip: Tensor | None) -> None:
+        lists: dict[int, list[_Piece]] = defaultdict(list)
         for i, (g, row) in enumerate(zip(grads, rows, strict=True)):
-            lists[g.device, row] += _pieces(self.batch, i, g, int(keys[i]))
-        rounded = coefficients.astype(np.float64 if self.batch.double else np.float32)
-        for (_, row), pieces in lists.items():
+            lists[row] += _pieces(self.batch, i, g)
+        rounded = coefficients.to(torch.float64 if self.batch.double else torch.float32)
+        for row, pieces in lists.items():
+            numbers = rounded[row].tolist() if rounded.device.type == "cpu" else rounded[row].unbind()
             while pieces:
                 count = elements = 0
                 while count < len(pieces) and elements < PIECE:
                     elements += pieces[count].tensors[1].numel()  # type: ignore[union-attr]
                     count += 1
-                self._update(pieces[:count], rounded[row].tolist())
+                self._update(pieces[:count], numbers, skip)
                 del pieces[:count]
 
-    def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[float]) -> None:
+    def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[Any], skip: Tensor | None) -> None:
         dtype = torch.float64 if self.batch.double else torch.float32
         tensors = list(zip(*(piece.tensors for piece in pieces), strict=True))
         scales = list(zip(*(piece.scales for piece in pieces), strict=True))
@@ -172,30 +175,48 @@ class Launch:
             0.0 if f is None else Tensors([decode(f, t, s, dtype) for t, s in zip(ts, ss, strict=True)])
             for f, ts, ss in zip(self.formats, tensors, scales, strict=True)
         )
-        factor, *rest = coefficients
+        factor, done, *rest = coefficients
         results = self.rule(p, _foreach("mul")(g, factor), *slots, **dict(zip(self.names, rest, strict=True)))
-        random = [_element_noise(piece) if self.batch.stochastic else None for piece in pieces]
+        random = [self._noise(piece, done) if self.batch.stochastic else None for piece in pieces]
+        old: list[Tensor] = []
+        new: list[Tensor] = []
         for k, result in zip((0, *range(2, len(self.formats))), results, strict=True):
             f = self.formats[k]
-            if f is not None and f.storage.startswith("float"):
-                torch._foreach_copy_(tensors[k], result.tensors)
-            elif f is not None:
-                for x, t, s, h in zip(result.tensors, tensors[k], scales[k], random, strict=True):
-                    places = 8 * max(k - 1, 0) % 32
-                    encode(f, x, _turned(h, places) if places and h is not None else h, t, s)
+            if f is None:
+                continue
+            if f.storage.startswith("float"):
+                old += tensors[k]
+                new += result.tensors
+                continue
+            for x, t, s, h in zip(result.tensors, tensors[k], scales[k], random, strict=True):
+                places = 8 * max(k - 1, 0) % 32
+                codes, scale = encode(f, x, _turned(h, places) if places and h is not None else h)
+                old += [_raw(t, f)] if s is None else [_raw(t, f), s]
+                new += [codes] if scale is None else [codes, scale]
+        if skip is not None:
+            new = [torch.where(skip, o, n.to(o.dtype)) for o, n in zip(old, new, strict=True)]
+        torch._foreach_copy_(old, new)
+
+    def _noise(self, piece: _Piece, done: float | Tensor) -> Tensor:
+        like = piece.tensors[0]
+        assert like is not None
+        index = torch.arange(piece.start, piece.start + like.numel(), device=like.device).to(torch.int32)
+        steps = done.to(torch.int32) if isinstance(done, Tensor) else int(done)
+        noise: Tensor = _noise(_noise(self.keys[piece.parameter], steps), index.view(like.shape))
+        return noise
 
 
 @dataclass
 class _Piece:
     """Some rows of a parameter, as two-dimensional views: [p, g, *slots] and [None, None, *scales]."""
 
-    key: int
+    parameter: int
     start: int  # the first element's index in the parameter
     tensors: list[Tensor | None]
     scales: list[Tensor | None]
 
 
-def _pieces(batch: Batch, i: int, g: Tensor, key: int) -> Iterator[_Piece]:
+def _pieces(batch: Batch, i: int, g: Tensor) -> Iterator[_Piece]:
     p = batch.parameters[i]
     if p.numel() == 0:
         return
@@ -209,16 +230,8 @@ def _pieces(batch: Batch, i: int, g: Tensor, key: int) -> Iterator[_Piece]:
     rows = max(1, PIECE // shape[1])
     for first in range(0, shape[0], rows):
         yield _Piece(
-            key,
+            i,
             first * shape[1],
             [None if t is None else t[first : first + rows] for t in tensors],
             [None if t is None else t[first : first + rows] for t in scales],
         )
-
-
-def _element_noise(piece: _Piece) -> Tensor:
-    like = piece.tensors[0]
-    assert like is not None
-    index = torch.arange(piece.start, piece.start + like.numel(), device=like.device).to(torch.int32).view(like.shape)
-    noise: Tensor = _noise(format_xp.uint(piece.key), index)
-    return noise

@@ -1,0 +1,283 @@
+"""Clipping, gradient scaling, steps that are skipped, and steps whose coefficients are computed on the device."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ademamix import AdamW, AdEMAMix
+from ademamix.backends import Batch, eager
+from ademamix.formats import FORMATS
+
+BACKENDS = ("eager", "cpu")
+SCHEDULED: dict[str, Any] = {"betas": (0.9, 0.99, 0.999), "alpha": 5.0, "alpha_warmup": 7, "beta3_warmup": 5}
+SHAPES = ((64, 96), (5,), (3, 700), ())
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in SHAPES]
+
+
+def give_gradients(params: list[torch.Tensor], step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
+
+
+def snapshot(params: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    tensors = [p.detach().clone() for p in params]
+    for p in params:
+        tensors += [t.clone() for _, t in sorted(optimizer.state.get(p, {}).items())]
+    return tensors
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --------------------------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state", ["float32", "compact"])
+def test_clipping_is_that_of_torch_and_leaves_the_gradients_alone(backend: str, state: str) -> None:
+    theirs, ours = parameters(), parameters()
+    # Only a factor that is a power of two gives the same bits whether it is applied in float32 before or within.
+    a = AdEMAMix(theirs, lr=0.1, backend=backend, state=state, **SCHEDULED)
+    b = AdEMAMix(ours, lr=0.1, backend=backend, state=state, **SCHEDULED)
+    for step in range(5):
+        scale = (0.001, 3.0)[step % 2]
+        give_gradients(theirs, step, scale)
+        give_gradients(ours, step, scale)
+        norm = nn.utils.clip_grad_norm_(theirs, 1.0)
+        before = [p.grad.clone() for p in ours]
+        ours_norm = b.clip_grad_norm_(1.0)
+        assert ours_norm.shape == ()
+        assert torch.equal(ours_norm, norm)
+        a.step()
+        b.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(ours, before, strict=True))
+    for p, q in zip(theirs, ours, strict=True):
+        if state == "float32":
+            # torch rounds g * factor once and so do we: the factor may differ in its last bit, by float32 or float64.
+            torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
+        else:  # a gradient that differs in its last bit may be rounded to the next code
+            torch.testing.assert_close(q, p, rtol=0.0, atol=0.1 * 5 / 127)
+
+
+def test_the_factor_of_clipping_is_for_one_step_and_ends_with_the_gradients() -> None:
+    def trained(clip: bool, *, zero: bool) -> list[torch.Tensor]:
+        params = parameters()
+        optimizer = AdamW(params, lr=0.1)
+        give_gradients(params, 0)
+        if clip:
+            optimizer.clip_grad_norm_(1e-3)
+        if zero:
+            optimizer.zero_grad()
+            give_gradients(params, 0)
+            optimizer.step()
+        else:
+            optimizer.step()
+            before = [p.detach().clone() for p in params]
+            give_gradients(params, 1)
+            optimizer.step()
+            return [p.detach() - b for p, b in zip(params, before, strict=True)]
+        return [p.detach() for p in params]
+
+    assert equal(trained(True, zero=True), trained(False, zero=True))
+    assert not equal(trained(True, zero=False), trained(False, zero=False))
+
+
+def test_the_norm_of_low_precision_gradients_is_accumulated_in_float32() -> None:
+    p = torch.zeros(10_000, dtype=torch.bfloat16, requires_grad=True)
+    p.grad = torch.full_like(p, 0.01)
+    exact = p.grad.double().norm()
+    # A sum of 10,000 float32 numbers in any order is off by less than 10,000 * 2**-24.
+    torch.testing.assert_close(AdEMAMix([p]).clip_grad_norm_(1.0).double(), exact, rtol=6e-4, atol=0.0)
+    assert AdEMAMix([nn.Parameter(torch.zeros(2))]).clip_grad_norm_(1.0) == 0.0  # no gradients
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, "1", None])
+def test_a_bad_max_norm_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_norm must be a number >= 0, got"):
+        AdEMAMix(parameters()).clip_grad_norm_(bad)
+
+
+# --------------------------------------------------------------------------------- what is not finite
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("how", ["clip", "always"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(backend: str, bad: float, how: str) -> None:
+    runs = []
+    for poisoned in (False, True):
+        params = parameters(torch.bfloat16)
+        options = {"skip_nonfinite": True} if how == "always" else {}
+        optimizer = AdEMAMix(params, backend=backend, state="compact", **SCHEDULED, **options)
+        for step in range(6):
+            if poisoned and step in (0, 3):
+                give_gradients(params, 50)
+                params[2].grad[1, 699] = bad
+                before = snapshot(params, optimizer)
+                if how == "clip":
+                    assert not optimizer.clip_grad_norm_(1.0).isfinite()
+                assert optimizer.step(lambda: 3.0) == 3.0
+                assert equal(before, snapshot(params, optimizer))
+            give_gradients(params, step)
+            if how == "clip":
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        assert optimizer.skipped_steps == (2 if poisoned else 0)
+        assert pickle.loads(pickle.dumps(optimizer)).skipped_steps == optimizer.skipped_steps
+        runs.append(snapshot(params, optimizer))
+    assert equal(*runs)
+
+
+def test_without_the_guard_a_nan_goes_where_torch_lets_it_go() -> None:
+    for options, clip in (({}, False), ({"skip_nonfinite": False}, True)):
+        ours, theirs = parameters(), parameters()
+        for params, optimizer in ((ours, AdamW(ours, **options)), (theirs, torch.optim.AdamW(theirs))):
+            give_gradients(params, 0)
+            params[0].grad[0, 0] = math.nan
+            if clip and isinstance(optimizer, AdamW):
+                optimizer.clip_grad_norm_(1.0)
+            elif clip:
+                nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p.isnan(), q.isnan())
+        assert ours[0].isnan().any()
+    with pytest.raises(ValueError, match="skip_nonfinite must be None, True or False, got 'yes'"):
+        AdEMAMix(parameters(), skip_nonfinite="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8", "int16", "float8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_launch_writes_nothing_where_the_device_says_so(state: str, dtype: torch.dtype) -> None:
+    def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        f = FORMATS[state]
+        numbers = torch.randn(16, 300, generator=torch.Generator().manual_seed(1)).abs()
+        codes, scale = (numbers, None) if state == "float32" else eager.encode(f, numbers, torch.zeros(16, 300).int())
+        kept = torch.empty(16, 300, dtype=torch.bfloat16 if state == "bfloat16" else getattr(torch, f.storage))
+        if state == "float32":
+            kept.copy_(codes)
+        else:
+            eager.write(f, kept, codes)
+        return numbers.to(dtype), kept, scale
+
+    def rule(p: Any, g: Any, m: Any) -> Any:
+        return p + g, m + g * g
+
+    results = []
+    for skip in (None, torch.tensor(False), torch.tensor(True)):
+        p, m, scale = tensors()
+        name = "float32" if dtype == torch.float32 else "bfloat16"
+        key = torch.tensor([7], dtype=torch.int32).numpy().view("uint32")
+        formats = (FORMATS[state],)
+        batch = Batch(rule, FORMATS[name], FORMATS["float32"], formats, [p], [[m]], [[scale]], key)
+        table = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+        eager.Launch(batch)([torch.ones(16, 300)], [0], table, skip)
+        results.append([t for t in (p, m, scale) if t is not None])
+    assert equal(results[0], results[1])
+    assert equal(results[2], [t for t in tensors() if t is not None])
+    assert not equal(results[0], results[2])
+
+
+# --------------------------------------------------------------------------------- GradScaler
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clip", [None, "unscaled", "scaled"])
+def test_a_grad_scaler_gives_the_steps_of_the_unscaled_gradients(backend: str, clip: str | None) -> None:
+    """The scale is a power of two, so scaling changes no bit of a normal number."""
+    ours, plain = parameters(), parameters()
+    a = AdEMAMix(ours, lr=0.01, backend=backend, **SCHEDULED)
+    b = AdEMAMix(plain, lr=0.01, backend=backend, **SCHEDULED)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for step in range(8):
+        scaler.scale(torch.zeros((), requires_grad=True))
+        give_gradients(ours, step, scaler.get_scale())
+        if step == 4:
+            ours[1].grad[2] = math.inf
+            before, size = snapshot(ours, a), scaler.get_scale()
+        if clip == "unscaled":
+            scaler.unscale_(a)
+            a.clip_grad_norm_(0.5)
+        elif clip == "scaled":
+            a.clip_grad_norm_(0.5, grad_scale=scaler.get_scale())
+        grads = [p.grad.clone() for p in ours]
+        scaler.step(a)
+        scaler.update()
+        assert all(torch.equal(p.grad, g) for p, g in zip(ours, grads, strict=True))
+        if step == 4:
+            assert equal(before, snapshot(ours, a))
+            assert scaler.get_scale() == size / 2
+            continue
+        give_gradients(plain, step)
+        if clip:
+            b.clip_grad_norm_(0.5)
+        b.step()
+    assert a.skipped_steps == 1
+    assert equal(snapshot(ours, a), snapshot(plain, b))
+
+
+def test_clipping_scaled_gradients_unawares_is_refused() -> None:
+    params = parameters()
+    optimizer = AdEMAMix(params)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros((), requires_grad=True))
+    give_gradients(params, 0, scaler.get_scale())
+    optimizer.clip_grad_norm_(1.0)
+    before = snapshot(params, optimizer)
+    with pytest.raises(RuntimeError, match=r"call scaler.unscale_\(optimizer\) before it, or give it grad_scale="):
+        scaler.step(optimizer)
+    assert equal(before, snapshot(params, optimizer))
+
+
+# --------------------------------------------------------------------------------- on the device
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [AdEMAMix, AdamW])
+def test_coefficients_computed_by_torch_are_those_of_the_host(backend: str, kind: Any) -> None:
+    runs = []
+    for capturable in (False, True):
+        params = parameters()
+        extra = SCHEDULED if kind is AdEMAMix else {}
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": torch.tensor(0.03), "weight_decay": 0.1}]
+        optimizer = kind(groups, lr=0.01, backend=backend, capturable=capturable, state="compact", seed=3, **extra)
+        for step in range(9):
+            give_gradients(params, step)
+            if step % 3 == 1:
+                params[0].grad = None  # its number of steps falls behind
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            if step == 4:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        runs.append(snapshot(params, optimizer))
+    assert equal(*runs)  # float64 powers of Python and torch, rounded to float32
+
+
+def test_capturable_must_be_a_bool() -> None:
+    with pytest.raises(ValueError, match="capturable must be True or False, got 1"):
+        AdEMAMix(parameters(), capturable=1)  # type: ignore[arg-type]
+
+
+def test_a_step_skipped_on_the_device_changes_and_counts_nothing() -> None:
+    params = parameters()
+    optimizer = AdEMAMix(params, capturable=True, state="compact")
+    give_gradients(params, 0)
+    optimizer.step()
+    before = snapshot(params, optimizer)
+    plan = optimizer._plan
+    assert plan is not None
+    for skip, changed in ((True, False), (False, True)):
+        plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
+        assert equal(before, snapshot(params, optimizer)) is not changed
+    assert optimizer.state[params[0]]["step"] == 2.0
