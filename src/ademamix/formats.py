@@ -9,7 +9,8 @@ same on every backend, for any number of threads and for any sharding.
 
 Besides arithmetic and the functions that rules use, a backend's ``xp`` has, for 32-bit unsigned integers (torch has
 none: its namespace holds them in int32, which wraps alike): ``bits`` and ``from_bits`` between float32 and its bits,
-``uint`` to bring an integer into that type, ``shift_right`` (zeros come in), and ``to_float``.
+``uint`` to bring an integer into that type, ``shift_right`` (zeros come in), ``to_float``, and ``to_int`` (towards
+zero, negative numbers wrapped; anything for what no int32 holds). A code is stored as its lowest bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +25,8 @@ xp: Any = None  # bound by each backend; NumPy itself has no bit operations by t
 BLOCK = 256  # elements under one scale, along the rows of a parameter viewed as [dim 0, rest]
 
 
-def noise(key: Any, index: Any) -> Any:
-    """32 random bits for an element: a bijective hash (two multiplications, three shifts) of its index and the key.
-
-    Args:
-        key: 32 bits that stand for all but the element.
-        index: the element's position in its parameter, modulo 2**32.
-    """
+def hashed(key: Any, index: Any) -> Any:
+    """32 random bits: a bijective hash (two multiplications, three shifts) of the lowest 32 bits of key ^ index."""
     h = xp.uint(index ^ key)
     h = xp.uint(h ^ xp.shift_right(h, 16))
     h = xp.uint(h * xp.uint(0x7FEB352D))
@@ -39,11 +35,25 @@ def noise(key: Any, index: Any) -> Any:
     return xp.uint(h ^ xp.shift_right(h, 16))
 
 
-def keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint32]:
-    """A key for each parameter: a hash (SplitMix64's) of its group's seed and its position in the optimizer.
+LANES = 256
+OTHER = 0x80000000  # makes another key, that of the blocks
 
-    The noise of an element in the step after ``done`` steps is ``noise(noise(key, done), index)``.
+
+def noise(key: Any, index: Any) -> Any:
+    """32 random bits for an element: those of its lane, xor those of its block of LANES elements.
+
+    The bits of any three elements are independent (simple tabulation hashing), and a backend needs a table of LANES
+    hashes, one hash a block and one operation an element.
+
+    Args:
+        key: 32 bits that stand for all but the element: ``hashed`` of its parameter's key and of the steps done.
+        index: the element's position in its parameter.
     """
+    return xp.uint(hashed(key, index & (LANES - 1)) ^ hashed(key ^ xp.uint(OTHER), index >> 8))
+
+
+def keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint32]:
+    """A key for each parameter: a hash (SplitMix64's) of its group's seed and its position in the optimizer."""
     state = np.zeros(len(positions), np.uint64)
     for part in (seeds, positions):
         state = (state ^ np.array(part, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
@@ -57,11 +67,6 @@ def keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint3
 def turned(noise: Any, places: int) -> Any:
     """The noise rotated to the left by 0 < places < 32: each slot of an element takes its bits from another place."""
     return xp.uint(xp.uint(noise << xp.uint(places)) ^ xp.shift_right(noise, 32 - places))
-
-
-def _uniform(noise: Any) -> Any:
-    """Noise in (-0.5, 0.5), symmetric: the middles of 65536 equal parts."""
-    return (xp.to_float(xp.shift_right(noise, 16)) - 32767.5) * (1.0 / 65536.0)
 
 
 def _same(x: Any, scale: Any, noise: Any) -> Any:
@@ -98,32 +103,31 @@ def scale_int16(absmax: Any) -> Any:
 
 
 def encode_linear(x: Any, scale: Any, noise: Any) -> Any:
-    """x in units of scale, rounded by adding 1.5 * 2**23, which leaves the integer in the lowest bits of the float."""
-    inverse = xp.where(scale > 1e-36, 1.0 / xp.maximum(scale, 1e-36), 0.0)  # below, 1 / scale would overflow
-    shifted = (x * inverse + _uniform(noise)) + 12582912.0
-    return xp.uint(xp.bits(shifted) - xp.uint(0x4B400000))
+    """floor(x / scale + u) with u in [0, 1), in fixed point: 16 bits before the point, 16 after it."""
+    inverse = xp.where(scale > 1e-33, 65536.0 / xp.maximum(scale, 1e-33), 0.0)  # below, it would overflow
+    return xp.shift_right(xp.uint(xp.to_int(x * inverse) + xp.shift_right(noise, 16)), 16)
 
 
 def decode_linear(code: Any, scale: Any) -> Any:
     return xp.to_float(code) * scale
 
 
-def scale_max(absmax: Any) -> Any:
-    return absmax
+def scale_float8(absmax: Any) -> Any:
+    return absmax * (1.000001 / 1.875)  # 1.875 is the largest code's, and nothing may round to above it
 
 
 def encode_float8(x: Any, scale: Any, noise: Any) -> Any:
-    """An unsigned float of 5 exponent and 3 mantissa bits: x / scale from 1.125 * 2**-32 (code 0) to 1 (code 255).
+    """An unsigned float of 5 exponent and 3 mantissa bits: x / scale from 2**-31 (code 0) to 1.875 (code 255).
 
     What is smaller is stored as the smallest: a second moment that became 0 would divide by eps.
     """
-    inverse = xp.where(scale > 1e-36, 1.0 / xp.maximum(scale, 1e-36), 0.0)
-    bits = xp.bits(xp.minimum(xp.maximum(x * inverse, 2.6193447411060333e-10), 1.0))
-    return xp.uint(xp.shift_right(xp.uint(bits + xp.shift_right(noise, 12)), 20) - xp.uint(761))
+    inverse = xp.where(scale > 1e-36, 1.0 / xp.maximum(scale, 1e-36), 0.0)  # below, 1 / scale would overflow
+    bits = xp.bits(xp.maximum(x * inverse, 4.656612873077393e-10))
+    return xp.shift_right(xp.uint(bits + xp.shift_right(noise, 12)), 20)  # a code is the lower 8 of these 10 bits
 
 
 def decode_float8(code: Any, scale: Any) -> Any:
-    return xp.from_bits(xp.uint(xp.uint(code + 761) << xp.uint(20))) * scale
+    return xp.from_bits(xp.uint(xp.uint(code + 768) << xp.uint(20))) * scale
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,6 @@ FORMATS = {
         Format("bfloat16_nearest", "bits16", encode_bfloat16_nearest, decode_bfloat16),
         Format("int8", "int8", encode_linear, decode_linear, scale_int8, stochastic=True),
         Format("int16", "int16", encode_linear, decode_linear, scale_int16, stochastic=True),
-        Format("float8", "uint8", encode_float8, decode_float8, scale_max, stochastic=True),
+        Format("float8", "uint8", encode_float8, decode_float8, scale_float8, stochastic=True),
     )
 }

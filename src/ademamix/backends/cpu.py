@@ -2,8 +2,7 @@
 
 A kernel walks a table of data pointers, so one call serves any number of tensors and compiling happens once for each
 rule and combination of dtypes. Its loads and stores are written as LLVM instructions that say what Numba cannot know:
-that the tensors do not overlap (any number of state slots vectorises), that no index is negative, and which addresses
-to prefetch (the hardware does not keep up with nine streams).
+that the tensors do not overlap (any number of state slots vectorises) and that no index is negative.
 """
 
 import hashlib
@@ -26,16 +25,16 @@ from numba.extending import intrinsic
 
 from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names
 from ademamix.cache import cache_folder
-from ademamix.formats import BLOCK, Format, noise, turned
+from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
-PIECE = 1 << 10  # least blocks in a piece of work: about 0.2 ms
-PREFETCH = 2048  # bytes ahead; 512 to 4096 measured alike, none was 8 % slower
+PIECE = 1 << 10
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 STORAGES = {  # in memory, and how wide
     "float64": (ir.DoubleType(), 8),
     "float32": (ir.FloatType(), 4),
     "float16": (ir.HalfType(), 2),
+    "uint32": (ir.IntType(32), 4),
     "bits16": (ir.IntType(16), 2),
     "int16": (ir.IntType(16), 2),
     "int8": (ir.IntType(8), 1),
@@ -43,8 +42,8 @@ STORAGES = {  # in memory, and how wide
 }
 
 
-def accessors(stream: int, streams: int, storage: str, arithmetic: str) -> tuple[Any, Any, Any]:
-    """Load, store and prefetch of one of a kernel's ``streams`` tensors, as functions of (address, index[, value]).
+def accessors(stream: int, streams: int, storage: str, arithmetic: str) -> tuple[Any, Any]:
+    """Load and store of one of a kernel's ``streams`` tensors, as functions of (address, index[, value]).
 
     Floating-point values have the type ``arithmetic``; integers are loaded as int32 and stored from uint32.
     """
@@ -85,20 +84,7 @@ def accessors(stream: int, streams: int, storage: str, arithmetic: str) -> tuple
 
         return nt.void(nt.int64, nt.int64, number if floating else nt.uint32), generate
 
-    @intrinsic
-    def prefetch(context: Any, address: Any, index: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            byte = ir.IntType(8).as_pointer()
-            kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-            function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-            ahead = builder.add(builder.mul(args[1], I64(size)), I64(PREFETCH))
-            pointer = builder.gep(builder.inttoptr(args[0], byte), [ahead])
-            builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # for reading, into all caches, data
-            return context.get_dummy_value()
-
-        return nt.void(nt.int64, nt.int64), generate
-
-    return load, store, prefetch
+    return load, store
 
 
 def _convert(builder: Any, x: Any, to: Any) -> Any:
@@ -119,6 +105,16 @@ def _widen(context: Any) -> Any:
 @intrinsic
 def _bits(context: Any, x: Any) -> Any:
     return nt.uint32(nt.float32), lambda context, builder, signature, args: builder.bitcast(args[0], I32)
+
+
+@intrinsic
+def _narrow(context: Any, i: Any) -> Any:
+    return nt.uint32(nt.int64), lambda context, builder, signature, args: builder.trunc(args[0], I32)
+
+
+@intrinsic
+def _to_int(context: Any, x: Any) -> Any:
+    return nt.uint32(nt.float32), lambda context, builder, signature, args: builder.fptosi(args[0], I32)
 
 
 @intrinsic
@@ -145,11 +141,11 @@ xp = _namespace(
 format_xp = _namespace(
     where=_select,
     maximum=numba.njit(lambda x, y: x if x > y else y),
-    minimum=numba.njit(lambda x, y: x if x < y else y),
     bits=_bits,
     from_bits=_from_bits,
     uint=np.uint32,
     shift_right=numba.njit(_shift_right),
+    to_int=_to_int,
     to_float=np.float32,
 )
 
@@ -194,19 +190,31 @@ class _Kernel:
             random = "h" if not places else f"turned(h, {places})"
             return f"encode{k}({x}, {f's{k}' if k in scale else 'zero'}, {random if self._of(k).stochastic else 'nil'})"
 
-        hashed = ["h = noise(key, uint(uint(i) + base))"]
+        lanes = [
+            f"for i in range({2 * LANES}):",
+            f"    store_lane(lanes, i, hashed(key, narrow(i & {LANES - 1})))",
+        ]
+        prepare = [
+            f"lane = lanes + 4 * (start & {LANES - 1})",
+            f"wrap = uint({LANES} - (start & {LANES - 1}))",
+            f"block0 = hashed(key ^ uint({OTHER}), narrow(start >> 8))",
+            f"block1 = hashed(key ^ uint({OTHER}), narrow((start >> 8) + 1))",
+        ]
+        if not any(self._of(k).stochastic for k in self.streams):
+            lanes, prepare = [], []
+        noisy = ["h = uint(uint(load_lane(lane, i)) ^ where(narrow(i) < wrap, block0, block1))"]
         written = [k for k in self.streams if k != 1]
         direct = [k for k in written if k not in scale]
         results = ["r0", *(f"r{k}" for k in range(2, len(self.formats)))]
         arguments = [value(0), f"{value(1)} * factor", *(value(k) for k in range(2, len(self.formats)))]
         update = [
-            *(hashed if any(self._of(k).stochastic for k in direct) else []),
+            *(noisy if any(self._of(k).stochastic for k in direct) else []),
             f"{', '.join(results)}, = rule({', '.join([*arguments, *(f'c{k}' for k in range(count))])})",
             *(f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'r{k}')})" for k in direct),
             *(f"store{scratch[k]}(z{k}, i, r{k})" for k in self.scaled),
             *(f"m{k} = maximum(m{k}, uint(bits(r{k}) & uint(0x7FFFFFFF)))" for k in self.scaled),
         ]
-        finish = [*hashed] + [
+        finish = [*noisy] + [
             f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled
         ]
         rescale = [
@@ -217,8 +225,9 @@ class _Kernel:
         return "\n".join(
             [
                 "def kernel(pointers, shapes, offsets, rows, coefficients, keys, begin, end):",
-                *([f"    scratch = np.empty({BLOCK * len(self.scaled)}, np.float32)"] if self.scaled else []),
+                f"    scratch = np.empty({BLOCK * len(self.scaled) + 2 * LANES}, np.float32)",
                 *(f"    z{k} = scratch.ctypes.data + {4 * BLOCK * i}" for i, k in enumerate(self.scaled)),
+                f"    lanes = scratch.ctypes.data + {4 * BLOCK * len(self.scaled)}",
                 "    tensor = 0",
                 "    while offsets[tensor + 1] <= begin:",
                 "        tensor += 1",
@@ -227,7 +236,8 @@ class _Kernel:
                 *(f"        b{k} = pointers[tensor, {scale[k]}]" for k in self.scaled),
                 "        coefficient = rows[tensor]",
                 "        factor = coefficients[coefficient, 0]",
-                "        key = noise(keys[tensor], uint(coefficients[coefficient, 1]))",
+                "        key = hashed(keys[tensor], uint(coefficients[coefficient, 1]))",
+                *(f"        {line}" for line in lanes),
                 *(f"        c{k} = coefficients[coefficient, {k + 2}]" for k in range(count)),
                 "        row = (begin - offsets[tensor]) // across",
                 "        column = (begin - offsets[tensor]) % across",
@@ -235,15 +245,9 @@ class _Kernel:
                 "        for block in range(begin, stop):",
                 f"            start = row * rest + column * {BLOCK}",
                 f"            n = min({BLOCK}, rest - column * {BLOCK})",
-                "            base = uint(start)",
+                *(f"            {line}" for line in prepare),
                 *(f"            a{s} = pointers[tensor, {s}] + start * {sizes[s]}" for s in range(len(stream))),
                 "            widen()",
-                "            for j in range(0, n, 64):",
-                *(
-                    f"                prefetch{s}(a{s}, j + {64 // sizes[s] * m})"
-                    for s in range(len(stream))
-                    for m in range(sizes[s])
-                ),
                 *(f"            s{k} = load{scale[k]}(b{k}, row * across + column)" for k in self.scaled),
                 *(f"            m{k} = uint(0)" for k in self.scaled),
                 "            for i in range(n):",
@@ -271,23 +275,34 @@ class _Kernel:
         rule = bind(self.rule, xp, jit(lambda c: number(c) if type(c) in (int, float) else c))
         single = jit(lambda c: np.float32(c) if type(c) is float else c)
         functions = {"rule": rule, "zero": number(0), "nil": np.uint32(0), "np": np, "uint": np.uint32}
-        functions |= {"widen": _widen, "bits": _bits, "from_bits": _from_bits, "maximum": format_xp.maximum}
-        functions |= {"noise": bind(noise, format_xp, single), "turned": bind(turned, format_xp, single)}
+        functions |= {
+            "widen": _widen,
+            "narrow": _narrow,
+            "where": _select,
+            "bits": _bits,
+            "from_bits": _from_bits,
+            "maximum": format_xp.maximum,
+        }
+        functions |= {"hashed": bind(hashed, format_xp, single), "turned": bind(turned, format_xp, single)}
         for k in self.coded:
             format = self._of(k)
             functions[f"encode{k}"] = bind(format.encode, format_xp, single)
             functions[f"decode{k}"] = bind(format.decode, format_xp, single)
             if format.scale is not None:
                 functions[f"scale{k}"] = bind(format.scale, format_xp, single)
-        every = [*self.storages, *["float32"] * len(self.scaled)]  # the scratch blocks last
+        every = [*self.storages, *["float32"] * len(self.scaled), "uint32"]  # the scratch blocks and lanes last
         for s, storage in enumerate(every):
             made = accessors(s, len(every), storage, self.arithmetic)
-            functions.update(zip((f"load{s}", f"store{s}", f"prefetch{s}"), made, strict=True))
+            functions.update(zip((f"load{s}", f"store{s}"), made, strict=True))
+        functions |= {
+            "load_lane": functions[f"load{len(every) - 1}"],
+            "store_lane": functions[f"store{len(every) - 1}"],
+        }
         return functions
 
     def digest(self, source: str) -> str:
         """A name for all that goes into the machine code."""
-        rules: list[Rule] = [self.rule, noise, turned]
+        rules: list[Rule] = [self.rule, hashed, turned]
         for k in self.coded:
             format = self._of(k)
             rules += [f for f in (format.encode, format.decode, format.scale) if f is not None]
@@ -404,7 +419,7 @@ class Launch:
         arguments = (*tables, np.array(rows, np.int64), coefficients.numpy().astype(self.dtype), self.keys)
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
-        piece = max(PIECE, total // (8 * threads))
+        piece = max(PIECE, total // (64 * threads))
         starts = iter(range(0, total, piece))  # shared: next() on it is atomic, so each piece is taken once
 
         def work() -> None:

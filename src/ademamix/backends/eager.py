@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ademamix.backends import Batch, bind, coefficient_names
-from ademamix.formats import BLOCK, Format, noise, turned
+from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 20
 
@@ -82,10 +82,6 @@ class format_xp:  # noqa: N801 - the namespace that formats are written against;
         return x.clamp_min(least)
 
     @staticmethod
-    def minimum(x: Tensor, most: float) -> Tensor:
-        return x.clamp_max(most)
-
-    @staticmethod
     def bits(x: Tensor) -> Tensor:
         return x.view(torch.int32)
 
@@ -102,11 +98,24 @@ class format_xp:  # noqa: N801 - the namespace that formats are written against;
         return (x >> places) & ((1 << (32 - places)) - 1)
 
     @staticmethod
+    def to_int(x: Tensor) -> Tensor:
+        return x.to(torch.int32)
+
+    @staticmethod
     def to_float(x: Tensor) -> Tensor:
         return x.float()
 
 
-_noise, _turned = bind(noise, format_xp), bind(turned, format_xp)
+_hashed, _turned = bind(hashed, format_xp), bind(turned, format_xp)
+
+
+def noise(key: Tensor, start: int, length: int) -> Tensor:
+    """``formats.noise`` of the elements from ``start`` on; the key is an int32."""
+    index = torch.arange(start // LANES, -(-(start + length) // LANES), device=key.device).to(torch.int32)
+    lanes = _hashed(key, torch.arange(LANES, dtype=torch.int32, device=key.device))
+    blocks = _hashed(key ^ format_xp.uint(OTHER), index)
+    bits: Tensor = (blocks[:, None] ^ lanes).flatten()[start % LANES :][:length]
+    return bits
 
 
 def _raw(t: Tensor, format: Format) -> Tensor:
@@ -200,10 +209,8 @@ class Launch:
     def _noise(self, piece: _Piece, done: float | Tensor) -> Tensor:
         like = piece.tensors[0]
         assert like is not None
-        index = torch.arange(piece.start, piece.start + like.numel(), device=like.device).to(torch.int32)
         steps = done.to(torch.int32) if isinstance(done, Tensor) else int(done)
-        noise: Tensor = _noise(_noise(self.keys[piece.parameter], steps), index.view(like.shape))
-        return noise
+        return noise(_hashed(self.keys[piece.parameter], steps), piece.start, like.numel()).view(like.shape)
 
 
 @dataclass
