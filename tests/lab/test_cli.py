@@ -155,5 +155,5 @@ def test_a_damaged_checkpoint_is_named(damage, finished, cli, capsys):
 
 
 def test_a_diverged_run_says_so(cli, tiny, capsys):
-    assert cli("train", *tiny, "--ademamix.lr", "1e30", "--out", "run") == 1
+    assert cli("train", *tiny, "--ademamix.lr", "1e300", "--out", "run") == 1
     assert "a smaller learning rate may help" in refusal(capsys)

@@ -22,7 +22,7 @@ def test_the_crossing_is_linear_in_the_logarithm_of_the_budget():
 
 def test_the_fraction_at_which_a_loss_was_first_reached():
     curve = [{"step": step, "valid_loss": loss} for step, loss in ((10, 3.0), (20, 2.0), (30, 2.2), (40, 1.0))]
-    run = Result("adamw", 40, 0, 0.0, 1.0, 0.0, 0.0, 0, "", "", curve)
+    run = Result("adamw", 40, 0, 0.0, 1.0, 0.0, 0.0, 0, 0, "", "", curve)
     assert reached_at(run, 2.5) == pytest.approx(15 / 40)
     assert reached_at(run, 1.6) == pytest.approx(35 / 40)
     assert reached_at(run, 3.5) == 10 / 40

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
 from ademamix.lab.model import build, checksum, loss_of
 from ademamix.lab.tokens import Tokens
-from ademamix.lab.train import DivergedError, train
+from ademamix.lab.train import DivergedError, _Run, train
 
 
 @pytest.fixture
@@ -154,8 +155,8 @@ def test_the_gradient_is_clipped(recipe, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(recipe, tmp_path):
-    wild = dataclasses.replace(recipe, ademamix=AdEMAMixSettings(lr=1e30))
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ with ademamix at lr"):
+    wild = dataclasses.replace(recipe, ademamix=AdEMAMixSettings(lr=1e300))
+    with pytest.raises(DivergedError, match=r"the validation loss is (nan|inf) at step \d+ with ademamix at lr"):
         train("ademamix", wild, Job(log_every=1, save_every=1), tmp_path)
     assert (tmp_path / "checkpoint.pt").exists()  # of the first step, before the loss was seen
     assert not (tmp_path / "result.json").exists()
@@ -168,3 +169,38 @@ def test_the_presets_have_the_sizes_they_are_named_after():
         with torch.device("meta"):
             model = build(PRESETS[name], 256 if size < 1e8 else 32_000)
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(size, rel=0.2)
+
+
+def test_bad_gradients_are_skipped_counted_and_survived(recipe, tmp_path, monkeypatch):
+    """Two steps have a NaN in their gradients: the run goes on, says so, and says so after being resumed."""
+    sound, poisoned = _Run._loss, []
+
+    def poison(run: _Run, batch: torch.Tensor) -> torch.Tensor:
+        bad = torch.is_grad_enabled() and run.step in (2, 9)
+        poisoned.extend([run.step] * bad)
+        return sound(run, batch) * (math.nan if bad else 1.0)
+
+    monkeypatch.setattr(_Run, "_loss", poison)
+    whole = train("ademamix", recipe, Job(log_every=1), tmp_path / "whole")
+    assert set(poisoned) == {2, 9}
+    assert whole.skipped_steps == 2
+    assert math.isfinite(whole.valid_loss)
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "whole") if "loss" in line][7:10] == [1, 2, 2]
+    monkeypatch.setattr(_Run, "evaluate", lambda run, loss: 1 / 0 if run.step == 10 else 0.0)
+    with pytest.raises(ZeroDivisionError):
+        train("ademamix", recipe, Job(save_every=8), tmp_path / "cut")
+    monkeypatch.undo()
+    monkeypatch.setattr(_Run, "_loss", poison)
+    resumed = train("ademamix", recipe, Job(), tmp_path / "cut")
+    assert (resumed.skipped_steps, resumed.valid_loss) == (2, whole.valid_loss)
+
+
+@pytest.mark.parametrize(
+    ("state", "dtype", "least", "most"), [("compact", "float32", 4.0, 13.0), ("bfloat16", "bfloat16", 6.0, 9.0)]
+)
+def test_low_precision_runs_learn(recipe, tmp_path, state, dtype, least, most):
+    low = dataclasses.replace(recipe, dtype=dtype, ademamix=dataclasses.replace(recipe.ademamix, state=state))
+    result = train("ademamix", low, Job(), tmp_path)
+    assert least < result.state_bytes_per_parameter < most
+    assert {t.dtype for t in weights(tmp_path).values()} == {getattr(torch, dtype)}
+    assert result.valid_loss == pytest.approx(train("ademamix", recipe, Job(), tmp_path / "f32").valid_loss, rel=0.01)

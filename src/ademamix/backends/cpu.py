@@ -391,7 +391,7 @@ class Launch:
 
     def __init__(self, batch: Batch) -> None:
         self.kernel = kernel(batch.rule, batch.format, batch.grad, batch.formats)
-        self.dtype = np.float64 if batch.double else np.float32
+        self.dtype = torch.float64 if batch.double else torch.float32
         self.keys = batch.keys
         self.tensors = [  # the pointers are theirs; the second is replaced by the gradient's
             [t for t in (p, p, *slots, *scales) if t is not None]
@@ -416,7 +416,7 @@ class Launch:
             return
         self.pointers[:, 1] = list(map(torch.Tensor.data_ptr, grads))
         tables = (self.pointers, self.shapes, self.offsets)
-        arguments = (*tables, np.array(rows, np.int64), coefficients.numpy().astype(self.dtype), self.keys)
+        arguments = (*tables, np.array(rows, np.int64), coefficients.to(self.dtype).numpy(), self.keys)
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (64 * threads))

@@ -12,6 +12,7 @@ import tyro
 from ademamix.lab.schedule import Shape
 
 Optimizer = Literal["adamw", "ademamix"]
+State = Literal["float32", "bfloat16", "compact"]
 
 
 class BadInputError(Exception):
@@ -32,6 +33,8 @@ class AdamWSettings:
     """Added to the root of the squared gradient's average."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
+    state: State = "float32"
+    """How the optimizer stores its state."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Recipe:
     final_lr: float = 0.0
     """Learning rate of the last step, as a fraction of the peak."""
     clip: float = 1.0
-    """Largest norm of the gradient; a longer one is scaled down."""
+    """Largest norm of the gradient; a longer one is scaled down, and a step is skipped if it is not finite."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters; bfloat16 ones are rounded stochastically and have no float32 copies."""
     seed: int = 0
     """Decides initial weights and batches."""
     eval_every: int = 200

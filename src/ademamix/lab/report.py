@@ -91,6 +91,7 @@ def result_table(c: Comparison) -> list[Cells]:
         ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
         row("optimizer, median ms a step", ".2f", "optimizer_ms"),
         row("optimizer state, bytes a parameter", ".1f", "state_bytes_per_parameter"),
+        row("steps skipped, gradient not finite", ",", "skipped_steps"),
         row("training, seconds", ".1f", "seconds"),
     ]
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ademamix import AdamW, AdEMAMix, RuleOptimizer
 from ademamix.lab.config import BadInputError, Job, Optimizer, Recipe, to_json
@@ -27,6 +26,7 @@ from ademamix.lab.schedule import lr_factor
 from ademamix.lab.tokens import Tokens
 
 CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
+PATIENCE = 100  # steps: a few bad gradients are skipped, but a loss that stays bad has diverged
 
 
 class StoppedError(Exception):
@@ -52,6 +52,7 @@ class Result:
     valid_loss: float
     optimizer_ms: float  # median milliseconds of optimizer.step()
     state_bytes_per_parameter: float
+    skipped_steps: int  # their gradients were not finite
     parameters: int
     initial_weights: str  # checksum
     device: str
@@ -67,15 +68,19 @@ def _hyperparameters(name: Optimizer, recipe: Recipe) -> tuple[type[RuleOptimize
     s, m, steps = recipe.adamw, recipe.ademamix, recipe.steps
     kind: type[RuleOptimizer]
     if name == "adamw":
-        kind, settings = AdamW, {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay}
+        given, kind, settings = (
+            s,
+            AdamW,
+            {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay},
+        )
     else:
-        kind, settings = AdEMAMix, {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps}
+        given, kind, settings = m, AdEMAMix, {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps}
         settings |= {"weight_decay": m.weight_decay, "alpha": m.alpha, "alpha_warmup": steps, "beta3_warmup": steps}
     try:
         kind.check({"maximize": False, **settings})
     except ValueError as error:
         raise BadInputError(str(error)) from error
-    return kind, settings
+    return kind, {**settings, "state": given.state}
 
 
 def check(names: Sequence[Optimizer], recipe: Recipe, job: Job) -> None:
@@ -142,10 +147,12 @@ class _Run:
         self.valid = self.tokens.valid_batches(recipe.eval_sequences, batch, recipe.context)
         self.model = build(recipe, self.tokens.vocab_size)
         self.initial_weights = checksum(self.model)
-        self.model.to(self.device)
+        self.model.to(self.device, getattr(torch, recipe.dtype))
         kind, settings = _hyperparameters(name, recipe)
         self.optimizer = kind(self.model.parameters(), **settings)
         self.step, self.seconds = 0, 0.0
+        self.skipped_before = 0  # the run was resumed
+        self.sound = 0  # the last step whose loss was seen to be finite
         self.stopwatch = _Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
         if (out / CHECKPOINT).exists():
@@ -171,7 +178,7 @@ class _Run:
             loss = self._loss(part) / recipe.accumulate
             torch.autograd.backward(loss)
             total += loss.detach()
-        self.norm = clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.norm = self.optimizer.clip_grad_norm_(recipe.clip)
         with self.stopwatch:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -185,7 +192,13 @@ class _Run:
     def log(self, loss: Tensor) -> None:
         """Write the step's metrics."""
         self._lap(loss)
-        self._write(loss=loss.item(), lr=self.lr, grad_norm=self.norm.item(), optimizer_ms=self.stopwatch.median_ms())
+        self._write(
+            loss=loss.item(),
+            lr=self.lr,
+            grad_norm=self.norm.item(),
+            skipped_steps=self.skipped_steps,
+            optimizer_ms=self.stopwatch.median_ms(),
+        )
         self.began = time.perf_counter()
 
     def evaluate(self, loss: Tensor) -> float:
@@ -194,7 +207,9 @@ class _Run:
         with torch.no_grad():
             # Windows are equally long, batches are not: weight each by its size.
             losses = torch.stack([self._loss(batch) * len(batch) for batch in self.valid])
-        value = losses.sum().item() / sum(map(len, self.valid))
+        value: float = losses.sum().item() / sum(map(len, self.valid))
+        if not math.isfinite(value):
+            raise DivergedError(self._diverged("validation loss", value))
         self._write(valid_loss=value)
         self.began = time.perf_counter()
         return value
@@ -205,8 +220,17 @@ class _Run:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()  # ... and this for the rest of the step
         self.seconds += time.perf_counter() - self.began
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {self.step:,} with {self.name} at lr {self.lr:g}")
+        if math.isfinite(value):
+            self.sound = self.step
+        elif self.step - self.sound >= PATIENCE:
+            raise DivergedError(self._diverged("loss", value))
+
+    def _diverged(self, what: str, value: float) -> str:
+        return f"the {what} is {value} at step {self.step:,} with {self.name} at lr {self.lr:g}"
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.skipped_before + self.optimizer.skipped_steps
 
     def _write(self, **values: float) -> None:
         tokens = self.step * self.recipe.tokens_per_step
@@ -225,6 +249,7 @@ class _Run:
             "data": self.tokens.sha256,
             "step": self.step,
             "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -248,6 +273,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped_before, self.sound = state["skipped_steps"], state["step"]
 
     def close(self) -> None:
         self.metrics.close()
@@ -266,6 +292,7 @@ class _Run:
             valid_loss=curve[-1]["valid_loss"],
             optimizer_ms=statistics.median(line["optimizer_ms"] for line in lines if "optimizer_ms" in line),
             state_bytes_per_parameter=sum(slot.numel() * slot.element_size() for slot in slots) / parameters,
+            skipped_steps=self.skipped_steps,
             parameters=parameters,
             initial_weights=self.initial_weights,
             device=_device_name(self.device),
