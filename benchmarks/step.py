@@ -1,10 +1,11 @@
 """One optimizer step: ours against torch.optim, against other libraries where they are installed, and against memory.
 
-    python benchmarks/step.py [--rounds 15] [--only gpt2|small|start|memory] [--out docs/results/step-cpu.md]
+    python benchmarks/step.py [--device cuda] [--state compact] [--rounds 15] [--only gpt2] [--out FILE]
 
 Programs take turns, one step each round, on the same parameters and gradients. Reported are medians over the rounds;
 ratios are medians of the round-by-round ratios to torch's fused AdamW, so a machine that gets slower does not favour
-anyone. ``stream`` is our engine with rules that only add: the time that the machine's memory needs for the traffic.
+anyone. ``copy`` moves the float32 parameters and gradients from one place to another: the speed of the memory. Each
+program's bytes are those of the parameters and the state, read and written, and of the gradients, read.
 """
 
 import argparse
@@ -16,14 +17,18 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 import ademamix
-from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix import AdamW, AdEMAMix
+from ademamix.optimizer import STATES
 
 Step = Callable[[], Any]
 
@@ -35,85 +40,114 @@ def gpt2_shapes() -> list[tuple[int, ...]]:
     return [(50257, d), (1024, d), *(shape for _ in range(12) for shape in block), (d,), (d,)]
 
 
-SHAPES = {"gpt2": ("GPT-2, 124.4M parameters", gpt2_shapes()), "small": ("1000 tensors of 64x64", [(64, 64)] * 1000)}
+def llama_shapes() -> list[tuple[int, ...]]:
+    """A Llama of 24 layers, 2048 wide: 1.3 billion parameters."""
+    d, f = 2048, 5464
+    block = [*[(d, d)] * 4, (f, d), (f, d), (d, f), (d,), (d,)]
+    return [(32000, d), *(shape for _ in range(24) for shape in block), (d,)]
 
 
-class Stream(RuleOptimizer):
-    """The memory traffic of a rule without its arithmetic: all streams read, all but the gradient written."""
+SHAPES = {
+    "gpt2": ("GPT-2, 124.4M parameters", gpt2_shapes()),
+    "small": ("1000 tensors of 64x64", [(64, 64)] * 1000),
+    "1.3b": ("Llama, 1.28B parameters", llama_shapes()),
+}
+FUSED = {dtype: f"torch AdamW (fused), {str(dtype)[6:]}" for dtype in (torch.float32, torch.bfloat16)}
 
-    def __init__(self, params: Any, rule: Any) -> None:
-        self.rule = rule
-        super().__init__(params, {"maximize": False}, backend="cpu")
+
+@dataclass
+class Program:
+    """Something that is timed."""
+
+    step: Step
+    bytes: int  # that it moves
 
     @staticmethod
-    def check(group: Any) -> None:
-        pass
-
-    @staticmethod
-    def coefficients(step: float, group: Any) -> dict[str, float]:
-        return {}
-
-    def stored(self, group: Any) -> tuple[str, ...]:  # type: ignore[override]
-        return ademamix.backends.slot_names(self.rule)
+    def of(optimizer: torch.optim.Optimizer) -> "Program":
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.step()
+        slots = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return Program(
+            optimizer.step, sum(2 * p.nbytes + p.grad.nbytes for p in params) + 2 * sum(t.nbytes for t in slots)
+        )
 
 
-def five_read_four_written(p: Any, g: Any, a: Any, b: Any, c: Any) -> Any:
-    return p + g, a + g, b + g, c + g
-
-
-def four_read_three_written(p: Any, g: Any, a: Any, b: Any) -> Any:
-    return p + g, a + g, b + g
-
-
-def programs(params: list[torch.Tensor]) -> Iterator[tuple[str, Step]]:
-    yield "torch AdamW (fused)", torch.optim.AdamW(params, fused=True).step
-    yield "torch AdamW (foreach)", torch.optim.AdamW(params, foreach=True).step
-    yield "ademamix AdamW", AdamW(params).step
-    yield "ademamix AdEMAMix", AdEMAMix(params).step
-    yield "ademamix AdEMAMix, beta1 = 0", AdEMAMix(params, betas=(0.0, 0.999, 0.9999)).step
-    yield "ademamix AdamW, state compact", AdamW(params, state="compact").step
-    yield "ademamix AdEMAMix, state compact", AdEMAMix(params, state="compact").step
-    yield "ademamix AdEMAMix, state bfloat16", AdEMAMix(params, state="bfloat16").step
-    yield "stream: 4 read, 3 written", Stream(params, four_read_three_written).step
-    yield "stream: 5 read, 4 written", Stream(params, five_read_four_written).step
+def programs(params: dict[torch.dtype, list[torch.Tensor]], states: Sequence[str]) -> Iterator[tuple[str, Program]]:
+    single = params[torch.float32]
+    copies = [torch.empty_like(t) for p in single for t in (p, p.grad)]
+    sources = [t for p in single for t in (p.detach(), p.grad)]
+    yield "copy", Program(lambda: torch._foreach_copy_(copies, sources), 2 * sum(t.nbytes for t in copies))
+    for dtype, name in FUSED.items():
+        yield name, Program.of(torch.optim.AdamW(params[dtype], fused=True))
+    yield "torch AdamW (foreach)", Program.of(torch.optim.AdamW(single, foreach=True))
+    for state in states:
+        yield f"ademamix AdamW, state {state}", Program.of(AdamW(single, state=state))
+        yield f"ademamix AdEMAMix, state {state}", Program.of(AdEMAMix(single, state=state))
+        optimizer = AdEMAMix(params[torch.bfloat16], state=state)
+        yield f"ademamix AdEMAMix, state {state}, bfloat16 parameters", Program.of(optimizer)
+    if "float32" in states:
+        yield "ademamix AdEMAMix, beta1 = 0", Program.of(AdEMAMix(single, betas=(0.0, 0.999, 0.9999)))
     try:
         from pytorch_optimizer import AdEMAMix as Theirs
 
-        yield "pytorch_optimizer AdEMAMix", Theirs(params).step
+        yield "pytorch_optimizer AdEMAMix", Program.of(Theirs(single))
     except ImportError:
         pass
     try:
         from bitsandbytes import optim
 
-        yield "bitsandbytes AdEMAMix", optim.AdEMAMix(params).step
-        yield "bitsandbytes AdEMAMix8bit", optim.AdEMAMix8bit(params).step
+        yield "bitsandbytes AdEMAMix", Program.of(optim.AdEMAMix(single))
+        yield "bitsandbytes AdEMAMix8bit", Program.of(optim.AdEMAMix8bit(single))
     except ImportError:
         pass
 
 
-def steps(which: str, rounds: int) -> list[str]:
+def seconds(step: Step, device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    step()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def launches(step: Step) -> int:
+    """Kernels that a step starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(not e.name.startswith("Mem") for e in profile.events())
+
+
+def steps(which: str, rounds: int, device: torch.device, states: Sequence[str]) -> list[str]:
     title, shapes = SHAPES[which]
     torch.manual_seed(0)
-    params = [torch.randn(s).requires_grad_() for s in shapes]
-    for p in params:
+    params = {torch.float32: [torch.randn(s, device=device).requires_grad_() for s in shapes]}
+    params[torch.bfloat16] = [p.detach().bfloat16().requires_grad_() for p in params[torch.float32]]
+    for p in chain(*params.values()):
         p.grad = torch.randn_like(p)
-    contenders = dict(programs(params))
+    contenders = dict(programs(params, states))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    rows = [
-        f"### {title}",
-        "",
-        "| program | ms a step, median | min to max | ratio to torch's fused AdamW |",
-        "|---|--:|--:|--:|",
-    ]
-    reference = np.array(times["torch AdamW (fused)"][1:])  # the first round compiles and allocates
-    for name, seconds in times.items():
-        ms, ratios = 1e3 * np.array(seconds[1:]), np.array(seconds[1:]) / reference
-        rows.append(f"| {name} | {np.median(ms):.1f} | {ms.min():.1f} to {ms.max():.1f} | {np.median(ratios):.2f} |")
+        for name, program in contenders.items():
+            times[name].append(seconds(program.step, device))
+    heads = ["program", "ms a step, median", "min to max", "to torch, float32", "to torch, bfloat16", "GB/s", "of copy"]
+    heads += ["launches"] * (device.type == "cuda")
+    rows = [f"### {title}", "", f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    every = {name: np.array(values[1:]) for name, values in times.items()}  # in the first round caches are cold
+    speeds = {name: program.bytes / every[name] / 1e9 for name, program in contenders.items()}
+    for name, taken in every.items():
+        ms, share = 1e3 * taken, np.median(speeds[name] / speeds["copy"])
+        ratios = [f"{np.median(taken / every[reference]):.2f}" for reference in FUSED.values()]
+        cells = [f"{np.median(ms):.1f}", f"{ms.min():.1f} to {ms.max():.1f}", *ratios]
+        cells += [f"{np.median(speeds[name]):.0f}", f"{share:.0%}"]
+        if device.type == "cuda":
+            cells.append(str(launches(contenders[name].step)))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
 
@@ -178,42 +212,58 @@ def memory(rounds: int) -> list[str]:
         "| parameters | state, MB | peak above it, MB | share |",
         "|---|--:|--:|--:|",
     ]
-    for title, shapes in SHAPES.values():
+    for title, shapes in (SHAPES["gpt2"], SHAPES["small"]):
         extra, state = fresh(MEMORY.format(shapes=shapes))
         rows.append(f"| {title} | {state / 1e6:.1f} | {extra / 1e6:.2f} | {extra / state:.3%} |")
     return rows
 
 
-def machine() -> list[str]:
+def machine(device: torch.device) -> list[str]:
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
-    import numba
-
+    where = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    names = ("numba", "triton", "bitsandbytes", "pytorch_optimizer")
+    found = [f"{name} {version}" for name in names if (version := installed(name))]
     return [
         f"- command: `python {' '.join(sys.argv)}`",
-        f"- machine: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        f"- machine: {where}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
         f"- versions: ademamix {ademamix.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"numba {numba.__version__}",
+        f"{', '.join(found)}",
         f"- date: {time.strftime('%Y-%m-%d')}",
     ]
 
 
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument(
+        "--state", choices=STATES, nargs="+", default=STATES, help="how ours stores state; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
     parser.add_argument("--only", choices=[*SHAPES, "start", "memory"], help="one part alone")
     parser.add_argument("--out", help="also write the tables to this file")
     options = parser.parse_args()
-    rows = ["## One optimizer step", "", *machine()]
+    rows = ["## One optimizer step", "", *machine(options.device)]
     print("\n".join(rows), flush=True)
     parts: dict[str, Callable[[int], list[str]]] = {
-        "gpt2": lambda rounds: steps("gpt2", rounds),
-        "small": lambda rounds: steps("small", 4 * rounds),
-        "start": start,
-        "memory": memory,
+        "gpt2": lambda rounds: steps("gpt2", rounds, options.device, options.state),
+        "small": lambda rounds: steps("small", 4 * rounds, options.device, options.state),
     }
+    if options.device.type == "cpu":
+        parts |= {"start": start, "memory": memory}
+    else:
+        parts["1.3b"] = lambda rounds: steps("1.3b", rounds, options.device, options.state)
+    if options.only and options.only not in parts:
+        parser.error(f"--only {options.only} is not measured on {options.device}; there are {', '.join(parts)}")
     for name, part in parts.items():
         if options.only in (None, name):
             rows += (table := ["", *part(options.rounds)])
