@@ -6,6 +6,7 @@ called in each step with that step's gradients and coefficients.
 
 import importlib
 import inspect
+import os
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from ademamix.formats import Format
 
 Rule = Callable[..., tuple[Any, ...]]
 
-BACKENDS = ("auto", "eager", "cpu")
+BACKENDS = ("auto", "eager", "cpu", "triton")
 _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
 
 
@@ -89,10 +90,13 @@ def storage_dtype(format: Format) -> torch.dtype:
 
 def choose(backend: str, device: torch.device) -> str:
     """Name of the backend module that serves tensors on ``device``; ValueError where the asked one cannot."""
+    fused = {"cpu": "cpu", "cuda": "triton"}.get(device.type)  # "cuda" is torch's name for ROCm too
     if backend == "auto":
-        return "cpu" if device.type == "cpu" else "eager"
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend='cpu' cannot serve a parameter on {str(device)!r}; allowed there: 'auto', 'eager'")
+        return fused or "eager"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's, for tests: on the CPU
+    if backend not in ("eager", fused) and not interpreted:
+        allowed = ", ".join(repr(name) for name in ("auto", "eager", fused) if name)
+        raise ValueError(f"backend={backend!r} cannot serve a parameter on {str(device)!r}; allowed there: {allowed}")
     return backend
 
 

@@ -1,0 +1,223 @@
+"""The Triton backend: in the interpreter, compiled ahead for GPUs that need not be there, and on one that is."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ademamix import AdamW, AdEMAMix, rules
+from ademamix.formats import FORMATS
+
+triton = pytest.importorskip("triton", reason="Triton is there on Linux alone")
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+STATES = {  # parameter, gradient, then the formats of AdEMAMix's slots
+    "float32": ("float32", "float32", "float32", "float32", "float32"),
+    "compact": ("float32", "float32", "int8", "int16", "float8"),
+    "bfloat16": ("bfloat16", "bfloat16_nearest", "bfloat16", "bfloat16", "bfloat16"),
+    "compact, bfloat16 parameters": ("bfloat16", "bfloat16_nearest", "int8", "int16", "float8"),
+    "float16 parameters, no fast average": ("float16", "float32", None, "float32", "float32"),
+    "float64": ("float64", "float64", "float64", "float64", "float64"),
+}
+BITS = {"float64": 64, "float32": 32, "float16": 16, "bits16": 16, "int16": 16, "int8": 8, "uint8": 8}
+
+
+def test_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides when it is imported whether it compiles."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("triton_interpreted.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def compiled(rule: Any, formats: Any, target: str) -> str:
+    """The machine's assembly of the kernel, as Launch would have it compiled for this target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ademamix.backends.triton import OPTIONS, kernel
+
+    types = {"tensors": "*i32", "firsts": "*i64", "skip": "*u8", "table": "*i64", "shapes": "*i64", "lengths": "*i64"}
+    types |= {"coefficients": "*fp64", "keys": "*i32"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+    made = kernel(rule, tuple(f and FORMATS[f] for f in formats))
+    source = ASTSource(fn=made, signature=types, constexprs={}, attrs=attributes)
+    code = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS).asm
+    text: str = code.get("ptx") or code["amdgcn"]
+    return text
+
+
+def wide(assembly: str, kind: str) -> dict[int, int]:
+    """How many loads ("ld") or stores ("st") of global memory there are in PTX, by their width in bits."""
+    counts: dict[int, int] = {}
+    for count, bits in re.findall(rf"{kind}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", assembly):
+        width = int(count or 1) * int(bits)
+        counts[width] = counts.get(width, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("state", STATES)
+def test_nvidia_accesses_are_as_wide_as_they_can_be(state: str, target: str) -> None:
+    """A thread of an aligned tile has 8 neighbouring elements: 128 bits of 16-bit streams, two times 128 of float32,
+    64 of codes of 8 bits."""
+    formats = STATES[state]
+    assembly = compiled(rules.ademamix, formats, target)
+    storages = [BITS[FORMATS[f].storage] for f in formats if f is not None]
+    loads, stores = wide(assembly, "ld"), wide(assembly, "st")
+    assert loads.get(128, 0) == sum(8 * bits // 128 for bits in storages if bits >= 16)
+    assert stores.get(128, 0) == sum(8 * bits // 128 for i, bits in enumerate(storages) if bits >= 16 and i != 1)
+    eights = storages.count(8)
+    assert loads.get(64, 0) >= eights
+    assert len(re.findall(r"ld\.global(?:\.\w+)*?\.v2\.b32", assembly)) == eights
+    assert len(re.findall(r"st\.global(?:\.\w+)*?\.v2\.b32", assembly)) == eights
+    assert "fma.rn" not in assembly  # the unfused operations are eager's
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_it_compiles_for_amd(state: str) -> None:
+    assembly = compiled(rules.ademamix, STATES[state], "gfx942")
+    assert re.search(r"(global|buffer|flat)_load_dwordx4", assembly)
+    assert re.search(r"(global|buffer|flat)_store_dwordx[24]", assembly)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_adamw_compiles_too(target: str) -> None:
+    for formats in (("float32",) * 4, ("bfloat16", "float32", "int8", "float8")):
+        assert compiled(rules.adamw, formats, target)
+
+
+def test_where_it_may_run() -> None:
+    p = torch.zeros(3, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"backend='triton' cannot serve a parameter on 'cpu'; allowed there: 'auto', 'eager', 'cpu'"
+    ):
+        AdEMAMix([p], backend="triton")
+
+
+# --------------------------------------------------------------------------------- on a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SHAPES = ((64, 96), (5,), (3, 7000), (), (128, 1024))
+
+
+def parameters(dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to("cuda", dtype).requires_grad_() for s in SHAPES]
+
+
+def give_gradients(params: list[torch.Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        g = torch.randn(p.shape, generator=generator).to("cuda", p.dtype)
+        p.grad = g if p.grad is None else p.grad.copy_(g)
+
+
+@gpu
+@pytest.mark.parametrize("kind", [AdEMAMix, AdamW])
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equals_eager_on_the_gpu(kind: Any, state: str, dtype: torch.dtype) -> None:
+    """float32 division is off by up to two units in the last place in Triton: of an update of about lr, in each step.
+    Where a number lies on the border between two codes, that may tip it into the other: state is compared by code."""
+    runs = []
+    for which in ("auto", "eager"):
+        params = parameters(dtype)
+        optimizer = kind(params, lr=0.1, backend=which, state=state)
+        for step in range(4):
+            give_gradients(params, step)
+            optimizer.step()
+        runs.append((params, [optimizer.state[p] for p in params]))
+    for p, q in zip(runs[0][0], runs[1][0], strict=True):
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(p, q, rtol=2 * unit, atol=max(4 * 3 * 0.1 * 2**-23, unit * 0.1))
+    for one, other in zip(runs[0][1], runs[1][1], strict=True):
+        for name, t in one.items():
+            if t.is_floating_point():
+                torch.testing.assert_close(t, other[name], rtol=2 * torch.finfo(t.dtype).eps, atol=1e-9)
+            else:
+                assert (t.int() - other[name].int()).abs().max() <= 1
+
+
+@gpu
+def test_a_step_waits_for_nothing_and_is_a_launch_for_each_kind_of_state() -> None:
+    params = parameters(torch.float32)
+    lr = torch.tensor(0.1, device="cuda")
+    for capturable in (False, True):
+        optimizer = AdEMAMix(params, lr=lr, state="compact", capturable=capturable)
+        give_gradients(params, 0)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert optimizer._plan is not None
+        assert len(optimizer._plan.launches) == 2
+
+
+@gpu
+def test_a_graph_captures_the_step() -> None:
+    runs = []
+    for captured in (False, True):
+        params = parameters(torch.float32)
+        lr = torch.tensor(0.1, device="cuda")
+        optimizer = AdEMAMix(params, lr=lr, state="compact", capturable=True, alpha_warmup=5, beta3_warmup=5)
+        give_gradients(params, 0)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            before = [copy.deepcopy(p.detach()) for p in params]
+            with torch.cuda.graph(graph):
+                optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+            assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        for step in range(1, 6):
+            give_gradients(params, step)
+            lr.fill_(0.1 / step)
+            if step == 3:
+                params[0].grad[0, 0] = torch.nan
+            if captured:
+                graph.replay()
+            else:
+                optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+        assert optimizer.skipped_steps == 1
+        assert optimizer.state[params[0]]["step"] == 5.0
+        runs.append([t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@gpu
+def test_a_grad_scaler_on_the_gpu() -> None:
+    params, plain = parameters(torch.float32), parameters(torch.float32)
+    a, b = AdEMAMix(params), AdEMAMix(plain)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    for step in range(4):
+        scaler.scale(torch.zeros((), device="cuda", requires_grad=True))
+        give_gradients(params, step)
+        give_gradients(plain, step)
+        for p in params:
+            p.grad *= 1024.0
+        if step == 2:
+            params[0].grad[0, 0] = torch.inf
+        scaler.step(a)
+        if step == 2:
+            continue
+        b.step()
+        scaler.update(1024.0)
+    assert a.skipped_steps == 1
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))

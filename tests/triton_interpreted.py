@@ -1,0 +1,152 @@
+"""The Triton backend in Triton's interpreter, on the CPU: run by test_triton.py, which sets TRITON_INTERPRET=1.
+
+Torch's square root on CPUs is off by one unit in the last place in 0.7 % of all cases and the interpreter's, NumPy's,
+is not: parameters are compared up to that, all state bit for bit.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix.backends.triton import xp
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+# One element, none, a ragged block, rows of several blocks with a ragged last one, and aligned ones.
+SHAPES = ((), (0, 4), (5,), (3, 1, 1500), (8, 512), (64, 65))
+SCALE = 0.5
+
+
+def clipped(p: torch.Tensor, g: Any, momentum: Any, *, lr: Any, bound: Any) -> Any:
+    """A user's rule: with a helper, a global number, annotations that Triton does not know and functions of xp."""
+    momentum = smaller(momentum + SCALE * (g - momentum), bound)
+    return p - lr * xp.where(momentum > 0.0, momentum, 0.5 * momentum), momentum
+
+
+def smaller(x: Any, bound: Any) -> Any:
+    return xp.maximum(xp.minimum(x, bound), -bound)
+
+
+class Clipped(RuleOptimizer):
+    rule = staticmethod(clipped)
+
+    def __init__(self, params: Any, lr: float = 0.1, bound: float = 0.4, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "bound": bound, "maximize": False}, **options)
+
+    @staticmethod
+    def check(group: Any) -> None:
+        pass
+
+    @staticmethod
+    def coefficients(step: Any, group: Any) -> dict[str, Any]:
+        return {"lr": group["lr"], "bound": group["bound"]}
+
+
+def parameters(dtype: torch.dtype, shapes: Any = SHAPES) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def give_gradients(params: Any, step: int, dtype: torch.dtype | None = None) -> None:
+    for p in params:
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step + 7)).to(dtype or p.dtype)
+        if dtype is not None:
+            p.grad_dtype = dtype
+        p.grad = g
+
+
+def trained(kind: Any, which: str, dtype: torch.dtype, *, grads: Any = None, steps: int = 2, **options: Any) -> Any:
+    params = parameters(dtype)
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.03}]  # two rows of coefficients
+    optimizer = kind(groups, lr=0.1, backend=which, **options)
+    for step in range(steps):
+        give_gradients(params, step, grads)
+        optimizer.clip_grad_norm_(5.0)
+        optimizer.step()
+    return params, [optimizer.state[p] for p in params]
+
+
+def assert_same(one: Any, other: Any, steps: int = 2) -> None:
+    for p, q in zip(one[0], other[0], strict=True):
+        unit = torch.finfo(p.dtype).eps
+        # A step of Adam's is at most (1 - b1) / sqrt(1 - b2) = 3.2 times lr = 0.1.
+        assert ((p - q).abs() <= steps * unit * torch.maximum(p.abs(), torch.full_like(p, 0.32))).all()
+    for state, like in zip(one[1], other[1], strict=True):
+        assert state.keys() == like.keys()
+        assert all(torch.equal(state[key], like[key]) for key in state)
+
+
+@pytest.mark.parametrize("kind", [AdEMAMix, AdamW, Clipped])
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_as_eager(kind: Any, state: str, dtype: torch.dtype) -> None:
+    assert_same(*(trained(kind, which, dtype, state=state) for which in ("triton", "eager")))
+
+
+@pytest.mark.parametrize("options", [{"betas": (0.0, 0.9, 0.99)}, {"maximize": True}, {"capturable": True}], ids=str)
+def test_options_as_eager(options: Any) -> None:
+    options = {"state": "compact", "alpha_warmup": 3, "beta3_warmup": 3, **options}
+    assert_same(*(trained(AdEMAMix, which, torch.float32, **options) for which in ("triton", "eager")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_other_dtypes_as_eager(dtype: torch.dtype) -> None:
+    assert_same(*(trained(AdEMAMix, which, dtype) for which in ("triton", "eager")))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives gradients their parameter's dtype"
+)
+def test_mixed_dtypes_as_eager() -> None:
+    runs = [trained(AdEMAMix, which, torch.float32, grads=torch.bfloat16) for which in ("triton", "eager")]
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("state", ["float32", "compact"])
+def test_unaligned_memory_as_eager(state: str) -> None:
+    """Parameters, gradients and, after some steps, other gradients that start between two multiples of 16 bytes."""
+    runs = []
+    for which in ("triton", "eager"):
+        memory = torch.randn(2, 8193, generator=torch.Generator().manual_seed(1))
+        params = [memory[0, 1:4097].view(64, 64).requires_grad_(), memory[1, 3:4099].view(16, 256).requires_grad_()]
+        optimizer = AdEMAMix(params, lr=0.1, backend=which, state=state)
+        for step in range(3):
+            other = torch.randn(2, 4100, generator=torch.Generator().manual_seed(step))
+            for p, g, start in zip(params, other, (step, 2 * step), strict=True):
+                p.grad = g[start : start + 4096].view(p.shape)
+            optimizer.step()
+        runs.append((params, [optimizer.state[p] for p in params]))
+    assert_same(*runs, steps=3)
+
+
+def test_one_launch_a_batch_and_none_where_the_device_says_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(torch.float32)
+    optimizer = AdEMAMix(params, backend="triton", state="compact", capturable=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    plan = optimizer._plan
+    assert plan is not None
+    assert len(plan.launches) == 2  # compact state, and float32 for the small ones
+    calls = []
+
+    def counted(launch: Any) -> Any:
+        def start(*args: Any, **options: Any) -> None:
+            calls.append(launch)
+            kernel[(launch.tiles,)](*args, **options)
+
+        kernel = launch.kernel
+        return {(launch.tiles,): start}
+
+    def tensors() -> list[torch.Tensor]:
+        return [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    for launch, _ in plan.launches:
+        monkeypatch.setattr(launch, "kernel", counted(launch))
+    before = tensors()
+    for skip in (True, False):
+        plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
+    assert calls == 2 * [launch for launch, _ in plan.launches]
