@@ -42,7 +42,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         defaults: hyperparameters, each a param-group entry.
         state: how state slots are stored: "float32", "bfloat16", "compact" (16 bits where memory is long, 8 elsewhere),
             or a mapping of slots to formats (names in ``ademamix.formats.FORMATS``; float32 for slots not in it).
-        backend: "auto" (the fused one for the device, eager where there is none), "eager", "cpu" or "triton" (CUDA, ROCm).
+        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
         stochastic_rounding: round bfloat16 parameters stochastically.
         seed: of the noise for stochastic rounding.
         capturable: count steps and compute coefficients on the parameters' devices.
@@ -365,7 +365,7 @@ class AdEMAMix(RuleOptimizer):
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
             parameter), or a mapping of slots to formats. All but float32 round stochastically.
-        backend: "auto" (the fused one for the device, eager where there is none), "eager", "cpu" or "triton" (CUDA, ROCm).
+        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
         stochastic_rounding: round bfloat16 parameters stochastically, so that updates far below half a unit in the
             last place move them by the right amount on average; False rounds to nearest, as torch.optim does.
         seed: of the noise for stochastic rounding, an integer >= 0.
@@ -466,7 +466,7 @@ class AdamW(RuleOptimizer):
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 2.0 bytes a
             parameter), or a mapping of slots to formats. All but float32 round stochastically.
-        backend: "auto" (the fused one for the device, eager where there is none), "eager", "cpu" or "triton" (CUDA, ROCm).
+        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
         stochastic_rounding: as in :class:`AdEMAMix`.
         seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
 
