@@ -487,7 +487,7 @@ NAN, INF = float("nan"), float("inf")
         ({"state": {"exp_avg_sq": "int4"}}, r"state must map slots .* to formats .*float8.*, got 'exp_avg_sq': 'int4'"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*63\), got -1"),
         ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, got 1"),
-        ({"backend": "gpu"}, r"backend must be one of \('auto', 'eager', 'cpu'\), got 'gpu'"),
+        ({"backend": "gpu"}, r"backend must be one of \('auto', 'eager', 'cpu', 'triton'\), got 'gpu'"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )

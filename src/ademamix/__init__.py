@@ -1,6 +1,7 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
-from ademamix.optimizer import AdamW, AdEMAMix, RuleOptimizer
+from ademamix.adam import AdamW, AdEMAMix
+from ademamix.optimizer import RuleOptimizer
 
 __version__ = "0.1.0"
 __all__ = ["AdEMAMix", "AdamW", "RuleOptimizer"]

@@ -6,17 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, overload
 
-import numpy as xp
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
-from ademamix import backends, rules
+from ademamix import backends
 from ademamix.distributed import global_norm
 from ademamix.formats import FORMATS, Format
 from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
-from ademamix.schedules import alpha_schedule, beta3_schedule
 
 STATES = ("float32", "bfloat16", "compact")
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
@@ -111,7 +109,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
-        _check("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+        check_number("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
         for name in ("stochastic_rounding", "capturable"):
             if not isinstance(group[name], bool):
                 raise ValueError(f"{name} must be True or False, got {group[name]!r}")
@@ -301,7 +299,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 group.setdefault(name, value)
 
 
-def _check(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
+def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
+    """Raise ValueError unless a hyperparameter is a finite number, or a tensor of one element, that fits."""
     number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not math.isfinite(value) or not fits(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -310,205 +309,3 @@ def _check(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -
 def _check_bound(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or not value >= 0.0:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-
-
-def _check_common(group: Mapping[str, Any], betas: int) -> None:
-    """The hyperparameters that all rules of the Adam family have."""
-    for name in ("lr", "eps", "weight_decay"):
-        _check(name, group[name], "a finite number >= 0", lambda x: x >= 0.0)
-    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != betas:
-        raise ValueError(f"betas must be {betas} numbers in [0, 1), got {group['betas']!r}")
-    for i, beta in enumerate(group["betas"]):
-        _check(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
-    if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
-
-
-def _common_coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-    beta1, beta2 = group["betas"][:2]
-    return {
-        "lr": group["lr"],
-        "weight_decay": group["weight_decay"],
-        "eps": group["eps"],
-        "w1": 1.0 - beta1,
-        "w2": 1.0 - beta2,
-        "debias1": 1.0 / (1.0 - beta1**step),
-        "debias2": 1.0 / xp.sqrt(1.0 - beta2**step),
-    }
-
-
-class AdEMAMix(RuleOptimizer):
-    """AdEMAMix (Pagliardini, Ablin and Grangier, arXiv 2409.03137): AdamW with a second, slow EMA of the gradients.
-
-    With g_t the gradient in step t = 1, 2, ...::
-
-        m1_t = b1 m1_{t-1} + (1 - b1) g_t
-        m2_t = b3_t m2_{t-1} + (1 - b3_t) g_t
-        v_t  = b2 v_{t-1} + (1 - b2) g_t^2
-        p_t  = p_{t-1} - lr ((m1_t / (1 - b1^t) + alpha_t m2_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
-
-    Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
-    of 2 and the missing warmups among them are seldom what you want. For a run of T steps: ``alpha`` 5 to 8,
-    ``alpha_warmup = beta3_warmup = T``, beta3 = 0.9999 from about 100,000 steps on and less for shorter runs (0.999
-    for a few thousand steps); ``lr``, ``weight_decay`` and the other betas as for AdamW.
-
-    Args:
-        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
-        lr: learning rate, a number or a tensor of one element.
-        betas: decays (b1, b2, b3) of the fast EMA, of the squared gradient's EMA and of the slow EMA, each in [0, 1).
-            With b1 = 0 the gradient itself takes the fast EMA's place, and no fast EMA is stored.
-        alpha: weight of the slow EMA, >= 0.
-        beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
-        alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
-        eps: added to the denominator, >= 0.
-        weight_decay: decoupled weight decay, multiplied by lr, >= 0.
-        maximize: go along the gradient, not against it.
-        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
-            parameter), or a mapping of slots to formats. All but float32 round stochastically.
-        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
-        stochastic_rounding: round bfloat16 parameters stochastically, so that updates far below half a unit in the
-            last place move them by the right amount on average; False rounds to nearest, as torch.optim does.
-        seed: of the noise for stochastic rounding, an integer >= 0.
-        capturable: count steps and compute coefficients on the parameters' devices, so that a CUDA graph can capture
-            the step; on a device ``step`` is a tensor there. Make ``lr`` a tensor on the device if it is to change.
-        skip_nonfinite: a NaN or an infinity that enters the slow EMA would stay for tens of thousands of steps. True:
-            a step whose gradients' norm is not finite leaves parameters, state and ``step`` as they are, and
-            ``skipped_steps`` counts it. None: so it is after :meth:`clip_grad_norm_`, which gives the norm, and under a
-            GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
-
-    State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names its value and what is allowed.
-
-    Example:
-        >>> optimizer = AdEMAMix(model.parameters(), lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=8.0,
-        ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
-    """
-
-    rule = staticmethod(rules.ademamix)
-    compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 2.0,
-        beta3_warmup: float | None = None,
-        alpha_warmup: float | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        state: str | Mapping[str, str] = "float32",
-        backend: str = "auto",
-        stochastic_rounding: bool = True,
-        seed: int = 0,
-        capturable: bool = False,
-        skip_nonfinite: bool | None = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "alpha": alpha,
-            "beta3_warmup": beta3_warmup,
-            "alpha_warmup": alpha_warmup,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            defaults,
-            state=state,
-            backend=backend,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            capturable=capturable,
-            skip_nonfinite=skip_nonfinite,
-        )
-
-    @staticmethod
-    def check(group: Mapping[str, Any]) -> None:
-        _check_common(group, betas=3)
-        _check("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0.0)
-        for name in ("beta3_warmup", "alpha_warmup"):
-            if group[name] is not None:
-                _check(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
-
-    @classmethod
-    def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
-        names = super().stored(group)
-        return names if group["betas"][0] > 0.0 else names[1:]
-
-    @staticmethod
-    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        beta1, _, beta3 = group["betas"]
-        return {
-            **_common_coefficients(step, group),
-            "alpha": alpha_schedule(step, group["alpha"], group["alpha_warmup"]),
-            "w3": 1.0 - beta3_schedule(step, beta1, beta3, group["beta3_warmup"]),
-        }
-
-
-class AdamW(RuleOptimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the same engine: the baseline.
-
-    Arguments, defaults and state keys (``step``, ``exp_avg``, ``exp_avg_sq``) are those of torch.optim.AdamW.
-
-    Args:
-        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
-        lr: learning rate, a number or a tensor of one element.
-        betas: decays (b1, b2) of the EMAs of the gradient and of its square, each in [0, 1).
-        eps: added to the denominator, >= 0.
-        weight_decay: decoupled weight decay, multiplied by lr, >= 0.
-        maximize: go along the gradient, not against it.
-        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 2.0 bytes a
-            parameter), or a mapping of slots to formats. All but float32 round stochastically.
-        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
-        stochastic_rounding: as in :class:`AdEMAMix`.
-        seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
-
-    Raises:
-        ValueError: an argument is out of its range; the message names its value and what is allowed.
-    """
-
-    rule = staticmethod(rules.adamw)
-    compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        state: str | Mapping[str, str] = "float32",
-        backend: str = "auto",
-        stochastic_rounding: bool = True,
-        seed: int = 0,
-        capturable: bool = False,
-        skip_nonfinite: bool | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(
-            params,
-            defaults,
-            state=state,
-            backend=backend,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            capturable=capturable,
-            skip_nonfinite=skip_nonfinite,
-        )
-
-    @staticmethod
-    def check(group: Mapping[str, Any]) -> None:
-        _check_common(group, betas=2)
-
-    @staticmethod
-    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        return _common_coefficients(step, group)

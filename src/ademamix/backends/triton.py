@@ -163,13 +163,13 @@ def source(rule: Rule, formats: Sequence[Format | None]) -> str:
         f"row_of = coefficients + tl.load(entry + {width - 2}) * {2 + len(names)}",
         "rest = tl.load(shapes + 2 * tensor)",
         "across = tl.load(shapes + 2 * tensor + 1)",
-        f"blocks = tl.cast(tile, tl.int64) * {ROWS} + tl.arange(0, {ROWS})",
-        "block = blocks",
-        "exists = blocks < tl.load(lengths + tensor)",
+        f"block = tl.cast(tile, tl.int64) * {ROWS} + tl.arange(0, {ROWS})",
+        "exists = block < tl.load(lengths + tensor)",
         "if ALIGNED:",
         f"    rest = tl.multiple_of(rest, {ALIGNMENT})",
-        f"start = (blocks // across) * rest + (blocks % across) * {BLOCK}",
-        f"number = tl.where(exists, rest - (blocks % across) * {BLOCK}, 0)",
+        *(["row, column = block // across, block % across"] if scaled else ["row, column = 0, block"]),
+        f"start = row * rest + column * {BLOCK}",
+        f"number = tl.where(exists, rest - column * {BLOCK}, 0)",
         "if ALIGNED:",
         f"    start = tl.multiple_of(start, {ALIGNMENT})",
         f"    number = tl.multiple_of(number, {ALIGNMENT})",
@@ -210,7 +210,7 @@ def source(rule: Rule, formats: Sequence[Format | None]) -> str:
 
 @cache
 def kernel(rule: Rule, formats: tuple[Format | None, ...]) -> Any:
-    """The kernel for a rule and the formats of parameter, gradient and slots; compiled when it is first launched."""
+    """The kernel for a rule and the formats of parameter, gradient and slots, not compiled yet."""
     text = source(rule, formats)
     name = f"{rule.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     # Triton reads the text of functions where Python looks for it.
