@@ -60,6 +60,9 @@ class AdEMAMix(RuleOptimizer):
         alpha: weight of the slow EMA, >= 0.
         beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
         alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
+        schedule_start: steps done before both warmups begin, an integer >= 0: in step t they stand where they would in
+            step t - schedule_start, and until then at their start. For a training that AdamW began; see
+            :func:`ademamix.convert.from_adamw`, which sets it.
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         maximize: go along the gradient, not against it.
@@ -100,6 +103,7 @@ class AdEMAMix(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        schedule_start: int = 0,
         maximize: bool = False,
         state: str | Mapping[str, str] = "float32",
         backend: str = "auto",
@@ -114,6 +118,7 @@ class AdEMAMix(RuleOptimizer):
             "alpha": alpha,
             "beta3_warmup": beta3_warmup,
             "alpha_warmup": alpha_warmup,
+            "schedule_start": schedule_start,
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
@@ -136,6 +141,7 @@ class AdEMAMix(RuleOptimizer):
         for name in ("beta3_warmup", "alpha_warmup"):
             if group[name] is not None:
                 check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
+        check_number("schedule_start", group["schedule_start"], "an integer >= 0", lambda x: x >= 0 and x == int(x))
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -145,10 +151,11 @@ class AdEMAMix(RuleOptimizer):
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         beta1, _, beta3 = group["betas"]
+        scheduled = xp.maximum(step - group["schedule_start"], 0.0)
         return {
             **_common_coefficients(step, group),
-            "alpha": alpha_schedule(step, group["alpha"], group["alpha_warmup"]),
-            "w3": 1.0 - beta3_schedule(step, beta1, beta3, group["beta3_warmup"]),
+            "alpha": alpha_schedule(scheduled, group["alpha"], group["alpha_warmup"]),
+            "w3": 1.0 - beta3_schedule(scheduled, beta1, beta3, group["beta3_warmup"]),
         }
 
 
