@@ -11,7 +11,7 @@ from torch import nn
 
 import ademamix
 from ademamix import AdEMAMix
-from ademamix.convert import from_adamw
+from ademamix.convert import from_adamw, from_authors, from_bitsandbytes, from_pytorch_optimizer, to_adamw
 
 SHAPES = ((6, 4), (5,))
 SCHEDULED: dict[str, Any] = {"alpha": 5.0, "alpha_warmup": 6, "beta3_warmup": 8}
@@ -183,3 +183,209 @@ def test_a_foreign_state_dict_is_refused_by_the_name_of_its_key(state: dict[str,
 def test_a_bad_schedule_start_is_named(bad: Any) -> None:
     with pytest.raises(ValueError, match="schedule_start must be an integer >= 0, got"):
         AdEMAMix(parameters(), schedule_start=bad)
+
+
+# --------------------------------------------------------------------------------- from other programs' AdEMAMix
+
+HYPER: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95, 0.99), "eps": 1e-8, "weight_decay": 0.2, "alpha": 5.0}
+
+
+def authors(i: int, exact: Equations, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    slots = {"exp_avg_fast": exact.m1, "exp_avg_slow": exact.m2, "exp_avg_sq": exact.v}
+    return {"step": t, **slots}, {"beta3_warmup": 12, "alpha_warmup": 12}
+
+
+def bitsandbytes(i: int, exact: Equations, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    tensors = {"state1": torch.stack([exact.m1, exact.m2]), "state2": exact.v}
+    state = (
+        {"step": t, "__bnb_optimizer_quant_state__": tensors} if i else {"step": t, **tensors}
+    )  # both that there are
+    return state, {"t_alpha": 12, "t_beta3": 12}
+
+
+def pytorch_optimizer(i: int, exact: Equations, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    group = {"weight_decouple": True, "fixed_decay": False, "t_alpha_beta3": 12, "foreach": None, "step": t}
+    return {"exp_avg": exact.m1, "exp_avg_sq": exact.v, "exp_avg_slow": exact.m2}, group
+
+
+PROGRAMS: dict[str, Any] = {
+    "authors": (authors, from_authors),
+    "bitsandbytes": (bitsandbytes, from_bitsandbytes),
+    "pytorch_optimizer": (pytorch_optimizer, from_pytorch_optimizer),
+}
+
+
+def foreign(layout: Any, steps: int) -> tuple[list[Equations], dict[str, Any]]:
+    """Trainings of both parameters, and the state dict that a program of that layout would have saved."""
+    trainings = [Equations(p) for p in parameters()]
+    for i, exact in enumerate(trainings):
+        advance(exact, i, range(1, steps + 1))
+    kept = [layout(i, exact, steps) for i, exact in enumerate(trainings)]
+    group = {**HYPER, **kept[0][1], "params": [0, 1]}
+    return trainings, {"state": {i: state for i, (state, _) in enumerate(kept)}, "param_groups": [group]}
+
+
+def advance(exact: Equations, i: int, steps: range) -> None:
+    for t in steps:
+        b3, alpha = scheduled_beta3(t / 12, 0.8, 0.99), 5.0 * min(t / 12, 1.0)
+        exact.step(gradient(i, t), t, betas=(0.8, 0.95, b3), alpha=alpha, lr=0.01, weight_decay=0.2)
+
+
+@BACKENDS
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_training_of_another_program_goes_on_by_the_equations(program: str, backend: str) -> None:
+    layout, convert = PROGRAMS[program]
+    trainings, saved = foreign(layout, 7)
+    params = [exact.p.clone().requires_grad_() for exact in trainings]
+    optimizer = AdEMAMix(params, lr=0.5, backend=backend)
+    optimizer.load_state_dict(convert(copy.deepcopy(saved)))
+    train(params, optimizer, range(8, 20))
+    for i, (p, exact) in enumerate(zip(params, trainings, strict=True)):
+        advance(exact, i, range(8, 20))
+        torch.testing.assert_close(p.detach(), exact.p, rtol=1e-12, atol=1e-12)  # 12 steps of a dozen roundings
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_slow"], exact.m2, rtol=1e-12, atol=1e-12)
+
+
+def eight_bits(shape: tuple[int, ...]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    blocks = -(-math.prod(shape) // 256)
+    return {
+        "state1": torch.randint(0, 256, (2, *shape), dtype=torch.uint8, generator=generator),
+        "state2": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        "qmap1": torch.linspace(-1.0, 1.0, 256) ** 3,
+        "qmap2": torch.linspace(0.0, 1.0, 256) ** 3,
+        "absmax1": torch.rand(2, blocks, generator=generator),
+        "absmax2": torch.rand(blocks, generator=generator),
+    }
+
+
+def eight_bit_dict(shape: tuple[int, ...] = (70, 61)) -> dict[str, Any]:
+    group = {**HYPER, "t_alpha": None, "t_beta3": 0, "params": [0]}
+    return {"state": {0: {"step": 3, "__bnb_optimizer_quant_state__": eight_bits(shape)}}, "param_groups": [group]}
+
+
+def test_eight_bits_of_bitsandbytes_are_looked_up_in_the_checkpoint_s_tables() -> None:
+    """Blocks of 256 elements run through rows: 70 x 61 elements are 16 full blocks and one of 174."""
+    p = nn.Parameter(torch.zeros(70, 61))
+    optimizer = AdEMAMix([p], alpha_warmup=3)
+    optimizer.load_state_dict(from_bitsandbytes(eight_bit_dict()))
+    t = {key: value.tolist() for key, value in eight_bits((70, 61)).items()}
+    names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    tables = ((t["qmap1"], t["absmax1"][0]), (t["qmap1"], t["absmax1"][1]), (t["qmap2"], t["absmax2"]))
+    for name, codes, (qmap, absmax) in zip(names, (*t["state1"], t["state2"]), tables, strict=True):
+        for row in range(70):
+            for column in range(61):
+                expected = torch.tensor(qmap[codes[row][column]]) * torch.tensor(absmax[(61 * row + column) // 256])
+                assert optimizer.state[p][name][row, column] == expected
+    group = optimizer.param_groups[0]
+    assert (group["alpha_warmup"], group["beta3_warmup"], group["lr"]) == (None, None, 0.01)
+    compact = AdEMAMix([p], state="compact")
+    compact.load_state_dict(from_bitsandbytes(eight_bit_dict()))
+    assert compact.state[p]["exp_avg_slow"].dtype == torch.int16
+
+
+def altered(layout: Any, **changes: Any) -> dict[str, Any]:
+    """A state dict whose group entries and entries of the first state are changed; None takes one away."""
+    _, saved = foreign(layout, 2)
+    for place in (saved["param_groups"][0], saved["state"][0]):
+        for key, value in changes.items():
+            if key in place or isinstance(value, torch.Tensor):
+                place[key] = value
+            if value is None:
+                place.pop(key, None)
+    return saved
+
+
+BROKEN = [
+    (from_authors, altered(authors, alpha=None), "parameter group 0 has no 'alpha'; it has"),
+    (from_authors, altered(authors, exp_avg_slow=None), "state of parameter 0 has no 'exp_avg_slow'; it has"),
+    (from_authors, altered(authors, exp_avg_fast=None), "state of parameter 0 has no 'exp_avg_fast'; it has"),
+    (from_authors, altered(authors, step=None), "parameter 0 has a state but no 'step'"),
+    (from_authors, altered(authors, exp_avg_sq=1.0), "has a float as 'exp_avg_sq'; expected: a tensor"),
+    (from_authors, altered(bitsandbytes), "parameter group 0 has no 'beta3_warmup'; it has"),
+    (from_bitsandbytes, altered(authors), "parameter 0 has no 'state1'; it has"),
+    (
+        from_bitsandbytes,
+        altered(bitsandbytes, state1=torch.zeros(6, 4)),
+        r"'state1' of parameter 0 has shape \(6, 4\); AdEMAMix's has \(2, 6, 4\)",
+    ),
+    (
+        from_bitsandbytes,
+        altered(bitsandbytes, unorm_vec=torch.zeros(1)),
+        "has 'unorm_vec', which has no place here; expected:",
+    ),
+    (from_pytorch_optimizer, altered(pytorch_optimizer, step=None), "parameter 0 has a state but no 'step'"),
+    (from_pytorch_optimizer, altered(pytorch_optimizer, exp_avg_slow=None), "has no 'exp_avg_slow'; it has"),
+    (
+        from_pytorch_optimizer,
+        altered(pytorch_optimizer, weight_decouple=False),
+        "weight_decouple=False is nothing that AdEMAMix can go on from; allowed: True",
+    ),
+    (from_pytorch_optimizer, altered(authors), "parameter group 0 has no 't_alpha_beta3'"),
+    (to_adamw, adamw_state(), "parameter group 0 has no 'alpha'"),
+]
+
+
+@pytest.mark.parametrize(("convert", "state", "message"), BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_or_foreign_state_dict_is_refused(convert: Any, state: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(state)
+    assert str(caught.value).startswith(f"{convert.__name__}: ")
+
+
+@pytest.mark.parametrize("key", ["qmap1", "qmap2", "absmax1", "absmax2"])
+def test_broken_tables_are_named(key: str) -> None:
+    state = eight_bit_dict()
+    tensors = state["state"][0]["__bnb_optimizer_quant_state__"]
+    tensors[key] = tensors[key][..., :-1]
+    with pytest.raises(ValueError, match=rf"'{key}' of parameter 0 has shape .*; AdEMAMix's has \("):
+        from_bitsandbytes(state)
+    del tensors[key]
+    with pytest.raises(ValueError, match=f"has no '{key}'; it has"):
+        from_bitsandbytes(state)
+
+
+def test_authors_of_beta1_zero_store_no_fast_average() -> None:
+    saved = altered(authors, exp_avg_fast=None)
+    saved["param_groups"][0]["betas"] = (0.0, 0.9, 0.99)
+    del saved["state"][1]
+    optimizer = AdEMAMix(parameters())
+    optimizer.load_state_dict(from_authors(saved))
+    assert sorted(optimizer.state[optimizer.param_groups[0]["params"][0]]) == ["exp_avg_slow", "exp_avg_sq", "step"]
+
+
+# --------------------------------------------------------------------------------- to AdamW
+
+
+@pytest.mark.parametrize("target", [torch.optim.AdamW, ademamix.AdamW])
+@pytest.mark.parametrize("beta1", [0.8, 0.0])
+def test_adamw_goes_on_from_ademamix(beta1: float, target: Any) -> None:
+    params = parameters()
+    optimizer = AdEMAMix(params, lr=0.01, betas=(beta1, 0.95, 0.99), alpha=0.0, weight_decay=0.2)
+    train(params, optimizer, range(1, 8))
+    adamw = target(params, lr=0.5)
+    adamw.load_state_dict(to_adamw(optimizer.state_dict()))
+    train(params, adamw, range(8, 20))
+    reference = parameters()
+    torch_s = torch.optim.AdamW(reference, lr=0.01, betas=(beta1, 0.95), weight_decay=0.2)
+    train(reference, torch_s, range(1, 20))
+    for p, q in zip(params, reference, strict=True):  # with alpha = 0 all of it is AdamW
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_codes_become_numbers_for_adamw() -> None:
+    p = nn.Parameter(torch.randn(64, 70))
+    optimizer = AdEMAMix([p], state="compact")
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    exact = AdEMAMix([p], state="float32")
+    exact.load_state_dict(optimizer.state_dict())
+    converted = to_adamw(optimizer.state_dict())
+    for name, slot in (("exp_avg", "exp_avg_fast"), ("exp_avg_sq", "exp_avg_sq")):
+        assert torch.equal(converted["state"][0][name], exact.state[p][slot])
+    torch.optim.AdamW([p]).load_state_dict(converted)
+    broken = optimizer.state_dict()
+    del broken["state"][0]["exp_avg_sq_scale"]
+    with pytest.raises(ValueError, match=r"has codes of torch\.uint8 as 'exp_avg_sq' but no 'exp_avg_sq_scale'"):
+        to_adamw(broken)

@@ -4,15 +4,22 @@ Every function here is pure: it takes what the other program's ``optimizer.state
 tensors that need no change are shared with the old one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ademamix.formats import BLOCK
 from ademamix.optimizer import RuleOptimizer
+from ademamix.plan import decoded
 
 StateDict = dict[str, Any]
+
+SLOTS = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+ADAMW = ("params", "lr", "betas", "eps", "weight_decay")
+ADEMAMIX = (*ADAMW, "alpha")
+BITSANDBYTES = "__bnb_optimizer_quant_state__"
 
 # Entries of a torch.optim.AdamW's group that say how it runs, not what it computes.
 RUNNING = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
@@ -21,7 +28,7 @@ RUNNING = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decou
 def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> StateDict:
     """A running AdamW training's state dict as one that ``optimizer``, an AdEMAMix, loads and goes on from.
 
-    As in the paper (arXiv 2409.03137, section 4): the first moment becomes the fast EMA, the second moment and the
+    As in the paper (arXiv 2409.03137): the first moment becomes the fast EMA, the second moment and the
     steps done stay (bias corrections go on), and the slow EMA starts at zero. The warmups of alpha and beta3 count from
     here: ``schedule_start`` of a group becomes the largest number of steps that a parameter of it has done.
 
@@ -41,7 +48,7 @@ def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> State
     """
     source = "from_adamw"
     own = optimizer.state_dict()["param_groups"]
-    groups = _groups(source, state_dict, betas=2)
+    groups = _groups(source, state_dict, ADAMW)
     if len(groups) != len(own):
         raise ValueError(f"{source}: the state dict has {len(groups)} parameter groups, the optimizer {len(own)}")
     state: dict[Any, Any] = {}
@@ -50,29 +57,148 @@ def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> State
         _refuse(source, old, "amsgrad", False)
         if old["weight_decay"]:
             _refuse(source, old, "decoupled_weight_decay", True)
-        done = 0.0
-        for i, slots in _states(source, state_dict, old, {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq"}):
+        members = {}
+        for i, saved in _saved(source, state_dict, old):
+            slots = _renamed(source, i, saved, {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq"})
             fast = slots["exp_avg_fast"]
             number = fast.dtype if fast.is_floating_point() or fast.is_complex() else torch.float32
-            slots["exp_avg_slow"] = torch.zeros_like(fast, dtype=number)
-            state[i] = slots
-            done = max(done, float(slots["step"]))
-        kept = {name: value for name, value in old.items() if name not in RUNNING}
+            members[i] = {
+                "step": _step(source, i, saved),
+                **slots,
+                "exp_avg_slow": torch.zeros_like(fast, dtype=number),
+            }
+        state |= members
         betas = (*old["betas"], new["betas"][2])
-        converted.append({**new, **kept, "betas": betas, "schedule_start": int(done)})
+        start = int(max((float(m["step"]) for m in members.values()), default=0.0))
+        converted.append({**new, **_without(old, RUNNING), "betas": betas, "schedule_start": start})
     return {"state": state, "param_groups": converted}
 
 
-def _groups(source: str, state_dict: Mapping[str, Any], betas: int) -> list[dict[str, Any]]:
-    """The parameter groups, after what every optimizer of the family has was found in them."""
+def from_authors(state_dict: Mapping[str, Any]) -> StateDict:
+    """A state dict of the authors' AdEMAMix (github.com/apple/ml-ademamix) as one that ours loads.
+
+    Hyperparameters come with it. An AdEMAMix loads such a dict without this function too; here it is checked first.
+
+    Raises:
+        ValueError: an entry is missing or unknown; it is named.
+    """
+    source = "from_authors"
+    groups = _groups(source, state_dict, (*ADEMAMIX, "beta3_warmup", "alpha_warmup"))
+    state = {}
+    for group in groups:
+        names = SLOTS if group["betas"][0] > 0.0 else SLOTS[1:]
+        for i, saved in _saved(source, state_dict, group):
+            slots = _renamed(source, i, saved, {name: name for name in names})
+            state[i] = {"step": _step(source, i, saved), **slots}
+    return {"state": state, "param_groups": [dict(group) for group in groups]}
+
+
+def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
+    """A state dict of a bitsandbytes AdEMAMix (32 or 8 bits, paged or not) as one that ours loads.
+
+    8-bit state becomes float32 by the checkpoint's own tables (``qmap``: the 256 numbers that codes stand for;
+    ``absmax``: the factor of each 256 elements); loading rounds it to the optimizer's format. Hyperparameters come with
+    it: ``t_alpha`` and ``t_beta3`` are called alpha_warmup and beta3_warmup here.
+
+    Raises:
+        ValueError: an entry is missing, unknown, or of a shape that AdEMAMix has not; it is named.
+    """
+    source = "from_bitsandbytes"
+    groups = _groups(source, state_dict, ADEMAMIX)
+    state = {}
+    for group in groups:
+        for i, wrapped in _saved(source, state_dict, group):
+            saved = {**wrapped, **wrapped.get(BITSANDBYTES, {})}  # newer versions put all tensors into a dict of theirs
+            saved.pop(BITSANDBYTES, None)
+            eight = getattr(saved.get("state2"), "dtype", None) == torch.uint8
+            tables = ("qmap1", "absmax1", "qmap2", "absmax2") if eight else ()
+            slots = _renamed(source, i, saved, {name: name for name in ("state1", "state2", *tables)})
+            averages, squares = slots["state1"], slots["state2"]
+            blocks = -(-squares.numel() // BLOCK)
+            shapes = ((2, *squares.shape), squares.shape, (256,), (2, blocks), (256,), (blocks,))
+            _check_shapes(source, i, slots, dict(zip(("state1", "state2", *tables), shapes, strict=False)))
+            if eight:
+                averages = [_dequantized(averages[k], slots["qmap1"], slots["absmax1"][k]) for k in range(2)]
+                squares = _dequantized(squares, slots["qmap2"], slots["absmax2"])
+            named = dict(zip(SLOTS, (averages[0], averages[1], squares), strict=True))
+            state[i] = {"step": _step(source, i, saved), **_of(group, named)}
+    return {
+        "state": state,
+        "param_groups": [
+            {
+                **_without(group, ("t_alpha", "t_beta3")),
+                "alpha_warmup": group.get("t_alpha") or None,
+                "beta3_warmup": group.get("t_beta3") or None,
+            }
+            for group in groups
+        ],
+    }
+
+
+def from_pytorch_optimizer(state_dict: Mapping[str, Any]) -> StateDict:
+    """A state dict of pytorch_optimizer's AdEMAMix as one that ours loads.
+
+    Hyperparameters come with it, ``t_alpha_beta3`` as both warmups; ``maximize``, which its state dicts do not hold,
+    is that of the optimizer that loads.
+
+    Raises:
+        ValueError: an entry is missing or unknown, or asks for what AdEMAMix does not compute (a weight decay that is
+            not decoupled or not multiplied by lr, cautious or stable steps); it is named.
+    """
+    source = "from_pytorch_optimizer"
+    groups = _groups(source, state_dict, (*ADEMAMIX, "t_alpha_beta3"))
+    state, converted = {}, []
+    for group in groups:
+        if group["weight_decay"]:
+            _refuse(source, group, "weight_decouple", True)
+            _refuse(source, group, "fixed_decay", False)
+        for key in ("cautious", "stable_adamw"):
+            _refuse(source, group, key, False)
+        for i, saved in _saved(source, state_dict, group):
+            own = {"exp_avg": "exp_avg_fast", "exp_avg_slow": "exp_avg_slow", "exp_avg_sq": "exp_avg_sq"}
+            slots = _of(group, _renamed(source, i, saved, own))
+            state[i] = {"step": _step(source, i, group), **slots}
+        kept = _without(group, ("weight_decouple", "fixed_decay", "cautious", "stable_adamw", "foreach", "step"))
+        warmup = kept.pop("t_alpha_beta3")
+        converted.append({**kept, "alpha_warmup": warmup, "beta3_warmup": warmup})
+    return {"state": state, "param_groups": converted}
+
+
+def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
+    """An AdEMAMix state dict as one that torch.optim.AdamW or :class:`ademamix.AdamW` loads and goes on from.
+
+    The fast EMA becomes the first moment (zeros with beta1 = 0, where the next gradient replaces it), the second moment
+    and the steps done stay, the slow EMA is dropped; codes of low-bit state become float32 numbers.
+
+    Raises:
+        ValueError: an entry is missing or unknown; it is named.
+    """
+    source = "to_adamw"
+    groups = _groups(source, state_dict, ADEMAMIX)
+    state = {}
+    for group in groups:
+        names = SLOTS if group["betas"][0] > 0.0 else SLOTS[1:]
+        for i, saved in _saved(source, state_dict, group):
+            slots = _renamed(source, i, saved, {name: name for name in names})
+            squares = _numbers(source, i, slots, "exp_avg_sq")
+            average = _numbers(source, i, slots, names[0]) if len(names) == 3 else torch.zeros_like(squares)
+            state[i] = {"step": _step(source, i, saved), "exp_avg": average, "exp_avg_sq": squares}
+    dropped = ("alpha", "alpha_warmup", "beta3_warmup", "schedule_start")
+    converted = [{**_without(group, dropped), "betas": tuple(group["betas"][:2])} for group in groups]
+    return {"state": state, "param_groups": converted}
+
+
+def _groups(source: str, state_dict: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The parameter groups, which must have ``keys``, and three betas if alpha is among them."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"{source}: an optimizer's state dict has {key!r}, this one has {sorted(state_dict)}")
     groups: list[dict[str, Any]] = state_dict["param_groups"]
     for index, group in enumerate(groups):
-        for key in ("params", "lr", "betas", "eps", "weight_decay"):
+        for key in keys:
             if key not in group:
                 raise ValueError(f"{source}: parameter group {index} has no {key!r}; it has {sorted(group)}")
+        betas = 3 if "alpha" in keys else 2
         if len(group["betas"]) != betas:
             raise ValueError(f"{source}: 'betas' of parameter group {index} must be {betas}, got {group['betas']!r}")
     return groups
@@ -84,28 +210,64 @@ def _refuse(source: str, group: Mapping[str, Any], key: str, allowed: Any) -> No
         raise ValueError(f"{source}: {key}={group[key]!r} is nothing that AdEMAMix can go on from; allowed: {allowed}")
 
 
-def _states(
-    source: str, state_dict: Mapping[str, Any], group: Mapping[str, Any], slots: Mapping[str, str]
+def _without(group: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in dropped}
+
+
+def _of(group: Mapping[str, Any], slots: dict[str, Any]) -> dict[str, Any]:
+    """The slots that an AdEMAMix of the group's betas stores."""
+    return slots if group["betas"][0] > 0.0 else _without(slots, ("exp_avg_fast",))
+
+
+def _saved(
+    source: str, state_dict: Mapping[str, Any], group: Mapping[str, Any]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The state of each parameter of a group that has one, with its slots (and their scales) by their new names."""
+    """What is kept of each parameter of a group that has a state."""
     for i in group["params"]:
-        saved = {key: value for key, value in state_dict["state"].get(i, {}).items() if value is not None}
-        if not saved:
+        saved = state_dict["state"].get(i) or {}
+        if kept := {key: value for key, value in saved.items() if value is not None}:
+            yield i, kept
+
+
+def _renamed(source: str, i: Any, saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The tensors of a parameter's state, with the scales of those that have some, under their new names."""
+    where = f"{source}: the state of parameter {i!r}"
+    if missing := [key for key in names if key not in saved]:
+        raise ValueError(f"{where} has no {missing[0]!r}; it has {sorted(saved)}")
+    renamed = {}
+    for key, value in saved.items():
+        slot = key.removesuffix("_scale")
+        if key == "step":
             continue
-        where, expected = f"{source}: the state of parameter {i!r}", ["step", *slots]
-        if missing := [key for key in expected if key not in saved]:
-            raise ValueError(f"{where} has no {missing[0]!r}; it has {sorted(saved)}")
-        new: dict[str, Any] = {"step": _step(saved["step"])}
-        for key, value in saved.items():
-            slot = key.removesuffix("_scale")
-            if slot not in expected:
-                raise ValueError(f"{where} has {key!r}, which has no place here; expected: {expected}")
-            if not isinstance(value, Tensor) and slot != "step":
-                raise ValueError(f"{where} has {key!r} as {type(value).__name__}; expected: a tensor")
-            if slot != "step":
-                new[key.replace(slot, slots[slot], 1)] = value
-        yield i, new
+        if slot not in names:
+            raise ValueError(f"{where} has {key!r}, which has no place here; expected: {['step', *names]}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where} has a {type(value).__name__} as {key!r}; expected: a tensor")
+        renamed[names[slot] + key[len(slot) :]] = value
+    return renamed
 
 
-def _step(value: Any) -> Tensor:
-    return torch.tensor(float(value))
+def _step(source: str, i: Any, kept: Mapping[str, Any]) -> Tensor:
+    if "step" not in kept:
+        raise ValueError(f"{source}: parameter {i!r} has a state but no 'step'")
+    return torch.tensor(float(kept["step"]))
+
+
+def _numbers(source: str, i: Any, slots: Mapping[str, Tensor], name: str) -> Tensor:
+    value, scale = slots[name], slots.get(f"{name}_scale")
+    if scale is None and not value.is_floating_point() and not value.is_complex():
+        raise ValueError(f"{source}: parameter {i!r} has codes of {value.dtype} as {name!r} but no '{name}_scale'")
+    return decoded(value, scale)
+
+
+def _check_shapes(source: str, i: Any, slots: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for key, wanted in shapes.items():
+        if tuple(slots[key].shape) != tuple(wanted):
+            found = tuple(slots[key].shape)
+            raise ValueError(f"{source}: {key!r} of parameter {i!r} has shape {found}; AdEMAMix's has {tuple(wanted)}")
+
+
+def _dequantized(codes: Tensor, table: Tensor, absmax: Tensor) -> Tensor:
+    """The numbers that 8-bit codes stand for; a factor serves BLOCK elements of the whole tensor in its order."""
+    factors = absmax.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)
+    return table[codes.long()] * factors

@@ -249,6 +249,14 @@ def _scale_shape(p: Tensor) -> tuple[int, int]:
 STORED_AS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16", torch.uint8: "float8"}
 
 
+def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
+    """The numbers that a state tensor stands for: itself, or float32 where it holds codes."""
+    if value.dtype not in STORED_AS:
+        return value
+    rows = value.contiguous().view(value.shape[0], -1)
+    return eager.decode(FORMATS[STORED_AS[value.dtype]], rows, scale).view(value.shape)
+
+
 def stored_slot(
     name: str, value: Tensor, scale: Tensor | None, p: Tensor, formats: Mapping[str, Format]
 ) -> dict[str, Tensor]:
@@ -260,10 +268,7 @@ def stored_slot(
     wanted = _layout(p, format, formats)
     value = value.detach().to(p.device)
     if value.dtype != wanted.dtype:
-        numbers = value
-        if value.dtype in STORED_AS:
-            rows = value.contiguous().view(p.shape[0], -1)
-            numbers = eager.decode(FORMATS[STORED_AS[value.dtype]], rows, scale).view(p.shape)
+        numbers = decoded(value, scale)
         if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
             value, scale = numbers.to(wanted.dtype), None
         else:
