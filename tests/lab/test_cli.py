@@ -142,7 +142,7 @@ def test_a_resume_on_other_text_is_refused(finished, cli, capsys, tokens):
         assert cli("train", "--resume", "run") == 2
     finally:
         (tokens / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
-    assert "the text in" in refusal(capsys)
+    assert "other settings: the data" in refusal(capsys)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
