@@ -16,7 +16,7 @@ def language_model(recipe: Recipe, vocab_size: int) -> torch.nn.Module:
         from transformers import MambaConfig, MambaForCausalLM
         from transformers.utils import logging
 
-        logging.set_verbosity_error()  # each run would advise to install CUDA kernels
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # each run would advise to install CUDA kernels
         return MambaForCausalLM(
             MambaConfig(
                 vocab_size=vocab_size,

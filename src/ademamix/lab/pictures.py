@@ -1,5 +1,6 @@
 """Pictures, once: as traces for Plotly, which the page draws, and with matplotlib, for files."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ class Line:
     y: list[float]
     error: list[float] | None = None  # half the height of the error bars
     mode: str = "lines"  # as Plotly names it
+
+    @property
+    def bars(self) -> list[float] | None:
+        """The error bars, where they can be drawn: one seed has no standard error."""
+        return self.error if self.error and all(map(math.isfinite, self.error)) else None
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Chart:
                 "line": {"dash": style[2], "width": 2.5},
                 "marker": {"size": 8},
                 "hovertemplate": "%{y:.4f}",
-                **({} if line.error is None else {"error_y": {"array": line.error, "visible": True, "thickness": 1.5}}),
+                **({} if line.bars is None else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}),
             }
             for line, style in zip(self.lines, self.styles(), strict=True)
         ]
@@ -79,7 +85,7 @@ class Chart:
         for line, (colour, _, dash) in zip(self.lines, self.styles(), strict=True):
             marker = "o" if "markers" in line.mode else ""
             style = {"color": colour, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker}
-            axis.errorbar(line.x, line.y, line.error, label=line.name, elinewidth=1.5, capsize=3, **style)
+            axis.errorbar(line.x, line.y, line.bars, label=line.name, elinewidth=1.5, capsize=3, **style)
         axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
         if self.log_x:
             axis.set_xscale("log")

@@ -14,7 +14,7 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, sentence
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart, Line, around
+from ademamix.lab.pictures import Chart, Line
 from ademamix.lab.report import Report
 from ademamix.lab.train import Result
 from ademamix.lab.trials import Grid, Point, Trials
@@ -85,8 +85,8 @@ def run(settings: Forgetting, trials: Trials) -> Report:
     for name in NAMES:
         at = [n for n in drops[name][0] if n > 0]
         values = [mean_and_error([d[n] for d in drops[name]]) for n in at]
-        errors = [e for _, e in values] if len(settings.seeds) > 1 else None
-        lines.append(Line(NAMES[name], [float(n) for n in at], [m for m, _ in values], errors, "lines+markers"))
+        drop, error = [m for m, _ in values], [e for _, e in values]
+        lines.append(Line(NAMES[name], [float(n) for n in at], drop, error, "lines+markers"))
     heads = ("optimizer", "largest drop, nats", "steps until then", "left at the end", "left, by seed")
     return Report(
         "Forgetting: the loss of a batch that was seen once",
@@ -137,5 +137,4 @@ def _example(results: Mapping[Point, Result | None], seed: int, steps: Sequence[
         "step",
         common.LOSS,
         lines,
-        around([y for line in lines for y in line.y]),
     )

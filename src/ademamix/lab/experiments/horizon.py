@@ -14,7 +14,7 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings, changed, sentence
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart, Line, around
+from ademamix.lab.pictures import Chart, Line
 from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
@@ -85,8 +85,8 @@ def run(settings: Horizon, trials: Trials) -> Report:
     for t in settings.lengths:
         values = [mean_and_error(losses[t, c]) for c in settings.c]
         low = min(m for m, _ in values)
-        spread = [e for _, e in values] if len(settings.seeds) > 1 else None
-        lines.append(Line(f"T = {t:,}", list(settings.c), [m - low for m, _ in values], spread, "lines+markers"))
+        above = [m - low for m, _ in values]
+        lines.append(Line(f"T = {t:,}", list(settings.c), above, [e for _, e in values], "lines+markers"))
     x = [float(t) for t in settings.lengths]
     rows = [
         (
@@ -110,13 +110,10 @@ def run(settings: Horizon, trials: Trials) -> Report:
                 "steps T",
                 "log10 of 1 - beta3",
                 [
-                    Line(
-                        "best, mean of the seeds", x, [math.log10(means[t] / t) for t in settings.lengths], mode="markers"
-                    ),
+                    Line("best, mean of the seeds", x, [math.log10(m / t) for t, m in means.items()], mode="markers"),
                     Line(f"1 - beta3 = {rule:.1f} / T", x, [math.log10(rule / t) for t in x]),
                     Line(f"published: {PUBLISHED:g} / T", x, [math.log10(PUBLISHED / t) for t in x]),
                 ],
-                around([math.log10(value / t) for t in x for value in (rule, PUBLISHED)]),
                 log_x=True,
             ),
         ],

@@ -12,7 +12,7 @@ from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
-from ademamix.lab.pictures import Chart, Line, Picture, around
+from ademamix.lab.pictures import Chart, Line, Picture
 from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
@@ -132,7 +132,6 @@ def run(settings: Lm, trials: Trials) -> Report:
                 ),
                 Line("AdEMAMix", [1.0, most], [goal[0]] * 2, [goal[1]] * 2),
             ],
-            around([*(m for m, _ in means.values()), goal[0]]),
         )
     )
     of_budgets = {f"AdamW, {b:g} x the {recipe.unit}": values for b, values in budgets.items()}

@@ -12,7 +12,7 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings, sentence
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart, Line, around
+from ademamix.lab.pictures import Chart, Line
 from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
@@ -74,7 +74,6 @@ def run(settings: Switch, trials: Trials) -> Report:
                 "part of the run with AdamW",
                 common.LOSS,
                 [Line("final loss", x, [ends[v][0] for v in x], [ends[v][1] for v in x], "lines+markers")],
-                around([m for m, _ in ends.values()]),
             ),
         ],
         [table_of({names[v]: losses[v] for v in x}, ("run", "final validation loss", "by seed"))],

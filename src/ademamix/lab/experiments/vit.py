@@ -10,7 +10,7 @@ from ademamix.lab.claims import clearly_below, decide, difference, mean_and_erro
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, ImageRecipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning, sentence
-from ademamix.lab.pictures import Chart, Line, Picture, around
+from ademamix.lab.pictures import Chart, Line, Picture
 from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
@@ -56,7 +56,7 @@ def _paper(width: int, layers: int, data: str, steps: int) -> ImageRecipe:
 
 PRESETS = {
     "cpu": Vit(
-        recipe=_recipe(2000, batch=16),
+        recipe=_recipe(1200, batch=16),
     ),
     "gpu": Vit(
         "gpu",
@@ -108,7 +108,6 @@ def run(settings: Vit, trials: Trials) -> Report:
                 )
                 for name in NAMES.values()
             ],
-            around([m for m, _ in ends.values()]),
             log_x=True,
         ),
     ]
