@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
-from ademamix.distributed import global_norm
+from ademamix.distributed import global_norm, gradients
 from ademamix.formats import FORMATS, Format
 from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
 
@@ -159,7 +159,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             overflows to infinity for gradients above 1e19.
         """
         _check_bound("max_norm", max_norm)
-        norm = global_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        every = chain.from_iterable(group["params"] for group in self.param_groups)
+        norm = global_norm(gradients([p for p in every if p.grad is not None]))
         if grad_scale is not None:
             norm = norm / grad_scale
         self._norm = Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
@@ -222,7 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
             if missing:
                 raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
-        grads = [p.grad for p in params]
+        grads = gradients(params)
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
         factor, skip = self._guard(grads)
@@ -280,7 +281,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
             if "step" not in saved:
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
-            check_state(saved, p, backends.slot_names(self.rule))
+            check_state(saved, p, slot_formats(p, self._formats))
         for group in state_dict["param_groups"]:
             self._check_group({**self.defaults, **group})
         return state_dict

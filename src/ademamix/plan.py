@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ademamix import backends
 from ademamix.backends import eager
+from ademamix.distributed import blocks_are_whole, is_sharded, joined, local, local_part, rows_of
 from ademamix.formats import BLOCK, FORMATS, Format, keys
 from ademamix.table import on_device, on_host, sent_to
 
@@ -61,14 +63,15 @@ class Plan:
             for name in _tensor_names(n, f)
         ]
         self.tensors = [*params, *self.steps, *(state[name] for state, name in slots)]
-        self.pointers = list(map(Tensor.data_ptr, self.tensors))
+        self.sharded = any(map(is_sharded, params))
+        self.pointers = self._pointers()
         self.grad_dtypes = [g.dtype for g in _grads(params)]
 
         # Backends update real, dense tensors: views of the parameters, or a copy where a parameter is not dense.
         fit = [_fits(p, f) for p, f in zip(params, formats, strict=True)]
         self.targets = [
-            _real(p.detach() if fits else torch.empty_like(p.detach(), memory_format=torch.contiguous_format))
-            for p, fits in zip(params, fit, strict=True)
+            _real(p if fits else torch.empty_like(p, memory_format=torch.contiguous_format))
+            for p, fits in zip((local(p).detach() for p in params), fit, strict=True)
         ]
         self.copied = [i for i, fits in enumerate(fit) if not fits]
         self.complex = [i for i, p in enumerate(params) if p.is_complex()]
@@ -83,23 +86,41 @@ class Plan:
         positions = [n for n, p in enumerate(every) if p.grad is not None]
         random = keys([settings[i].seed for i in of_group], positions)
         for index, (i, p, target, f) in enumerate(zip(of_group, params, self.targets, formats, strict=True)):
-            grad = _number_format(_real(_grads([p])[0]), stochastic=False)
+            grad = _number_format(_real(local(p.grad)), stochastic=False)
             own = _number_format(target, stochastic=settings[i].stochastic_rounding)
             buckets[p.device, own, grad, tuple(f.get(name) for name in names)].append(index)
         self.launches = []
-        for (_, own, grad, kept), members in buckets.items():
+        for (_, own, grad, kept), bucket in buckets.items():
+            blocked = any(f is not None and f.scale is not None for f in kept)
+            noisy = any(f is not None and f.stochastic for f in (own, *kept))
+            cuts = [(m, cut, rows) for m in bucket for cut, rows in self._rows(m, blocked, noisy)]
             named = list(zip(names, kept, strict=True))
+            scales = [(f"{n}_scale", f is not None and f.scale is not None) for n, f in named]
+            members = [m for m, _, _ in cuts]
             batch = backends.Batch(
                 optimizer.rule,
                 own,
                 grad,
                 kept,
-                [self.targets[m] for m in members],
-                [[None if f is None else _real(self.states[m][n]) for n, f in named] for m in members],
-                [[self.states[m].get(f"{n}_scale") if f and f.scale else None for n, f in named] for m in members],
+                [_cut(self.targets[m], cut) for m, cut, _ in cuts],
+                [[None if f is None else _cut(self._slot(m, n), cut) for n, f in named] for m, cut, _ in cuts],
+                [[self._slot(m, n) if scaled else None for n, scaled in scales] for m in members],
                 random[members],
+                [rows for _, _, rows in cuts],
             )
-            self.launches.append((backends.launch(optimizer.backend, batch), members))
+            self.launches.append((backends.launch(optimizer.backend, batch), [(m, cut) for m, cut, _ in cuts]))
+
+    def _pointers(self) -> list[int]:
+        return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
+
+    def _slot(self, member: int, name: str) -> Tensor:
+        return _real(local(self.states[member][name]))
+
+    def _rows(self, member: int, blocked: bool, noisy: bool) -> list[tuple[slice | None, backends.Rows]]:
+        """Where the elements lie in the whole parameter, if noise makes that matter."""
+        if noisy:
+            return rows_of(self.params[member], blocked)
+        return [(None, backends.whole(self.targets[member], blocked))]
 
     def serves(
         self,
@@ -120,7 +141,7 @@ class Plan:
             and all(map(is_, optimizer.state.values(), self.all_states))
             and sum(map(len, self.states)) == len(self.entries)
             and all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.entries))
-            and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+            and self._pointers() == self.pointers
             and [g.dtype for g in grads] == self.grad_dtypes
             and {g.layout for g in grads} == {torch.strided}
         )
@@ -135,6 +156,8 @@ class Plan:
             skip: boolean, of one element: if it is true, nothing changes.
         """
         rows, table = self._table(optimizer)
+        if self.sharded:
+            grads = list(map(local, grads))
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
         strides = list(map(Tensor.stride, grads))
@@ -143,10 +166,10 @@ class Plan:
                 if stride != layout:
                     grads[i] = torch.empty_like(self.targets[i], dtype=grads[i].dtype).copy_(grads[i])
         for i in self.copied:
-            self.targets[i].copy_(_real(self.params[i]))
+            self.targets[i].copy_(_real(local(self.params[i])))
         tables: dict[torch.device, Tensor] = {}
         for launch, members in self.launches:
-            device = self.params[members[0]].device
+            device = self.params[members[0][0]].device
             if device not in tables:
                 coefficients = table(device)
                 if factor is not None:
@@ -155,9 +178,9 @@ class Plan:
                     coefficients[:, 0] *= factor.to(coefficients.device, non_blocking=True)
                 tables[device] = coefficients
             here = None if skip is None else skip.to(device, non_blocking=True)
-            launch([grads[m] for m in members], [rows[m] for m in members], tables[device], here)
+            launch([_cut(grads[m], cut) for m, cut in members], [rows[m] for m, _ in members], tables[device], here)
         for i in self.copied:
-            _real(self.params[i]).copy_(self.targets[i])
+            _real(local(self.params[i])).copy_(self.targets[i])
         self._count(skip)
 
     def _table(self, optimizer: RuleOptimizer) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
@@ -182,6 +205,10 @@ class Plan:
             for (device, _), members in self.places.items():
                 taken = 1.0 if skip is None else 1.0 - skip.to(device, torch.float32, non_blocking=True)
                 torch._foreach_add_([self.steps[m] for m in members], taken)
+
+
+def _cut(t: Tensor, cut: slice | None) -> Tensor:
+    return t if cut is None else t.view(-1)[cut]
 
 
 def _grads(params: Sequence[Tensor]) -> list[Tensor]:
@@ -229,21 +256,21 @@ def _is_dense(p: Tensor) -> bool:
 
 
 def _fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
-    """Whether a backend can work on p itself: blocks lie along rows, so they want a contiguous one."""
-    blocked = any(f.scale is not None for f in formats.values())
-    return p.is_contiguous() if blocked else _is_dense(p)
+    """Whether a backend can work on p itself: blocks, and a part's noise, lie along rows of a contiguous tensor."""
+    ordered = is_sharded(p) or any(f.scale is not None for f in formats.values())
+    return local(p).is_contiguous() if ordered else _is_dense(p)
 
 
 def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
-    """A tensor without memory that has the shape, dtype and strides of p's slot."""
+    """A tensor without memory that has the shape, dtype and strides of this process's part of p's slot."""
     dtype = backends.storage_dtype(format)
     memory = torch.preserve_format if _fits(p, formats) else torch.contiguous_format
     kind = dtype.to_complex() if p.is_complex() else dtype
-    return torch.empty_like(p, dtype=kind, device="meta", requires_grad=False, memory_format=memory)
+    return torch.empty_like(local(p), dtype=kind, device="meta", requires_grad=False, memory_format=memory)
 
 
 def _scale_shape(p: Tensor) -> tuple[int, int]:
-    return p.shape[0], -(-(p.numel() // max(1, p.shape[0])) // BLOCK)
+    return p.shape[0], -(-math.prod(p.shape[1:]) // BLOCK)
 
 
 STORED_AS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16", torch.uint8: "float8"}
@@ -253,8 +280,18 @@ def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
     """The numbers that a state tensor stands for: itself, or float32 where it holds codes."""
     if value.dtype not in STORED_AS:
         return value
-    rows = value.contiguous().view(value.shape[0], -1)
-    return eager.decode(FORMATS[STORED_AS[value.dtype]], rows, scale).view(value.shape)
+    codes = local(value)
+    rows = codes.contiguous().flatten(1) if codes.ndim > 1 else codes.view(1, -1)
+    numbers = eager.decode(FORMATS[STORED_AS[value.dtype]], rows, None if scale is None else local(scale))
+    return joined(numbers.view(codes.shape), value, value.shape)
+
+
+def new_slot(name: str, p: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
+    """Zeros as p's slot ``name``, with its scales."""
+    slot = {name: joined(torch.zeros_like(_layout(p, formats[name], formats), device=p.device), p, p.shape)}
+    if formats[name].scale is not None:
+        slot[f"{name}_scale"] = joined(torch.zeros(_scale_shape(local(p)), device=p.device), p, _scale_shape(p))
+    return slot
 
 
 def stored_slot(
@@ -266,28 +303,49 @@ def stored_slot(
     """
     format = formats[name]
     wanted = _layout(p, format, formats)
-    value = value.detach().to(p.device)
     if value.dtype != wanted.dtype:
-        numbers = decoded(value, scale)
-        if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
-            value, scale = numbers.to(wanted.dtype), None
-        else:
-            value = torch.empty_like(wanted, device=p.device, memory_format=torch.contiguous_format)
-            rows = numbers.float().contiguous().view(p.shape[0], -1)
-            middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
-            codes, scale = eager.encode(format, rows, middle)
-            eager.write(format, value.view(p.shape[0], -1), codes)
-    if value.stride() != wanted.stride():
-        value = torch.empty_like(wanted, device=p.device).copy_(value)
-    if format.scale is None:
-        return {name: value}
-    assert scale is not None
-    return {name: value, f"{name}_scale": scale.detach().to(p.device)}
+        value, scale = _converted(format, wanted, local_part(decoded(value, scale), p).to(p.device))
+    if scale is not None:
+        scale = _placed(local_part(scale, p), scale, p, _scale_shape(p))
+    part = local_part(value, p)
+    if part.stride() != wanted.stride():
+        part = torch.empty_like(wanted, device=p.device).copy_(part)
+    slot = {name: _placed(part, value, p, p.shape)}
+    return slot if format.scale is None or scale is None else {**slot, f"{name}_scale": scale}
 
 
-def check_state(saved: Mapping[str, Any], p: Tensor, names: Iterable[str]) -> None:
-    """Raise ValueError for a slot that has not p's shape, and for scales that are missing or have not theirs."""
-    for name in names:
+def _converted(format: Format, wanted: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Numbers in the format of ``wanted``, with their scales."""
+    if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
+        return numbers.to(wanted.dtype), None
+    rows = numbers.float().contiguous().flatten(1)
+    middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
+    codes, scale = eager.encode(format, rows, middle)
+    value = torch.empty_like(wanted, device=numbers.device, memory_format=torch.contiguous_format)
+    eager.write(format, value.flatten(1), codes)
+    return value, scale
+
+
+def _placed(part: Tensor, given: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
+    """The state tensor of which ``part`` is this process's: the given one if that is it already."""
+    part = part.detach().to(p.device)
+    if is_sharded(p) == is_sharded(given) and part.data_ptr() == local(given).data_ptr() and not given.requires_grad:
+        return given
+    return joined(part, p, shape)
+
+
+def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format]) -> None:
+    """Raise ValueError for a slot that has not p's shape, for scales that are missing or have not theirs, and where the
+    parts of a DTensor would cut blocks."""
+    blocked = {f.name for f in formats.values() if f.scale is not None}
+    if blocked and not blocks_are_whole(p):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} with placements {p.placements} on {tuple(p.device_mesh.shape)} "
+            f"processes cannot have state in the formats {sorted(blocked)}: it would cut blocks of {BLOCK} elements; "
+            f"allowed: cuts of dimension 0, cuts of dimension 1 at multiples of {BLOCK} elements, and for all others "
+            "state='float32' or 'bfloat16'"
+        )
+    for name in formats:
         value = saved.get(name)
         if value is None:
             continue
@@ -299,6 +357,8 @@ def check_state(saved: Mapping[str, Any], p: Tensor, names: Iterable[str]) -> No
             if t is None or tuple(t.shape) != shape:
                 found = "is missing" if t is None else f"has shape {tuple(t.shape)}"
                 raise ValueError(f"state tensor {what!r} {found}; a parameter of shape {tuple(p.shape)} needs {shape}")
+            if is_sharded(t) and not (is_sharded(p) and p.device_mesh == t.device_mesh):
+                raise ValueError(f"state tensor {what!r} is a DTensor on {t.device_mesh}, where its parameter is not")
 
 
 def state_of(
@@ -312,14 +372,12 @@ def state_of(
         isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
     ):
         state["step"] = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(step_device)
-    for name, format in formats.items():
+    for name in formats:
         value, scale = state.get(name), state.pop(f"{name}_scale", None)
         if value is not None:
             state.update(stored_slot(name, value, scale, p, formats))
             continue
-        state[name] = torch.zeros_like(_layout(p, format, formats), device=p.device)
-        if format.scale is not None:
-            state[f"{name}_scale"] = torch.zeros(_scale_shape(p), device=p.device)
+        state.update(new_slot(name, p, formats))
     if saved is not None and state.keys() == saved.keys() and all(state[k] is saved[k] for k in state):
         return saved  # type: ignore[return-value]
     return state
@@ -335,5 +393,7 @@ def _check_tensors(name: str, group: int, p: Tensor) -> None:
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
+    if is_sharded(g) != is_sharded(p):
+        raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: {where} has shape {tuple(g.shape)}: they must be equal")
