@@ -3,6 +3,7 @@
 All checks share one start of the processes. Each process writes what became of each check into FOLDER.
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -32,6 +34,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 
 from ademamix import AdEMAMix
 
@@ -375,6 +378,75 @@ def checkpoints_of_any_placement_load_into_whole_tensors() -> None:
     for i, tensors in expected.items():
         for name, t in tensors.items():
             assert_equal(loaded[i][name], t, i, name)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(70, 64), nn.Tanh(), nn.Linear(64, 3))
+
+
+SETTINGS: dict[str, Any] = {"lr": 0.01, "alpha": 5.0, "alpha_warmup": 6, "beta3_warmup": 5, "weight_decay": 0.1}
+
+
+def batch(step: int, rank: int) -> torch.Tensor:
+    return torch.randn(8, 70, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def same_everywhere(model: nn.Module) -> bool:
+    mine = torch.cat([p.detach().float().flatten() for p in model.parameters()])
+    everyone = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(everyone, mine)
+    return all(torch.equal(mine, other) for other in everyone)
+
+
+@check
+def replicas_stay_equal_under_ddp_and_accumulate_with_no_sync() -> None:
+    for dtype, state in ((torch.float32, "float32"), (torch.bfloat16, "compact")):
+        replica = DistributedDataParallel(small().to(dtype))
+        by_hand = small().to(dtype)
+        optimizers = [AdEMAMix(m.parameters(), state=state, **SETTINGS) for m in (replica, by_hand)]
+        for step in range(4):
+            for half in range(2):
+                with replica.no_sync() if half == 0 else contextlib.nullcontext():
+                    replica(batch(2 * step + half, RANK).to(dtype)).square().mean().backward()
+            for p, q in zip(by_hand.parameters(), replica.parameters(), strict=True):
+                p.grad = q.grad.clone()
+            for optimizer in optimizers:
+                optimizer.clip_grad_norm_(0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert same_everywhere(replica)
+            assert all(map(torch.equal, replica.parameters(), by_hand.parameters()))
+        # Noise is a hash: the state that each process has rounded for itself is the same too.
+        for p, q in zip(replica.parameters(), by_hand.parameters(), strict=True):
+            assert all(map(torch.equal, optimizers[0].state[p].values(), optimizers[1].state[q].values()))
+
+
+@check
+def zero_redundancy_optimizer_takes_the_same_steps() -> None:
+    sharded, reference = DistributedDataParallel(small()), DistributedDataParallel(small())
+    zero = ZeroRedundancyOptimizer(sharded.parameters(), optimizer_class=AdEMAMix, **SETTINGS)
+    plain = AdEMAMix(reference.parameters(), **SETTINGS)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(zero, 10)
+    for step in range(6):
+        for m in (sharded, reference):
+            m(batch(step, RANK)).square().mean().backward()
+            nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+        plain.param_groups[0]["lr"] = zero.param_groups[0]["lr"]
+        for optimizer in (zero, plain):
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+        assert all(map(torch.equal, sharded.parameters(), reference.parameters()))
+        if step == 2:
+            zero.consolidate_state_dict(to=0)
+            if RANK == 0:
+                whole = AdEMAMix(small().parameters(), **SETTINGS)
+                whole.load_state_dict(zero.state_dict())
+                for p, q in zip(whole.param_groups[0]["params"], reference.parameters(), strict=True):
+                    assert all(map(torch.equal, whole.state[p].values(), plain.state[q].values()))
+    mine = sum(len(state) for state in zero.optim.state.values())
+    assert 0 < mine < sum(len(state) for state in plain.state.values())
 
 
 def main(*wanted: str) -> None:
