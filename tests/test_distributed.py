@@ -102,10 +102,11 @@ def test_a_compiled_model_trains_and_resumes_as_the_plain_one() -> None:
         torch.testing.assert_close(p, q, rtol=0.0, atol=6 * 0.01 * 1e-4)
 
 
-@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.orthogonal], ids=["wn", "orth"])
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrized_weights_train_as_with_torch_s_adamw(parametrize: Any) -> None:
     ours, theirs = model().double(), model().double()
     for net in (ours, theirs):
+        torch.manual_seed(1)  # of spectral_norm's first vectors
         parametrize(net[0])
     optimizers = AdamW(ours.parameters(), lr=0.01), torch.optim.AdamW(theirs.parameters(), lr=0.01)
     start = loss(ours, 0).item()
@@ -115,6 +116,6 @@ def test_parametrized_weights_train_as_with_torch_s_adamw(parametrize: Any) -> N
             optimizer.step()
             optimizer.zero_grad()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        # Where the exact gradient is 0, rounding's 1e-17 over eps = 1e-8 is 1e-9 of a step of lr.
-        torch.testing.assert_close(p, q, rtol=0.0, atol=20 * 0.01 * 1e-7)
+        # float64's roundings; where the exact gradient is 0, their 1e-17 over eps = 1e-8 is 1e-9 of a step of lr.
+        torch.testing.assert_close(p, q, rtol=0.0, atol=20 * 0.01 * 1e-8)
     assert loss(ours, 0).item() < 0.8 * start
