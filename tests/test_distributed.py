@@ -109,7 +109,7 @@ def test_parametrized_weights_train_as_with_torch_s_adamw(parametrize: Any) -> N
         torch.manual_seed(1)  # of spectral_norm's first vectors
         parametrize(net[0])
     optimizers = AdamW(ours.parameters(), lr=0.01), torch.optim.AdamW(theirs.parameters(), lr=0.01)
-    start = loss(ours, 0).item()
+    start = loss(copy.deepcopy(ours), 0).item()  # spectral_norm counts forward passes
     for step in range(20):
         for net, optimizer in zip((ours, theirs), optimizers, strict=True):
             loss(net, step).backward()
