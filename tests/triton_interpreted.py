@@ -182,10 +182,10 @@ def test_one_launch_a_batch_and_none_where_the_device_says_skip(monkeypatch: pyt
     def tensors() -> list[torch.Tensor]:
         return [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
 
-    for launch, _ in plan.launches:
+    for launch, *_ in plan.launches:
         monkeypatch.setattr(launch, "kernel", counted(launch))
     before = tensors()
     for skip in (True, False):
         plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
-    assert calls == 2 * [launch for launch, _ in plan.launches]
+    assert calls == 2 * [launch for launch, *_ in plan.launches]

@@ -108,7 +108,8 @@ class Plan:
                 random[members],
                 [rows for _, _, rows in cuts],
             )
-            self.launches.append((backends.launch(optimizer.backend, batch), [(m, cut) for m, cut, _ in cuts]))
+            slices = [cut for _, cut, _ in cuts]
+            self.launches.append((backends.launch(optimizer.backend, batch), members, slices if any(slices) else None))
 
     def _pointers(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
@@ -168,8 +169,8 @@ class Plan:
         for i in self.copied:
             self.targets[i].copy_(_real(local(self.params[i])))
         tables: dict[torch.device, Tensor] = {}
-        for launch, members in self.launches:
-            device = self.params[members[0][0]].device
+        for launch, members, slices in self.launches:
+            device = self.params[members[0]].device
             if device not in tables:
                 coefficients = table(device)
                 if factor is not None:
@@ -178,7 +179,10 @@ class Plan:
                     coefficients[:, 0] *= factor.to(coefficients.device, non_blocking=True)
                 tables[device] = coefficients
             here = None if skip is None else skip.to(device, non_blocking=True)
-            launch([_cut(grads[m], cut) for m, cut in members], [rows[m] for m, _ in members], tables[device], here)
+            theirs = [grads[m] for m in members]
+            if slices is not None:
+                theirs = list(map(_cut, theirs, slices))
+            launch(theirs, [rows[m] for m in members], tables[device], here)
         for i in self.copied:
             _real(local(self.params[i])).copy_(self.targets[i])
         self._count(skip)
