@@ -4,6 +4,7 @@ All checks share one start of the processes. Each process writes what became of 
 """
 
 import contextlib
+import copy
 import datetime
 import json
 import re
@@ -378,6 +379,27 @@ def checkpoints_of_any_placement_load_into_whole_tensors() -> None:
     for i, tensors in expected.items():
         for name, t in tensors.items():
             assert_equal(loaded[i][name], t, i, name)
+
+
+@check
+def state_loaded_in_another_format_or_placement_becomes_what_one_process_has() -> None:
+    one, _ = meshes()
+    cases = [case for case in WHOLE_BLOCKS if case[1] == 1]
+    for before, after in (("float32", "compact"), ("compact", "float32"), ("bfloat16", "compact")):
+        whole, old = trained(cases, torch.float32, None, AdEMAMix, state=before)
+        params, of_parts = trained(cases, torch.float32, (one,), AdEMAMix, state=before)
+        turned = [(shape, dims, [Replicate()]) for shape, dims, _ in cases]
+        _, of_copies = trained(turned, torch.float32, (one,), AdEMAMix, state=before)
+        expected = AdEMAMix(whole, state=after)
+        expected.load_state_dict(copy.deepcopy(old.state_dict()))
+        for source in (of_parts, old, of_copies):
+            optimizer = AdEMAMix(params, state=after)
+            optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
+            for p, q in zip(params, whole, strict=True):
+                for name, value in optimizer.state[p].items():
+                    if name != "step":
+                        assert value.placements == p.placements
+                    assert_equal(value, expected.state[q][name], before, after, name)
 
 
 def small() -> nn.Module:

@@ -14,7 +14,8 @@ from torch.optim.optimizer import ParamsT
 from ademamix import backends
 from ademamix.distributed import global_norm, gradients
 from ademamix.formats import FORMATS, Format
-from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
+from ademamix.plan import GroupSettings, Plan
+from ademamix.state import check_state, slot_formats, state_of
 
 STATES = ("float32", "bfloat16", "compact")
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
