@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -15,6 +15,7 @@ from torch import Tensor
 from ademamix import backends
 from ademamix.distributed import is_sharded, local, rows_of
 from ademamix.formats import FORMATS, Format, keys
+from ademamix.offload import CHUNK, Trip
 from ademamix.state import CPU, fits, slot_formats, state_of, tensor_names
 from ademamix.table import on_device, on_host, sent_to
 
@@ -31,24 +32,24 @@ class Plan:
     def __init__(
         self,
         optimizer: RuleOptimizer,
-        params: Sequence[Tensor],
+        params: Sequence[Tensor],  # the optimizer's, or their stand-ins in host memory
+        grads: Sequence[Tensor],
+        saved: Sequence[Mapping[str, Any] | None],  # their states so far
         of_group: Sequence[int],
         settings: Sequence[GroupSettings],
         with_tensors: bool,
     ) -> None:
         self.params, self.of_group, self.settings = params, of_group, settings
-        saved = [optimizer.state.get(p) for p in params]
         # Steps that live on an accelerator stay there: reading them would wait for it.
-        self.on_device = with_tensors or any(s and s["step"].device.type != "cpu" for s in saved)
-        for i, p in zip(of_group, params, strict=True):
-            _check_tensors(type(optimizer).__name__, i, p)
+        self.on_device = with_tensors or any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
+        for i, p, g in zip(of_group, params, grads, strict=True):
+            check_tensors(type(optimizer).__name__, i, p, g)
         formats = [slot_formats(p, settings[i].formats) for i, p in zip(of_group, params, strict=True)]
         self.states = [
             state_of(s, p, f, p.device if self.on_device else CPU)
             for s, p, f in zip(saved, params, formats, strict=True)
         ]
-        # The optimizer takes new state over once the step has succeeded.
-        self.fresh = {p: s for p, s, old in zip(params, self.states, saved, strict=True) if s is not old}
+        self.fresh = True  # the optimizer takes the states over once the step has succeeded
         self.all_states = list(optimizer.state.values())
         self.steps = [state["step"] for state in self.states]
         # Read and written through these, many scalars take a tenth of the time that torch takes.
@@ -63,15 +64,15 @@ class Plan:
         self.tensors = [*params, *self.steps, *(state[name] for state, name in slots)]
         self.sharded = any(map(is_sharded, params))
         self.pointers = self._pointers()
-        self.grad_dtypes = [g.dtype for g in _grads(params)]
+        self.grad_dtypes = [g.dtype for g in grads]
 
         # Backends update real, dense tensors: views of the parameters, or a copy where a parameter is not dense.
         fit = [fits(p, f) for p, f in zip(params, formats, strict=True)]
         self.targets = [
-            _real(p if fits else torch.empty_like(p, memory_format=torch.contiguous_format))
-            for p, fits in zip((local(p).detach() for p in params), fit, strict=True)
+            _real(p if good else torch.empty_like(p, memory_format=torch.contiguous_format))
+            for p, good in zip((local(p).detach() for p in params), fit, strict=True)
         ]
-        self.copied = [i for i, fits in enumerate(fit) if not fits]
+        self.copied = [i for i, good in enumerate(fit) if not good]
         self.complex = [i for i, p in enumerate(params) if p.is_complex()]
         self.layouts = [t.stride() for t in self.targets]
 
@@ -83,12 +84,15 @@ class Plan:
         every = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         positions = [n for n, p in enumerate(every) if p.grad is not None]
         random = keys([settings[i].seed for i in of_group], positions)
-        for index, (i, p, target, f) in enumerate(zip(of_group, params, self.targets, formats, strict=True)):
-            grad = _number_format(_real(local(p.grad)), stochastic=False)
+        before = 0
+        for index, (i, g, target, f) in enumerate(zip(of_group, grads, self.targets, formats, strict=True)):
+            grad = _number_format(_real(local(g)), stochastic=False)
             own = _number_format(target, stochastic=settings[i].stochastic_rounding)
-            buckets[p.device, own, grad, tuple(f.get(name) for name in names)].append(index)
+            chunk = before // CHUNK if optimizer.offload else 0
+            buckets[target.device, own, grad, tuple(f.get(name) for name in names), chunk].append(index)
+            before += target.numel()
         self.launches = []
-        for (_, own, grad, kept), bucket in buckets.items():
+        for (_, own, grad, kept, _), bucket in buckets.items():
             blocked = any(f is not None and f.scale is not None for f in kept)
             noisy = any(f is not None and f.stochastic for f in (own, *kept))
             cuts = [(m, cut, rows) for m in bucket for cut, rows in self._rows(m, blocked, noisy)]
@@ -145,7 +149,14 @@ class Plan:
             and {g.layout for g in grads} == {torch.strided}
         )
 
-    def run(self, optimizer: RuleOptimizer, grads: list[Tensor], factor: Tensor | None, skip: Tensor | None) -> None:
+    def run(
+        self,
+        optimizer: RuleOptimizer,
+        grads: list[Tensor],
+        factor: Tensor | None,
+        skip: Tensor | None,
+        trip: Trip | None = None,
+    ) -> None:
         """Update all parameters and count the step.
 
         Args:
@@ -153,6 +164,7 @@ class Plan:
             grads: a gradient for each parameter.
             factor: multiplies all gradients; of one element.
             skip: boolean, of one element: if it is true, nothing changes.
+            trip: brings the gradients of stand-ins, and these back.
         """
         rows, table = self._table(optimizer)
         if self.sharded:
@@ -167,8 +179,10 @@ class Plan:
         for i in self.copied:
             self.targets[i].copy_(_real(local(self.params[i])))
         tables: dict[torch.device, Tensor] = {}
-        for launch, members, slices in self.launches:
-            device = self.params[members[0]].device
+        chunks = [list(dict.fromkeys(members)) for _, members, _ in self.launches] if trip is not None else []
+        events = trip.begin(chunks) if trip is not None else []
+        for n, (launch, members, slices) in enumerate(self.launches):
+            device = self.targets[members[0]].device
             if device not in tables:
                 coefficients = table(device)
                 if factor is not None:
@@ -180,7 +194,11 @@ class Plan:
             theirs = [grads[m] for m in members]
             if slices is not None:
                 theirs = list(map(_cut, theirs, slices))
+            if trip is not None:
+                trip.arrived(events[n])
             launch(theirs, [rows[m] for m in members], tables[device], here)
+            if trip is not None:
+                trip.send(chunks[n])
         for i in self.copied:
             _real(local(self.params[i])).copy_(self.targets[i])
         self._count(skip)
@@ -213,10 +231,6 @@ def _cut(t: Tensor, cut: slice | None) -> Tensor:
     return t if cut is None else t.view(-1)[cut]
 
 
-def _grads(params: Sequence[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params]  # type: ignore[misc]
-
-
 def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
@@ -237,9 +251,8 @@ def _number_format(t: Tensor, *, stochastic: bool) -> Format:
     return FORMATS[str(t.dtype).removeprefix("torch.")]
 
 
-def _check_tensors(name: str, group: int, p: Tensor) -> None:
-    g = p.grad
-    assert g is not None
+def check_tensors(name: str, group: int, p: Tensor, g: Tensor) -> None:
+    """Raise RuntimeError for a parameter and a gradient that cannot be served together."""
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
     if g.layout != torch.strided:
         raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")

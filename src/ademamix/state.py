@@ -15,6 +15,7 @@ from ademamix.distributed import blocks_are_whole, is_sharded, joined, local, lo
 from ademamix.formats import BLOCK, FORMATS, Format
 
 CPU = torch.device("cpu")
+MASTER = "master"  # the key of float32 master weights, which a parameter with its state on the host may have
 SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
 
 
@@ -127,7 +128,7 @@ def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format])
             f"allowed: cuts of dimension 0, cuts of dimension 1 at multiples of {BLOCK} elements, and for all others "
             "state='float32' or 'bfloat16'"
         )
-    for name in formats:
+    for name in (*formats, MASTER):
         value = saved.get(name)
         if value is None:
             continue
