@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ademamix import AdamW, AdEMAMix
-from ademamix.backends import Batch, eager
+from ademamix.backends import Batch, Rows, eager
 from ademamix.formats import FORMATS
 
 BACKENDS = ("eager", "cpu")
@@ -180,7 +180,7 @@ def test_a_launch_writes_nothing_where_the_device_says_so(state: str, dtype: tor
         name = "float32" if dtype == torch.float32 else "bfloat16"
         key = torch.tensor([7], dtype=torch.int32).numpy().view("uint32")
         formats = (FORMATS[state],)
-        batch = Batch(rule, FORMATS[name], FORMATS["float32"], formats, [p], [[m]], [[scale]], key)
+        batch = Batch(rule, FORMATS[name], FORMATS["float32"], formats, [p], [[m]], [[scale]], key, [Rows(16, 0, 300)])
         table = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
         eager.Launch(batch)([torch.ones(16, 300)], [0], table, skip)
         results.append([t for t in (p, m, scale) if t is not None])

@@ -46,7 +46,8 @@ def compiled(rule: Any, formats: Any, target: str) -> str:
     types = {"tensors": "*i32", "firsts": "*i64", "skip": "*u8", "table": "*i64", "shapes": "*i64", "lengths": "*i64"}
     types |= {"coefficients": "*fp64", "keys": "*i32"}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
-    made = kernel(rule, tuple(f and FORMATS[f] for f in formats))
+    used = tuple(f and FORMATS[f] for f in formats)
+    made = kernel(rule, used, any(f and f.scale for f in used))
     source = ASTSource(fn=made, signature=types, constexprs={}, attrs=attributes)
     code = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS).asm
     text: str = code.get("ptx") or code["amdgcn"]

@@ -7,11 +7,14 @@ is not: parameters are compared up to that, all state bit for bit.
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix import AdamW, AdEMAMix, RuleOptimizer, backends
+from ademamix.backends import Rows, cpu, eager, triton
 from ademamix.backends.triton import xp
+from ademamix.formats import FORMATS
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -122,6 +125,42 @@ def test_unaligned_memory_as_eager(state: str) -> None:
     assert_same(*runs, steps=3)
 
 
+PARTS = {  # slices of 8 x 768 elements, and where their rows lie in the whole
+    "rows": ((slice(2, 5), slice(None)), Rows(1, 2 * 768, 3 * 768), Rows(3, 2 * 768, 768)),
+    "columns of whole blocks": ((slice(None), slice(256, 768)), Rows(8, 256, 768), Rows(8, 256, 768)),
+    "columns": ((slice(1, 7), slice(100, 533)), Rows(6, 868, 768), None),
+    "nothing": ((slice(0, 0), slice(None)), Rows(1, 0, 0), Rows(0, 0, 768)),
+}
+
+
+@pytest.mark.parametrize("which", [eager, cpu, triton], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("state", ["bfloat16", "int8"])
+def test_a_part_is_rounded_by_the_noise_of_the_whole(state: str, part: str, which: Any) -> None:
+    place, rows, rows_of_blocks = PARTS[part]
+    if state == "int8" and rows_of_blocks is None:
+        pytest.skip("blocks would be cut")
+    format, key = FORMATS[state], np.array([77], np.uint32)
+    table = torch.tensor([[1.0, 3.0, 0.1, 0.4]], dtype=torch.float64)
+
+    def launched(module: Any, own: Any, p: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+        slot = torch.zeros(p.shape, dtype=backends.storage_dtype(format))
+        scale = None if format.scale is None else torch.zeros(p.shape[0], -(-p.shape[1] // 256))
+        formats = (FORMATS["bfloat16"], FORMATS["float32"], (format,))
+        batch = backends.Batch(clipped, *formats, [p], [[slot]], [[scale]], key, [own])
+        module.Launch(batch)([g], [0], table, None)
+        return [t for t in (p, slot, scale) if t is not None]
+
+    generator = torch.Generator().manual_seed(0)
+    p, g = torch.randn(8, 768, generator=generator).bfloat16(), torch.randn(8, 768, generator=generator)
+    piece = p[place].clone(), g[place].clone()
+    whole = launched(eager, backends.whole(p, format.scale is not None), p, g)
+    of_scales = (place[0], slice((place[1].start or 0) // 256, None))
+    expected = [t[at] for t, at in zip(whole, (place, place, of_scales), strict=False)]
+    own = rows if format.scale is None else rows_of_blocks
+    assert all(map(torch.equal, launched(which, own, *piece), expected))
+
+
 def test_one_launch_a_batch_and_none_where_the_device_says_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(torch.float32)
     optimizer = AdEMAMix(params, backend="triton", state="compact", capturable=True)
@@ -143,10 +182,10 @@ def test_one_launch_a_batch_and_none_where_the_device_says_skip(monkeypatch: pyt
     def tensors() -> list[torch.Tensor]:
         return [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
 
-    for launch, _ in plan.launches:
+    for launch, *_ in plan.launches:
         monkeypatch.setattr(launch, "kernel", counted(launch))
     before = tensors()
     for skip in (True, False):
         plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
-    assert calls == 2 * [launch for launch, _ in plan.launches]
+    assert calls == 2 * [launch for launch, *_ in plan.launches]

@@ -78,6 +78,8 @@ class AdEMAMix(RuleOptimizer):
             a step whose gradients' norm is not finite leaves parameters, state and ``step`` as they are, and
             ``skipped_steps`` counts it. None: so it is after :meth:`clip_grad_norm_`, which gives the norm, and under a
             GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
+        offload: keep state, and float32 master weights of low-precision parameters, in the host's memory: gradients
+            are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
 
     State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
 
@@ -111,6 +113,7 @@ class AdEMAMix(RuleOptimizer):
         seed: int = 0,
         capturable: bool = False,
         skip_nonfinite: bool | None = None,
+        offload: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -132,6 +135,7 @@ class AdEMAMix(RuleOptimizer):
             seed=seed,
             capturable=capturable,
             skip_nonfinite=skip_nonfinite,
+            offload=offload,
         )
 
     @staticmethod
@@ -175,7 +179,7 @@ class AdamW(RuleOptimizer):
             parameter), or a mapping of slots to formats. All but float32 round stochastically.
         backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
         stochastic_rounding: as in :class:`AdEMAMix`.
-        seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
+        seed, capturable, skip_nonfinite, offload: as in :class:`AdEMAMix`.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
@@ -199,6 +203,7 @@ class AdamW(RuleOptimizer):
         seed: int = 0,
         capturable: bool = False,
         skip_nonfinite: bool | None = None,
+        offload: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
@@ -210,6 +215,7 @@ class AdamW(RuleOptimizer):
             seed=seed,
             capturable=capturable,
             skip_nonfinite=skip_nonfinite,
+            offload=offload,
         )
 
     @staticmethod

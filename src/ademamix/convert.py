@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ademamix.formats import BLOCK
 from ademamix.optimizer import RuleOptimizer
-from ademamix.plan import decoded
+from ademamix.state import decoded
 
 StateDict = dict[str, Any]
 

@@ -1,28 +1,190 @@
-"""What is computed over all gradients at once."""
+"""Parameters of which each process has a part (DTensors), and what is computed over all gradients at once.
 
+A step works on the local parts and never communicates. What DTensors are is torch's to say: here is what the optimizer
+needs of it.
+"""
+
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ademamix.backends import Rows, whole
+from ademamix.formats import BLOCK
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether t is a DTensor; importing those takes half a second, and who has one has done it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Any) -> Tensor:
+    """This process's part of a DTensor, or any other tensor itself."""
+    # to_local() would make a parameter's part a parameter.
+    part: Any = t._local_tensor if is_sharded(t) else t
+    waited: Tensor = part.wait() if hasattr(part, "wait") else part  # a sum that is under way
+    return waited
+
+
+def gradients(params: Sequence[Any]) -> list[Tensor]:
+    """The parameters' gradients, placed as they are.
+
+    Those that are sums still to be made, as tensor parallelism leaves them for replicated parameters, are made here.
+    """
+    grads = [p.grad for p in params]
+    if set(map(type, grads)) == {Tensor}:  # the common case, at no cost
+        return grads
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if is_sharded(g) and is_sharded(p) and g.placements != p.placements:
+            grads[i] = g.redistribute(placements=p.placements)
+    return grads
+
+
+def local_part(t: Tensor, p: Any) -> Tensor:
+    """The part of t that belongs to this process's part of p; a DTensor of another placement is sent around."""
+    if is_sharded(p):
+        if not is_sharded(t):
+            from torch.distributed.tensor import distribute_tensor
+
+            t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+        elif t.placements != p.placements:  # type: ignore[attr-defined]
+            t = t.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local(t)
+
+
+def joined(part: Tensor, p: Any, shape: Sequence[int]) -> Tensor:
+    """The tensor of that shape of which ``part`` is this process's part, placed as p is: part itself for a plain p."""
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    # DTensor.from_local would move parts that are offloaded to the CPU to the mesh's device.
+    meta = TensorMeta(torch.Size(shape), _strides(shape), part.dtype)
+    spec = DTensorSpec(p.device_mesh, p.placements, tensor_meta=meta)
+    return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def cut_dimensions(p: Any) -> dict[int, list[int]]:
+    """The dimensions of a DTensor that are cut, each with the numbers of parts that it is cut into, in turn."""
+    cut: dict[int, list[int]] = defaultdict(list)
+    for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+        if not placement.is_replicate() and size > 1:
+            cut[placement.dim].append(size)
+    return cut
+
+
+def blocks_are_whole(p: Any) -> bool:
+    """Whether each block along the rows of [dim 0, rest] lies in one part, and their scales are cut just as p is."""
+    if not is_sharded(p):
+        return True
+    cut = cut_dimensions(p)
+    cut.pop(0, None)
+    if not cut:
+        return True
+    parts, length = cut.pop(1, []), p.shape[1]
+    n, inner = math.prod(parts), math.prod(p.shape[2:])
+    if cut or (len(parts) > 1 and length % n):
+        return False
+    blocks = -(-length * inner // BLOCK)
+    aligned: bool = -(-length // n) * inner == -(-blocks // n) * BLOCK
+    return aligned
+
+
+def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
+    """Where the elements of this process's part, which is contiguous, lie in the whole of p.
+
+    Returns:
+        The part's rows, after None; or, where they do not follow upon each other at one distance (as when dimensions 1
+        and 2 of three are cut), slices of the flat part, each with its own.
+    """
+    part = local(p)
+    number = part.shape[0] if blocked else 1
+    if part is p or part.numel() == 0:
+        return [(None, whole(part, blocked))]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    strides = _strides(p.shape)
+    first = sum(o * s for o, s in zip(offsets, strides, strict=True))
+    if blocked:
+        return [(None, Rows(number, first, strides[0]))]
+    levels = [(1, 0)]  # (how many, how far apart): neighbouring dimensions without a gap between them are one
+    for size, stride in zip(shape, strides, strict=True):
+        if size > 1 and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        elif size > 1:
+            levels.append((size, stride))
+    if levels[-1][1] != 1:
+        levels.append((1, 1))
+    *outer, (number, stride), (length, _) = levels
+    starts = torch.full((1,), first)
+    for size, distance in outer:
+        starts = (starts[:, None] + distance * torch.arange(size)).flatten()
+    if len(starts) == 1:
+        return [(None, Rows(number, first, stride))]
+    size = number * length
+    return [(slice(i * size, (i + 1) * size), Rows(number, at, stride)) for i, at in enumerate(starts.tolist())]
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a tensor of no dimensions on the first one's device; each is read once.
 
-    Norms are accumulated in float32 at least, whatever the gradients' dtype.
+    Norms are accumulated in float32 at least, whatever the gradients' dtype. Gradients that are DTensors cost one
+    all-reduce of one number for each device mesh that they lie on.
     """
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    plain: list[Tensor] = []
+    sharded: dict[Any, list[Any]] = defaultdict(list)
     for g in grads:
         if g.layout != torch.strided:
             raise RuntimeError(f"the norm of the gradients takes dense ones (torch.strided) alone, got {g.layout}")
-        real = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-        alike[real.device, real.dtype].append(real)
-    norms: list[Tensor] = []
-    for (_, dtype), members in alike.items():
-        norms += torch._foreach_norm(members, 2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        if is_sharded(g):
+            sharded[g.device_mesh].append(g)  # type: ignore[attr-defined]
+        else:
+            plain.append(g)
+    norms = _norms(plain)
+    norms += [_norm_over(mesh, members) for mesh, members in sharded.items()]
     if not norms:
         return torch.zeros(())
     together = torch.stack([n.float().to(norms[0].device, non_blocking=True) for n in norms])
     norm: Tensor = torch.linalg.vector_norm(together)
     return norm
+
+
+def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for g in grads:
+        real = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+        alike[real.device, real.dtype].append(real)
+    norms: list[Tensor] = []
+    for (_, dtype), members in alike.items():
+        norms += torch._foreach_norm(members, 2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return norms
+
+
+def _norm_over(mesh: Any, grads: Sequence[Any]) -> Tensor:
+    """The norm of gradients on one mesh, the same on all its processes."""
+    # Of the copies of a replicated part, the one of the first process counts.
+    place = mesh.get_coordinate()
+    counted = []
+    for g in grads:
+        if not any(placement.is_replicate() and at > 0 for placement, at in zip(g.placements, place, strict=True)):
+            counted.append(local(g))
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    for norm in _norms(counted):
+        total += norm.to(total.device, torch.float64, non_blocking=True).square()
+    everyone = mesh.size() == dist.get_world_size()
+    for group in [None] if everyone else [mesh.get_group(d) for d in range(mesh.ndim)]:
+        dist.all_reduce(total, group=group)
+    return total.sqrt()

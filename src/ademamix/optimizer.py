@@ -12,9 +12,11 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
-from ademamix.distributed import global_norm
+from ademamix.distributed import global_norm, gradients
 from ademamix.formats import FORMATS, Format
-from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
+from ademamix.offload import Host, Trip, with_master
+from ademamix.plan import GroupSettings, Plan, check_tensors
+from ademamix.state import CPU, MASTER, check_state, slot_formats, state_of
 
 STATES = ("float32", "bfloat16", "compact")
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
@@ -45,6 +47,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         seed: of the noise for stochastic rounding.
         capturable: count steps and compute coefficients on the parameters' devices.
         skip_nonfinite: what to do about gradients with a NaN or an infinity in them; see :class:`AdEMAMix`.
+        offload: keep state in host memory and step there; see :class:`AdEMAMix`.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
@@ -66,6 +69,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         seed: int = 0,
         capturable: bool = False,
         skip_nonfinite: bool | None = None,
+        offload: bool = False,
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
@@ -73,6 +77,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._formats = self._formats_of(state)
         if skip_nonfinite not in (None, True, False):
             raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
+        if not isinstance(offload, bool):
+            raise ValueError(f"offload must be True or False, got {offload!r}")
+        self.offload = offload
+        self._host = Host()
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable}
         self._check_group(defaults)
         self.backend = backend
@@ -113,6 +121,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for name in ("stochastic_rounding", "capturable"):
             if not isinstance(group[name], bool):
                 raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+        if self.offload and group["capturable"]:
+            raise ValueError("capturable must be False with offload=True: no graph can hold what the host computes")
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -128,7 +138,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for entry in [given] if isinstance(given, Tensor) else given:
             p = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(p, Tensor):
-                backends.choose(self.backend, p.device)
+                backends.choose(self.backend, CPU if self.offload else p.device)
         super().add_param_group({**param_group, "params": given})
 
     @property
@@ -159,7 +169,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             overflows to infinity for gradients above 1e19.
         """
         _check_bound("max_norm", max_norm)
-        norm = global_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        every = chain.from_iterable(group["params"] for group in self.param_groups)
+        norm = global_norm(gradients([p for p in every if p.grad is not None]))
         if grad_scale is not None:
             norm = norm / grad_scale
         self._norm = Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
@@ -222,29 +233,43 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
             if missing:
                 raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
-        grads = [p.grad for p in params]
+        grads = gradients(params)
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
         factor, skip = self._guard(grads)
+        if self.offload:
+            factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
         if skip is not None and skip.device.type == "cpu":  # there it is known
             if skip:
                 self._skipped += 1
                 return loss
             skip = None
         with_tensors = skip is not None or any(group["capturable"] for group in self.param_groups)
-        if self._plan is None or not self._plan.serves(self, params, grads, of_group, settings, with_tensors):
-            self._plan = Plan(self, params, of_group, settings, with_tensors)
+        updated, trip = params, None
+        if self.offload:
+            for i, p, g in zip(of_group, params, grads, strict=True):
+                check_tensors(type(self).__name__, i, p, g)
+            updated = self._host.stand_ins(params, self.state)
+            trip = Trip(self._host, params, grads)
+            grads = trip.arriving()
         plan = self._plan
-        plan.run(self, grads, factor, skip)
+        if plan is None or not plan.serves(self, updated, grads, of_group, settings, with_tensors):
+            saved = [self.state.get(p) for p in params]
+            if self.offload:
+                saved = list(map(with_master, saved, params, updated))
+            self._plan = plan = Plan(self, updated, grads, saved, of_group, settings, with_tensors)
+        plan.run(self, grads, factor, skip, trip)
         if plan.fresh:
-            self.state.update(plan.fresh)
-            plan.fresh = {}
+            self.state.update(zip(params, plan.states, strict=True))
+            plan.fresh = False
             plan.all_states = list(self.state.values())
         if skip is not None:
             if not isinstance(self._skipped, Tensor):
                 self._skipped = torch.full((), self._skipped, device=skip.device)
             self._skipped += skip
         increment_version(params)  # state is in nobody's graph
+        if trip is not None:
+            trip.finish()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,11 +288,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         finally:
             hook.remove()
         for p, saved in self._by_parameter(loaded):
-            kept = {
-                name: value for name, value in saved.items() if value is not None
-            }  # the authors store None for none
-            formats = slot_formats(p, self._formats)
-            exact = state_of(kept, p, {name: f for name, f in formats.items() if name in kept})
+            kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
+            master, like = kept.pop(MASTER, None), p
+            if self.offload:
+                like = self._host.stand_in(p, master).whole
+                kept = with_master(kept, p, like)
+            formats = slot_formats(like, self._formats)
+            exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
             self.state[p] = {**exact, "step": torch.tensor(float(kept["step"]))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -280,13 +307,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
             if "step" not in saved:
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
-            check_state(saved, p, backends.slot_names(self.rule))
+            check_state(saved, p, slot_formats(p, self._formats))
         for group in state_dict["param_groups"]:
             self._check_group({**self.defaults, **group})
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped")
+        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload")
         kept = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), **kept}
 
@@ -294,6 +321,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         self._plan = self._norm = None
+        self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
             for name, value in defaults.items():
                 group.setdefault(name, value)

@@ -1,9 +1,9 @@
-"""From parameters, gradients and state to launches of the backends: checks, state creation, layouts."""
+"""From parameters, gradients and state to launches of the backends: checks, layouts, batches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ademamix import backends
-from ademamix.backends import eager
-from ademamix.formats import BLOCK, FORMATS, Format, keys
+from ademamix.distributed import is_sharded, local, rows_of
+from ademamix.formats import FORMATS, Format, keys
+from ademamix.offload import CHUNK, Trip
+from ademamix.state import CPU, fits, slot_formats, state_of, tensor_names
 from ademamix.table import on_device, on_host, sent_to
 
 if TYPE_CHECKING:
     from ademamix.optimizer import RuleOptimizer
 
 
-CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,24 +32,24 @@ class Plan:
     def __init__(
         self,
         optimizer: RuleOptimizer,
-        params: Sequence[Tensor],
+        params: Sequence[Tensor],  # the optimizer's, or their stand-ins in host memory
+        grads: Sequence[Tensor],
+        saved: Sequence[Mapping[str, Any] | None],  # their states so far
         of_group: Sequence[int],
         settings: Sequence[GroupSettings],
         with_tensors: bool,
     ) -> None:
         self.params, self.of_group, self.settings = params, of_group, settings
-        saved = [optimizer.state.get(p) for p in params]
         # Steps that live on an accelerator stay there: reading them would wait for it.
-        self.on_device = with_tensors or any(s and s["step"].device.type != "cpu" for s in saved)
-        for i, p in zip(of_group, params, strict=True):
-            _check_tensors(type(optimizer).__name__, i, p)
+        self.on_device = with_tensors or any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
+        for i, p, g in zip(of_group, params, grads, strict=True):
+            check_tensors(type(optimizer).__name__, i, p, g)
         formats = [slot_formats(p, settings[i].formats) for i, p in zip(of_group, params, strict=True)]
         self.states = [
             state_of(s, p, f, p.device if self.on_device else CPU)
             for s, p, f in zip(saved, params, formats, strict=True)
         ]
-        # The optimizer takes new state over once the step has succeeded.
-        self.fresh = {p: s for p, s, old in zip(params, self.states, saved, strict=True) if s is not old}
+        self.fresh = True  # the optimizer takes the states over once the step has succeeded
         self.all_states = list(optimizer.state.values())
         self.steps = [state["step"] for state in self.states]
         # Read and written through these, many scalars take a tenth of the time that torch takes.
@@ -58,19 +59,20 @@ class Plan:
             (state, name)
             for state, f in zip(self.states, formats, strict=True)
             for n in f
-            for name in _tensor_names(n, f)
+            for name in tensor_names(n, f)
         ]
         self.tensors = [*params, *self.steps, *(state[name] for state, name in slots)]
-        self.pointers = list(map(Tensor.data_ptr, self.tensors))
-        self.grad_dtypes = [g.dtype for g in _grads(params)]
+        self.sharded = any(map(is_sharded, params))
+        self.pointers = self._pointers()
+        self.grad_dtypes = [g.dtype for g in grads]
 
         # Backends update real, dense tensors: views of the parameters, or a copy where a parameter is not dense.
-        fit = [_fits(p, f) for p, f in zip(params, formats, strict=True)]
+        fit = [fits(p, f) for p, f in zip(params, formats, strict=True)]
         self.targets = [
-            _real(p.detach() if fits else torch.empty_like(p.detach(), memory_format=torch.contiguous_format))
-            for p, fits in zip(params, fit, strict=True)
+            _real(p if good else torch.empty_like(p, memory_format=torch.contiguous_format))
+            for p, good in zip((local(p).detach() for p in params), fit, strict=True)
         ]
-        self.copied = [i for i, fits in enumerate(fit) if not fits]
+        self.copied = [i for i, good in enumerate(fit) if not good]
         self.complex = [i for i, p in enumerate(params) if p.is_complex()]
         self.layouts = [t.stride() for t in self.targets]
 
@@ -82,24 +84,46 @@ class Plan:
         every = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         positions = [n for n, p in enumerate(every) if p.grad is not None]
         random = keys([settings[i].seed for i in of_group], positions)
-        for index, (i, p, target, f) in enumerate(zip(of_group, params, self.targets, formats, strict=True)):
-            grad = _number_format(_real(_grads([p])[0]), stochastic=False)
+        before = 0
+        for index, (i, g, target, f) in enumerate(zip(of_group, grads, self.targets, formats, strict=True)):
+            grad = _number_format(_real(local(g)), stochastic=False)
             own = _number_format(target, stochastic=settings[i].stochastic_rounding)
-            buckets[p.device, own, grad, tuple(f.get(name) for name in names)].append(index)
+            chunk = before // CHUNK if optimizer.offload else 0
+            buckets[target.device, own, grad, tuple(f.get(name) for name in names), chunk].append(index)
+            before += target.numel()
         self.launches = []
-        for (_, own, grad, kept), members in buckets.items():
+        for (_, own, grad, kept, _), bucket in buckets.items():
+            blocked = any(f is not None and f.scale is not None for f in kept)
+            noisy = any(f is not None and f.stochastic for f in (own, *kept))
+            cuts = [(m, cut, rows) for m in bucket for cut, rows in self._rows(m, blocked, noisy)]
             named = list(zip(names, kept, strict=True))
+            scales = [(f"{n}_scale", f is not None and f.scale is not None) for n, f in named]
+            members = [m for m, _, _ in cuts]
             batch = backends.Batch(
                 optimizer.rule,
                 own,
                 grad,
                 kept,
-                [self.targets[m] for m in members],
-                [[None if f is None else _real(self.states[m][n]) for n, f in named] for m in members],
-                [[self.states[m].get(f"{n}_scale") if f and f.scale else None for n, f in named] for m in members],
+                [_cut(self.targets[m], cut) for m, cut, _ in cuts],
+                [[None if f is None else _cut(self._slot(m, n), cut) for n, f in named] for m, cut, _ in cuts],
+                [[self._slot(m, n) if scaled else None for n, scaled in scales] for m in members],
                 random[members],
+                [rows for _, _, rows in cuts],
             )
-            self.launches.append((backends.launch(optimizer.backend, batch), members))
+            slices = [cut for _, cut, _ in cuts]
+            self.launches.append((backends.launch(optimizer.backend, batch), members, slices if any(slices) else None))
+
+    def _pointers(self) -> list[int]:
+        return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
+
+    def _slot(self, member: int, name: str) -> Tensor:
+        return _real(local(self.states[member][name]))
+
+    def _rows(self, member: int, blocked: bool, noisy: bool) -> list[tuple[slice | None, backends.Rows]]:
+        """Where the elements lie in the whole parameter, if noise makes that matter."""
+        if noisy:
+            return rows_of(self.params[member], blocked)
+        return [(None, backends.whole(self.targets[member], blocked))]
 
     def serves(
         self,
@@ -120,12 +144,19 @@ class Plan:
             and all(map(is_, optimizer.state.values(), self.all_states))
             and sum(map(len, self.states)) == len(self.entries)
             and all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.entries))
-            and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+            and self._pointers() == self.pointers
             and [g.dtype for g in grads] == self.grad_dtypes
             and {g.layout for g in grads} == {torch.strided}
         )
 
-    def run(self, optimizer: RuleOptimizer, grads: list[Tensor], factor: Tensor | None, skip: Tensor | None) -> None:
+    def run(
+        self,
+        optimizer: RuleOptimizer,
+        grads: list[Tensor],
+        factor: Tensor | None,
+        skip: Tensor | None,
+        trip: Trip | None = None,
+    ) -> None:
         """Update all parameters and count the step.
 
         Args:
@@ -133,8 +164,11 @@ class Plan:
             grads: a gradient for each parameter.
             factor: multiplies all gradients; of one element.
             skip: boolean, of one element: if it is true, nothing changes.
+            trip: brings the gradients of stand-ins, and these back.
         """
         rows, table = self._table(optimizer)
+        if self.sharded:
+            grads = list(map(local, grads))
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
         strides = list(map(Tensor.stride, grads))
@@ -143,10 +177,12 @@ class Plan:
                 if stride != layout:
                     grads[i] = torch.empty_like(self.targets[i], dtype=grads[i].dtype).copy_(grads[i])
         for i in self.copied:
-            self.targets[i].copy_(_real(self.params[i]))
+            self.targets[i].copy_(_real(local(self.params[i])))
         tables: dict[torch.device, Tensor] = {}
-        for launch, members in self.launches:
-            device = self.params[members[0]].device
+        chunks = [list(dict.fromkeys(members)) for _, members, _ in self.launches] if trip is not None else []
+        events = trip.begin(chunks) if trip is not None else []
+        for n, (launch, members, slices) in enumerate(self.launches):
+            device = self.targets[members[0]].device
             if device not in tables:
                 coefficients = table(device)
                 if factor is not None:
@@ -155,9 +191,16 @@ class Plan:
                     coefficients[:, 0] *= factor.to(coefficients.device, non_blocking=True)
                 tables[device] = coefficients
             here = None if skip is None else skip.to(device, non_blocking=True)
-            launch([grads[m] for m in members], [rows[m] for m in members], tables[device], here)
+            theirs = [grads[m] for m in members]
+            if slices is not None:
+                theirs = list(map(_cut, theirs, slices))
+            if trip is not None:
+                trip.arrived(events[n])
+            launch(theirs, [rows[m] for m in members], tables[device], here)
+            if trip is not None:
+                trip.send(chunks[n])
         for i in self.copied:
-            _real(self.params[i]).copy_(self.targets[i])
+            _real(local(self.params[i])).copy_(self.targets[i])
         self._count(skip)
 
     def _table(self, optimizer: RuleOptimizer) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
@@ -184,8 +227,8 @@ class Plan:
                 torch._foreach_add_([self.steps[m] for m in members], taken)
 
 
-def _grads(params: Sequence[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params]  # type: ignore[misc]
+def _cut(t: Tensor, cut: slice | None) -> Tensor:
+    return t if cut is None else t.view(-1)[cut]
 
 
 def _real(t: Tensor) -> Tensor:
@@ -201,21 +244,6 @@ class GroupSettings:
     seed: int
 
 
-SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
-
-
-def slot_formats(p: Tensor, formats: dict[str, Format]) -> dict[str, Format]:
-    """The formats of the parameter's own slots: its group's, or full precision where those would not serve."""
-    if p.dtype == torch.float64 or p.is_complex() or p.ndim < 2 or p.numel() < SMALLEST:
-        full = FORMATS["float64" if p.dtype.to_real() == torch.float64 else "float32"]
-        return dict.fromkeys(formats, full)
-    return formats
-
-
-def _tensor_names(slot: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
-    return (slot, f"{slot}_scale") if formats[slot].scale is not None else (slot,)
-
-
 def _number_format(t: Tensor, *, stochastic: bool) -> Format:
     """How a parameter's or a gradient's numbers are stored."""
     if t.dtype == torch.bfloat16:
@@ -223,111 +251,8 @@ def _number_format(t: Tensor, *, stochastic: bool) -> Format:
     return FORMATS[str(t.dtype).removeprefix("torch.")]
 
 
-def _is_dense(p: Tensor) -> bool:
-    """Whether p fills its memory without gaps or overlaps: then empty_like keeps its strides."""
-    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
-
-
-def _fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
-    """Whether a backend can work on p itself: blocks lie along rows, so they want a contiguous one."""
-    blocked = any(f.scale is not None for f in formats.values())
-    return p.is_contiguous() if blocked else _is_dense(p)
-
-
-def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
-    """A tensor without memory that has the shape, dtype and strides of p's slot."""
-    dtype = backends.storage_dtype(format)
-    memory = torch.preserve_format if _fits(p, formats) else torch.contiguous_format
-    kind = dtype.to_complex() if p.is_complex() else dtype
-    return torch.empty_like(p, dtype=kind, device="meta", requires_grad=False, memory_format=memory)
-
-
-def _scale_shape(p: Tensor) -> tuple[int, int]:
-    return p.shape[0], -(-(p.numel() // max(1, p.shape[0])) // BLOCK)
-
-
-STORED_AS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16", torch.uint8: "float8"}
-
-
-def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
-    """The numbers that a state tensor stands for: itself, or float32 where it holds codes."""
-    if value.dtype not in STORED_AS:
-        return value
-    rows = value.contiguous().view(value.shape[0], -1)
-    return eager.decode(FORMATS[STORED_AS[value.dtype]], rows, scale).view(value.shape)
-
-
-def stored_slot(
-    name: str, value: Tensor, scale: Tensor | None, p: Tensor, formats: Mapping[str, Format]
-) -> dict[str, Tensor]:
-    """A state tensor, with its scales, as p's slot ``name`` is to be stored; the same tensors where they already fit.
-
-    Other formats are decoded and encoded, rounded to nearest.
-    """
-    format = formats[name]
-    wanted = _layout(p, format, formats)
-    value = value.detach().to(p.device)
-    if value.dtype != wanted.dtype:
-        numbers = decoded(value, scale)
-        if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
-            value, scale = numbers.to(wanted.dtype), None
-        else:
-            value = torch.empty_like(wanted, device=p.device, memory_format=torch.contiguous_format)
-            rows = numbers.float().contiguous().view(p.shape[0], -1)
-            middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
-            codes, scale = eager.encode(format, rows, middle)
-            eager.write(format, value.view(p.shape[0], -1), codes)
-    if value.stride() != wanted.stride():
-        value = torch.empty_like(wanted, device=p.device).copy_(value)
-    if format.scale is None:
-        return {name: value}
-    assert scale is not None
-    return {name: value, f"{name}_scale": scale.detach().to(p.device)}
-
-
-def check_state(saved: Mapping[str, Any], p: Tensor, names: Iterable[str]) -> None:
-    """Raise ValueError for a slot that has not p's shape, and for scales that are missing or have not theirs."""
-    for name in names:
-        value = saved.get(name)
-        if value is None:
-            continue
-        tensors = [(name, value, tuple(p.shape))]
-        stored_as = STORED_AS.get(value.dtype)
-        if stored_as is not None and FORMATS[stored_as].scale is not None:
-            tensors.append((f"{name}_scale", saved.get(f"{name}_scale"), _scale_shape(p)))
-        for what, t, shape in tensors:
-            if t is None or tuple(t.shape) != shape:
-                found = "is missing" if t is None else f"has shape {tuple(t.shape)}"
-                raise ValueError(f"state tensor {what!r} {found}; a parameter of shape {tuple(p.shape)} needs {shape}")
-
-
-def state_of(
-    saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], step_device: torch.device = CPU
-) -> dict[str, Any]:
-    """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
-    state: dict[str, Any] = {"step": torch.zeros((), device=step_device), **(saved or {})}
-    check_state(state, p, formats)
-    step = state["step"]
-    if not (
-        isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
-    ):
-        state["step"] = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(step_device)
-    for name, format in formats.items():
-        value, scale = state.get(name), state.pop(f"{name}_scale", None)
-        if value is not None:
-            state.update(stored_slot(name, value, scale, p, formats))
-            continue
-        state[name] = torch.zeros_like(_layout(p, format, formats), device=p.device)
-        if format.scale is not None:
-            state[f"{name}_scale"] = torch.zeros(_scale_shape(p), device=p.device)
-    if saved is not None and state.keys() == saved.keys() and all(state[k] is saved[k] for k in state):
-        return saved  # type: ignore[return-value]
-    return state
-
-
-def _check_tensors(name: str, group: int, p: Tensor) -> None:
-    g = p.grad
-    assert g is not None
+def check_tensors(name: str, group: int, p: Tensor, g: Tensor) -> None:
+    """Raise RuntimeError for a parameter and a gradient that cannot be served together."""
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
     if g.layout != torch.strided:
         raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
@@ -335,5 +260,7 @@ def _check_tensors(name: str, group: int, p: Tensor) -> None:
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
+    if is_sharded(g) != is_sharded(p):
+        raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: {where} has shape {tuple(g.shape)}: they must be equal")

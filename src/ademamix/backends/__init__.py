@@ -11,7 +11,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,23 @@ BACKENDS = ("auto", "eager", "cpu", "triton")
 _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
 
 
+class Rows(NamedTuple):
+    """A tensor's elements in their order as rows of equal length, and where these lie in the whole parameter.
+
+    A tensor may be the part of a parameter that one process has; noise belongs to the element of the whole.
+    """
+
+    number: int
+    first: int  # index, in the whole parameter, of the first element of row 0
+    stride: int  # and how much further on that of the next row is
+
+
+def whole(t: torch.Tensor, blocked: bool) -> Rows:
+    """The rows of a parameter that is all here: blocks lie along those of dimension 0, noise along its memory."""
+    number = t.shape[0] if blocked else 1
+    return Rows(number, 0, t.numel() // max(1, number))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Parameters that one launch updates: of one device, dtype and set of formats.
@@ -32,7 +49,8 @@ class Batch:
     All tensors are real and dense; where a slot has scales, all are contiguous. For parameter i and slot k of the rule,
     ``slots[i][k]`` holds the codes, with the parameter's shape, and ``scales[i][k]``, float32 of shape
     [dim 0, ceil(rest / BLOCK)], their scales. A slot that is not stored reads as zero and what the rule returns for it
-    is dropped: its format is None, as are its tensors. ``keys[i]`` is parameter i's key of the noise (formats.keys).
+    is dropped: its format is None, as are its tensors. ``keys[i]`` is parameter i's key of the noise (formats.keys),
+    ``rows[i]`` says which noise is whose; where a slot has scales, its rows are those that blocks run along.
     """
 
     rule: Rule
@@ -43,6 +61,7 @@ class Batch:
     slots: Sequence[Sequence[torch.Tensor | None]]
     scales: Sequence[Sequence[torch.Tensor | None]]
     keys: npt.NDArray[np.uint32]
+    rows: Sequence[Rows]
 
     @property
     def blocked(self) -> bool:

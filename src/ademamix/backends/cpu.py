@@ -195,10 +195,11 @@ class _Kernel:
             f"    store_lane(lanes, i, hashed(key, narrow(i & {LANES - 1})))",
         ]
         prepare = [
-            f"lane = lanes + 4 * (start & {LANES - 1})",
-            f"wrap = uint({LANES} - (start & {LANES - 1}))",
-            f"block0 = hashed(key ^ uint({OTHER}), narrow(start >> 8))",
-            f"block1 = hashed(key ^ uint({OTHER}), narrow((start >> 8) + 1))",
+            f"index = first + row * stride + column * {BLOCK}",
+            f"lane = lanes + 4 * (index & {LANES - 1})",
+            f"wrap = uint({LANES} - (index & {LANES - 1}))",
+            f"block0 = hashed(key ^ uint({OTHER}), narrow(index >> 8))",
+            f"block1 = hashed(key ^ uint({OTHER}), narrow((index >> 8) + 1))",
         ]
         if not any(self._of(k).stochastic for k in self.streams):
             lanes, prepare = [], []
@@ -233,6 +234,7 @@ class _Kernel:
                 "        tensor += 1",
                 "    while begin < end:",
                 "        rest, across = shapes[tensor, 0], shapes[tensor, 1]",
+                "        first, stride = shapes[tensor, 2], shapes[tensor, 3]",
                 *(f"        b{k} = pointers[tensor, {scale[k]}]" for k in self.scaled),
                 "        coefficient = rows[tensor]",
                 "        factor = coefficients[coefficient, 0]",
@@ -398,12 +400,11 @@ class Launch:
             for p, slots, scales in zip(batch.parameters, batch.slots, batch.scales, strict=True)
         ]
         self.pointers = np.array([[t.data_ptr() for t in tensors] for tensors in self.tensors], np.int64)
-        lengths = [(p.numel(), p.shape[0] if batch.blocked else 1) for p in batch.parameters]
-        rest = [numel // max(1, rows) for numel, rows in lengths]
-        across = [-(-r // BLOCK) for r in rest]
-        self.shapes = np.array(list(zip(rest, across, strict=True)), np.int64)
-        blocks = [a * rows for a, (_, rows) in zip(across, lengths, strict=True)]
-        self.offsets = np.cumsum([0, *blocks], dtype=np.int64)
+        number, first, stride = np.array(batch.rows, np.int64).T
+        rest = np.array([p.numel() for p in batch.parameters]) // np.maximum(number, 1)
+        across = -(-rest // BLOCK)
+        self.shapes = np.stack([rest, across, first, stride], 1)
+        self.offsets = np.cumsum([0, *(across * number)], dtype=np.int64)
 
     def __call__(
         self,

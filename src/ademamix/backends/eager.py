@@ -118,6 +118,13 @@ def noise(key: Tensor, start: int, length: int) -> Tensor:
     return bits
 
 
+def noise_of(key: Tensor, index: Tensor) -> Tensor:
+    """``formats.noise`` of the elements of that index; the key is an int32, the index int64."""
+    lanes = _hashed(key, (index % LANES).to(torch.int32))
+    bits: Tensor = lanes ^ _hashed(key ^ format_xp.uint(OTHER), (index // LANES).to(torch.int32))
+    return bits
+
+
 def _raw(t: Tensor, format: Format) -> Tensor:
     return t.view(torch.int16) if format.storage == "bits16" else t
 
@@ -137,7 +144,7 @@ def encode(format: Format, x: Tensor, random: Tensor | None) -> tuple[Tensor, Te
     scale = spread = None
     if format.scale is not None:
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).abs()
-        scale = bind(format.scale, format_xp)(padded.view(len(x), -1, BLOCK).amax(2))
+        scale = bind(format.scale, format_xp)(padded.view(len(x), padded.shape[1] // BLOCK, BLOCK).amax(2))
         spread = _spread(scale, x.shape[1])
     return bind(format.encode, format_xp)(x, spread, random), scale
 
@@ -210,7 +217,11 @@ class Launch:
         like = piece.tensors[0]
         assert like is not None
         steps = done.to(torch.int32) if isinstance(done, Tensor) else int(done)
-        return noise(_hashed(self.keys[piece.parameter], steps), piece.start, like.numel()).view(like.shape)
+        key = _hashed(self.keys[piece.parameter], steps)
+        if piece.stride == like.shape[1]:
+            return noise(key, piece.start, like.numel()).view(like.shape)
+        rows, columns = (torch.arange(length, device=like.device) for length in like.shape)
+        return noise_of(key, piece.start + piece.stride * rows[:, None] + columns)
 
 
 @dataclass
@@ -218,7 +229,8 @@ class _Piece:
     """Some rows of a parameter, as two-dimensional views: [p, g, *slots] and [None, None, *scales]."""
 
     parameter: int
-    start: int  # the first element's index in the parameter
+    start: int  # the first element's index in the whole parameter
+    stride: int  # and how much further on the next row starts
     tensors: list[Tensor | None]
     scales: list[Tensor | None]
 
@@ -227,7 +239,10 @@ def _pieces(batch: Batch, i: int, g: Tensor) -> Iterator[_Piece]:
     p = batch.parameters[i]
     if p.numel() == 0:
         return
-    shape = (p.shape[0], p.numel() // p.shape[0]) if batch.blocked else (p.numel(), 1)
+    number, start, stride = batch.rows[i]
+    if number == 1 and not batch.blocked:  # then it may be cut anywhere
+        number, stride = p.numel(), 1
+    shape = (number, p.numel() // number)
 
     def views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         # Dense tensors of equal strides lie alike in memory: without blocks, any order of the elements will do.
@@ -238,7 +253,8 @@ def _pieces(batch: Batch, i: int, g: Tensor) -> Iterator[_Piece]:
     for first in range(0, shape[0], rows):
         yield _Piece(
             i,
-            first * shape[1],
+            start + first * stride,
+            stride,
             [None if t is None else t[first : first + rows] for t in tensors],
             [None if t is None else t[first : first + rows] for t in scales],
         )

@@ -106,8 +106,8 @@ def _of(format: Format | None) -> Format:
     return format
 
 
-def source(rule: Rule, formats: Sequence[Format | None]) -> str:
-    """The kernel's text; formats are those of p, g and the slots.
+def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool) -> str:
+    """The kernel's text; formats are those of p, g and the slots, and without ``in_rows`` each tensor is one row.
 
     A row of ``table`` has the addresses of a parameter's tensors (p, g, the stored slots, then their scales), its row
     of coefficients, and whether all is aligned.
@@ -149,10 +149,12 @@ def source(rule: Rule, formats: Sequence[Format | None]) -> str:
 
     noisy = [
         "key = hashed(uint(tl.load(keys + tensor)), uint(tl.load(row_of + 1)))",
-        f"lane = (start & {LANES - 1}).to(tl.int32)[:, None] + place",  # below 2 * LANES
+        "first = tl.load(shapes + 4 * tensor + 2) + row * tl.load(shapes + 4 * tensor + 3)",
+        f"first += column * {BLOCK}",
+        f"lane = (first & {LANES - 1}).to(tl.int32)[:, None] + place",  # below 2 * LANES
         f"of_lane = hashed(key, lane & {LANES - 1})",
-        f"of_block = hashed(key ^ uint({OTHER}), start >> 8)[:, None]",
-        f"of_next = hashed(key ^ uint({OTHER}), (start >> 8) + 1)[:, None]",
+        f"of_block = hashed(key ^ uint({OTHER}), first >> 8)[:, None]",
+        f"of_next = hashed(key ^ uint({OTHER}), (first >> 8) + 1)[:, None]",
         f"random = uint(of_lane ^ tl.where(lane < {LANES}, of_block, of_next))",
     ]
     slots = [f"x{k}" if k in stream else "0.0" for k in range(2, len(formats))]
@@ -161,13 +163,13 @@ def source(rule: Rule, formats: Sequence[Format | None]) -> str:
     body = [
         f"entry = table + tensor * {width}",
         f"row_of = coefficients + tl.load(entry + {width - 2}) * {2 + len(names)}",
-        "rest = tl.load(shapes + 2 * tensor)",
-        "across = tl.load(shapes + 2 * tensor + 1)",
+        "rest = tl.load(shapes + 4 * tensor)",
+        "across = tl.load(shapes + 4 * tensor + 1)",
         f"block = tl.cast(tile, tl.int64) * {ROWS} + tl.arange(0, {ROWS})",
         "exists = block < tl.load(lengths + tensor)",
         "if ALIGNED:",
         f"    rest = tl.multiple_of(rest, {ALIGNMENT})",
-        *(["row, column = block // across, block % across"] if scaled else ["row, column = 0, block"]),
+        *(["row, column = block // across, block % across"] if in_rows else ["row, column = 0, block"]),
         f"start = row * rest + column * {BLOCK}",
         f"number = tl.where(exists, rest - column * {BLOCK}, 0)",
         "if ALIGNED:",
@@ -209,9 +211,9 @@ def source(rule: Rule, formats: Sequence[Format | None]) -> str:
 
 
 @cache
-def kernel(rule: Rule, formats: tuple[Format | None, ...]) -> Any:
+def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool) -> Any:
     """The kernel for a rule and the formats of parameter, gradient and slots, not compiled yet."""
-    text = source(rule, formats)
+    text = source(rule, formats, in_rows)
     name = f"{rule.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     # Triton reads the text of functions where Python looks for it.
     linecache.cache[f"<{name}>"] = (len(text), None, text.splitlines(keepends=True), f"<{name}>")
@@ -236,16 +238,17 @@ class Launch:
     """See :class:`ademamix.backends.Launch`."""
 
     def __init__(self, batch: Batch) -> None:
-        self.kernel = kernel(batch.rule, (batch.format, batch.grad, *batch.formats))
+        in_rows = batch.blocked or any(rows.number > 1 for rows in batch.rows)
+        self.kernel = kernel(batch.rule, (batch.format, batch.grad, *batch.formats), in_rows)
         self.device = batch.parameters[0].device
         self.tensors = [  # the pointers are theirs; the second is replaced by the gradient's
             [t for t in (p, p, *slots, *scales) if t is not None]
             for p, slots, scales in zip(batch.parameters, batch.slots, batch.scales, strict=True)
         ]
-        rows = [p.shape[0] if batch.blocked else 1 for p in batch.parameters]
-        rest = np.array([p.numel() // max(1, n) for n, p in zip(rows, batch.parameters, strict=True)], np.int64)
+        number, first, stride = np.array(batch.rows, np.int64).T
+        rest = np.array([p.numel() for p in batch.parameters]) // np.maximum(number, 1)
         across = -(-rest // BLOCK)
-        lengths = across * np.array(rows)
+        lengths = across * number
         tiles = -(-lengths // ROWS)
         self.tiles = int(tiles.sum())
         self.static = tuple(
@@ -253,7 +256,7 @@ class Launch:
             for array in (
                 np.repeat(np.arange(len(tiles), dtype=np.int32), tiles),
                 np.cumsum([0, *tiles[:-1]], dtype=np.int64),
-                np.stack([rest, np.maximum(across, 1)], 1),
+                np.stack([rest, np.maximum(across, 1), first, stride], 1),
                 lengths,
                 batch.keys.view(np.int32),
             )

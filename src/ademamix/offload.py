@@ -1,0 +1,143 @@
+"""State in host memory: gradients come to the host, the host steps, parameters go back, chunk by chunk.
+
+Every parameter has a stand-in in host memory, which a step updates in its place: the float32 master weights of a
+low-precision parameter, a copy of any other. All gradients are sent for at once; while one chunk is worked on, the
+gradients of the next ones and the parameters of the last are under way.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ademamix.distributed import joined, local, local_part
+from ademamix.state import CPU, MASTER
+
+CHUNK = 1 << 24  # elements that are sent and worked on together, if a parameter has not more
+LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class StandIn:
+    """A parameter's host memory. ``whole`` is a DTensor where the parameter is one; the others are this process's."""
+
+    whole: Tensor  # what is updated
+    rounded: Tensor  # in the parameter's dtype, as it is sent: the part of whole itself if that has it
+    grad: Tensor | None = None  # the gradient as it has arrived
+    seen: tuple[int, ...] | None = None  # the parameter's versions after the last step
+
+
+def _pinned(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Contiguous host memory, which ``device`` can copy from and to while others work."""
+    return torch.empty(like.shape, dtype=dtype, device=CPU, pin_memory=device.type == "cuda")
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _versions(p: Any) -> tuple[int, ...]:
+    return p._version, local(p)._version, local(p).data_ptr()
+
+
+class Host:
+    """The stand-ins of an optimizer's parameters."""
+
+    def __init__(self) -> None:
+        self.of: dict[Tensor, StandIn] = {}
+        self.ways: dict[torch.device, tuple[Any, Any]] = {}  # a stream to the host, and one from it
+
+    def stand_in(self, p: Tensor, master: Any = None) -> StandIn:
+        """The parameter's stand-in, with these master weights if there are some already."""
+        known = self.of.get(p)
+        if known is not None and (master is None or known.whole is master):
+            return known
+        part = local(p).detach()
+        if p.dtype not in LOW:
+            copy = _pinned(part, p.dtype, part.device)
+            made = StandIn(joined(copy, p, p.shape), copy)
+        else:
+            numbers = part if master is None else local_part(master, p)
+            own = numbers.to(CPU, torch.float32).contiguous()
+            fits = master is not None and own is local(master)
+            made = StandIn(master if fits else joined(own, p, p.shape), _pinned(part, p.dtype, part.device))
+        self.of[p] = made
+        return made
+
+    def stand_ins(self, params: Sequence[Tensor], states: Mapping[Tensor, Any]) -> list[Tensor]:
+        """What to update in the parameters' place, with what others have made of these since the last step."""
+        found = [self.stand_in(p, states[p].get(MASTER) if p in states else None) for p in params]
+        for p, its in zip(params, found, strict=True):
+            if its.seen != _versions(p):
+                now, own = local(p).detach().to(CPU), local(its.whole)
+                # Master weights that round to the parameter stay what they are.
+                own.copy_(torch.where(own.to(p.dtype) == now, own, now.to(own.dtype)))
+        return [its.whole for its in found]
+
+
+def with_master(state: Mapping[str, Any] | None, p: Tensor, stand_in: Tensor) -> dict[str, Any]:
+    """A parameter's state, with its master weights where it has some."""
+    return {**(state or {}), **({MASTER: stand_in} if p.dtype in LOW else {})}
+
+
+class Trip:
+    """The ways of one step's gradients to the host and of its parameters back."""
+
+    def __init__(self, host: Host, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self.params, self.grads, self.ways = params, list(map(local, grads)), host.ways
+        self.stand_ins = [host.of[p] for p in params]
+        for device in {g.device for g in self.grads if g.is_cuda}:
+            if device not in self.ways:
+                self.ways[device] = (_stream(device), _stream(device))
+            for way in self.ways[device]:
+                way.wait_stream(torch.cuda.current_stream(device))
+        for its, g in zip(self.stand_ins, self.grads, strict=True):
+            if its.grad is None or its.grad.dtype != g.dtype:
+                its.grad = _pinned(its.rounded, g.dtype, g.device)
+
+    def arriving(self) -> list[Tensor]:
+        """The gradients in host memory, once :meth:`arrived` has waited for them."""
+        return [joined(_there(its.grad), p, p.shape) for its, p in zip(self.stand_ins, self.params, strict=True)]
+
+    def begin(self, chunks: Iterable[Sequence[int]]) -> list[Any]:
+        """Send for all gradients, chunk by chunk: events of their arrival."""
+        return [self._fetch(members) for members in chunks]
+
+    def _fetch(self, members: Sequence[int]) -> Any:
+        way = self._way(members, 0)
+        with torch.cuda.stream(way):
+            for m in members:
+                _there(self.stand_ins[m].grad).copy_(self.grads[m], non_blocking=True)
+        return None if way is None else way.record_event()
+
+    def _way(self, members: Sequence[int], direction: int) -> Any:
+        device = self.grads[members[0]].device
+        return self.ways[device][direction] if device.type == "cuda" else None
+
+    def arrived(self, event: Any) -> None:
+        """Wait for a chunk of gradients."""
+        if event is not None:
+            event.synchronize()
+
+    def send(self, members: Sequence[int]) -> None:
+        """Send the updated parameters of a chunk back."""
+        with torch.cuda.stream(self._way(members, 1)):
+            for m in members:
+                its = self.stand_ins[m]
+                if its.rounded.dtype != its.whole.dtype:
+                    its.rounded.copy_(local(its.whole))
+                local(self.params[m]).copy_(its.rounded, non_blocking=True)
+
+    def finish(self) -> None:
+        """Let the devices wait for their parameters, and remember these as they are now."""
+        for device, (_, back) in self.ways.items():
+            torch.cuda.current_stream(device).wait_stream(back)
+        for its, p in zip(self.stand_ins, self.params, strict=True):
+            its.seen = _versions(p)
+
+
+def _there(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad
