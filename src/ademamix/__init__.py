@@ -2,6 +2,7 @@
 
 from ademamix.adam import AdamW, AdEMAMix
 from ademamix.optimizer import RuleOptimizer
+from ademamix.schedules import suggest
 
 __version__ = "0.1.0"
-__all__ = ["AdEMAMix", "AdamW", "RuleOptimizer"]
+__all__ = ["AdEMAMix", "AdamW", "RuleOptimizer", "suggest"]

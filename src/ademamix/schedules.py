@@ -45,3 +45,33 @@ def beta3_schedule(step: Any, beta1: float, beta3: float, warmup: float | None =
     reached = xp.minimum(step / warmup, 1.0)
     length = (1.0 - reached) * half_life(beta1) + reached * half_life(beta3)
     return xp.minimum(0.5 ** (1.0 / xp.maximum(length, 1e-30)), beta3)  # 1e-30 stands for a memory of length 0
+
+
+LARGEST_BETA3 = 0.9999  # the largest that the paper trained with in earnest: up to 1.5 million steps
+
+
+def suggest(total_steps: int) -> dict[str, Any]:
+    """Keyword arguments of AdEMAMix for a run of so many steps: ``AdEMAMix(params, lr=..., **suggest(256_000))``.
+
+    The slow average reaches back an eighth of the run, beta3 = 1 - 8 / total_steps (as in arXiv 2602.05298; our own
+    runs, docs/results/horizon.md, agree), but no further than the paper's 10,000 steps; alpha is the paper's 8; both
+    warm up over the whole run.
+
+    Args:
+        total_steps: optimizer steps of the whole run, at least 100: with fewer there are no old gradients to speak of.
+
+    Returns:
+        ``betas``, ``alpha``, ``alpha_warmup`` and ``beta3_warmup``.
+
+    Raises:
+        ValueError: total_steps is no whole number >= 100.
+    """
+    if not isinstance(total_steps, int) or total_steps < 100:
+        raise ValueError(f"total_steps must be a whole number >= 100, got {total_steps!r}")
+    beta3 = min(1.0 - 8.0 / total_steps, LARGEST_BETA3)
+    return {
+        "betas": (0.9, 0.999, beta3),
+        "alpha": 8.0,
+        "alpha_warmup": total_steps,
+        "beta3_warmup": total_steps,
+    }
