@@ -122,7 +122,7 @@ def test_a_resume_with_other_settings_names_them(finished, cli, capsys):
     assert cli("train", "--resume", "run", "--steps", "30", "--ademamix.alpha", "3", "--optimizer", "adamw") == 2
     line = refusal(capsys)
     assert "steps (20 there, 30 here)" in line
-    assert "ademamix.alpha (12.0 there, 3.0 here)" in line
+    assert "ademamix.alpha (8.0 there, 3.0 here)" in line
     assert "optimizer (ademamix there, adamw here)" in line
     assert "warmup" not in line
 

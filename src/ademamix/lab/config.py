@@ -55,13 +55,13 @@ class Training:
 
     unit: ClassVar[str]  # what an example is made of: the budget is counted in it
 
-    batch: int = 8
+    batch: int = 4
     """Examples (sequences, images) a step."""
     accumulate: int = 1
     """Parts into which a batch is cut to save memory; their gradients are added up."""
-    steps: int = 4000
+    steps: int = 6000
     """Optimizer steps."""
-    warmup: int = 200
+    warmup: int = 300
     """Steps of linear learning-rate warmup."""
     schedule: Shape = "cosine"
     """Learning rate after the warmup: down along a cosine or a line, or constant with a linear last fifth (wsd)."""
@@ -73,7 +73,7 @@ class Training:
     """Of the parameters; bfloat16 ones are rounded stochastically and have no float32 copies."""
     seed: int = 0
     """Decides initial weights and batches."""
-    eval_every: int = 200
+    eval_every: int = 300
     """Steps between two looks at the validation loss; the last step always has one."""
     switch_at: int = 0
     """Train with AdamW for so many steps before AdEMAMix, its slow average zero, takes over; 0: AdEMAMix alone."""
@@ -81,8 +81,8 @@ class Training:
     """Steps at each of which a batch of validation text takes the place of the step's own; its loss is followed."""
     insert: bool = True
     """False: the batches of held_out are followed but never trained on, for comparison."""
-    adamw: AdamWSettings = AdamWSettings(beta2=0.95)
-    ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=5e-4, beta2=0.99, beta3=0.998, alpha=12.0)
+    adamw: AdamWSettings = AdamWSettings(lr=8e-3, beta2=0.99)
+    ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=2e-3, beta2=0.99, beta3=0.998)
 
     def __post_init__(self) -> None:
         self._at_least_1("batch", "accumulate", "steps", "eval_every")
@@ -126,9 +126,9 @@ class Recipe(Training):
     """The model, with tied embeddings."""
     layers: int = 2
     """Layers of the model."""
-    width: int = 128
+    width: int = 64
     """Width of the residual stream; heads are 64 wide."""
-    context: int = 128
+    context: int = 64
     """Tokens a sequence."""
     eval_sequences: int = 256
     """Validation sequences, always the same ones, spread evenly over the validation text."""
@@ -222,7 +222,7 @@ class Train:
     optimizer: Optimizer = "ademamix"
     """The optimizer; its settings are those of its own section below."""
     preset: str = "demo"
-    """Where the other defaults come from: demo (0.4M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
+    """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     job: Annotated[Job, tyro.conf.arg(name="")] = field(default_factory=Job)
 
@@ -235,7 +235,7 @@ class Compare:
     """
 
     preset: str = "demo"
-    """Where the other defaults come from: demo (0.4M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
+    """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     job: Annotated[Job, tyro.conf.arg(name="")] = field(default_factory=Job)
     match: Annotated[Match, tyro.conf.arg(name="")] = field(default_factory=Match)

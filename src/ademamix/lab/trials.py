@@ -75,6 +75,7 @@ class Trials:
 
     def __init__(self, out: Path, device: str, workers: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        (out / f"{JOURNAL}.lock").unlink(missing_ok=True)  # of a process that was killed while it wrote
         self.out = out
         self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
         devices = _devices(device)
@@ -88,11 +89,12 @@ class Trials:
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Trials":
-        self.before = signal.signal(signal.SIGTERM, _interrupt)
+        self.before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
         if kind is not None:
             workers = multiprocessing.active_children()
             for worker in workers:

@@ -9,7 +9,7 @@ import tyro
 from ademamix.lab.claims import clearly_below, decide, difference, mean_and_error, shown, table_of
 from ademamix.lab.compare import crossing
 from ademamix.lab.config import PRESETS as RECIPES
-from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, Recipe
+from ademamix.lab.config import AdEMAMixSettings, BadInputError, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
 from ademamix.lab.pictures import Chart, Line, Picture
@@ -39,18 +39,9 @@ class Lm(Settings):
             raise BadInputError(f"budgets must be growing numbers above 1, got {self.budgets}")
 
 
-def small(steps: int = 5000) -> Recipe:
-    """A Llama of 0.1M parameters, of which 2 cores train two at a time, 120 steps of both a second."""
-    return Recipe(
-        width=64,
-        context=64,
-        batch=4,
-        steps=steps,
-        warmup=steps // 20,
-        eval_every=steps // 20,
-        adamw=AdamWSettings(lr=8e-3, beta2=0.99),
-        ademamix=AdEMAMixSettings(lr=2e-3, beta2=0.99, alpha=8.0, beta3=0.998),
-    )
+def small(steps: int = 6000) -> Recipe:
+    """The demo's Llama of 0.1M parameters, for another number of steps."""
+    return dataclasses.replace(RECIPES["demo"], steps=steps, warmup=steps // 20, eval_every=steps // 20)
 
 
 def on_gpu(steps: int = 3000) -> Recipe:

@@ -11,7 +11,7 @@ from ademamix.lab.claims import clearly_below, decide, shown, table_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import TUNING_SEED, Settings, changed, sentence
+from ademamix.lab.experiments.common import TUNING_SEED, Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.pictures import HeatMap
 from ademamix.lab.report import Report
@@ -85,6 +85,10 @@ def run(settings: Sweep, trials: Trials) -> Report:
         f"AdamW, beta1 {other}": ("adamw", changed(recipe, "adamw", beta1=other, lr=other_lr)),
         "AdEMAMix": ("ademamix", changed(recipe, "ademamix", alpha=alpha, beta3=beta3)),
         "AdEMAMix, beta1 0": ("ademamix", changed(recipe, "ademamix", alpha=alpha, beta3=zero_beta3, beta1=0.0)),
+        "AdEMAMix, no warmups": (
+            "ademamix",
+            changed(recipe, "ademamix", alpha=alpha, beta3=beta3, warmup=0.0),
+        ),
         f"AdEMAMix, beta3 {longest}": ("ademamix", changed(recipe, "ademamix", **at_longest)),
         f"AdEMAMix, beta3 {longest}, no warmups": ("ademamix", changed(recipe, "ademamix", **at_longest, warmup=0.0)),
     }
@@ -95,15 +99,16 @@ def run(settings: Sweep, trials: Trials) -> Report:
 
     (final,) = trials.run(Grid("final", {"run": tuple(kinds), "seed": settings.seeds}, made))
     losses = {str(name): values for (name,), values in common.sample(final).items()}
-    adamw, large, mix, without_fast, warm, cold = (losses[name] for name in kinds)
-    said_warm = f"at beta3 = {longest}, {shown(cold)} without warmups and {shown(warm)} with them"
+    adamw, large, mix, without_fast, cold, long, long_cold = (losses[name] for name in kinds)
+    said_warm = f"{shown(cold)} without warmups, {shown(mix)} with them"
+    said_long = f"at beta3 = {longest}, {shown(long_cold)} without warmups and {shown(long)} with them"
     said_beta1 = f"AdamW {shown(adamw)}, with its best larger beta1 ({other}) {shown(large)}; AdEMAMix {shown(mix)}"
     said_zero = f"AdEMAMix with beta1 = 0 {shown(without_fast)}, with beta1 = 0.9 {shown(mix)}; AdamW {shown(adamw)}"
     return Report(
         "Sweep: alpha, beta3, warmups and beta1",
         [
             f"The best of alpha x beta3 is alpha = {alpha:g}, beta3 = {beta3:g} over {recipe.steps:,} steps",
-            sentence(said_warm),
+            f"AdEMAMix {said_warm}; {said_long}",
             said_beta1,
             said_zero,
         ],
@@ -120,7 +125,7 @@ def run(settings: Sweep, trials: Trials) -> Report:
         ],
         common.settings_of(settings),
         [
-            decide("warmup", clearly_below(warm, cold), said_warm, warm, cold),
+            decide("warmup", clearly_below(mix, cold), f"{said_warm}; {said_long}", mix, cold),
             decide("beta1", clearly_below(mix, large), said_beta1, mix, large),
             decide("beta1-zero", clearly_below(without_fast, adamw), said_zero, without_fast, adamw),
         ],
