@@ -52,7 +52,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
 
-    rule: ClassVar[backends.Rule]
+    rule: backends.Rule
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
 
     def __init__(
@@ -69,6 +69,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
+        self.check(defaults)
+        self.rule = self.rule_of(defaults)
         self.state_format = state
         self._formats = self._formats_of(state)
         if skip_nonfinite not in (None, True, False):
@@ -92,12 +94,18 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64, written against ``xp``."""
 
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """The rule for these hyperparameters; all groups of an optimizer share one."""
+        return cls.rule
+
     def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
         names = backends.slot_names(self.rule)
         if not isinstance(state, Mapping):
             if state not in STATES:
                 raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
-            state = self.compact if state == "compact" else dict.fromkeys(names, state)
+            of_slot = self.compact if state == "compact" else dict.fromkeys(names, state)
+            state = {name: of_slot[name] for name in names if name in of_slot}
         for name, format in state.items():
             if name not in names or format not in SLOT_FORMATS:
                 raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
@@ -109,6 +117,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
+        if self.rule_of(group) is not self.rule:
+            slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
+            raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
         check_number("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
         for name in ("stochastic_rounding", "capturable"):
             if not isinstance(group[name], bool):
@@ -117,7 +128,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the rule's slots that parameters of ``group`` store."""
-        return backends.slot_names(cls.rule)
+        return backends.slot_names(cls.rule_of(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters and devices have been checked."""
@@ -293,6 +304,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.rule = self.rule_of(self.defaults)
         self._plan = self._norm = None
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
             for name, value in defaults.items():
