@@ -59,3 +59,24 @@ def adamw(
     exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
     update = debias1 * exp_avg / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
+
+
+def simplified_ademamix(
+    p: Any,
+    g: Any,
+    exp_avg: Any,  # a sum of gradients: 1 / (1 - beta1) times as large as their average
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    alpha: Any,
+    w1: Any,  # 1 - beta1_t
+    w2: Any,  # 1 - beta2
+    debias2: Any,  # 1 / sqrt(1 - beta2^t)
+) -> tuple[Any, Any, Any]:
+    """Simplified AdEMAMix (Morwani et al., arXiv 2502.02431): one sum of the gradients, and the gradient beside it."""
+    exp_avg = exp_avg + (g - w1 * exp_avg)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = (exp_avg + alpha * g) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
