@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ademamix import AdamW, AdEMAMix, SimplifiedAdEMAMix
+from ademamix import AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import bind, eager, storage_dtype
 from ademamix.formats import BLOCK, FORMATS, keys, noise
 
@@ -148,7 +148,7 @@ STORED: list[Any] = [
     (AdamW, "compact", {}),
     (AdamW, "bfloat16", {}),
 ]
-OTHERS: list[Any] = [(SimplifiedAdEMAMix, "compact", {})]
+OTHERS: list[Any] = [(SimplifiedAdEMAMix, "compact", {}), (ADana, "compact", {})]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,7 @@ def test_compact_state_has_half_of_adamw_s_bytes() -> None:
     assert bytes_per_parameter(train(AdEMAMix, 1, shapes, state="compact", betas=(0.0, 0.9, 0.99))[1]) <= 3.1
     assert bytes_per_parameter(train(AdamW, 1, shapes, state="compact")[1]) <= 2.1
     assert bytes_per_parameter(train(SimplifiedAdEMAMix, 1, shapes, state="compact")[1]) <= 3.1
+    assert bytes_per_parameter(train(ADana, 1, shapes, state="compact")[1]) <= 3.1
 
 
 def test_small_flat_complex_and_double_parameters_keep_full_precision() -> None:

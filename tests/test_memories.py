@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ademamix import AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
+from ademamix import ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 
 STEPS, SHAPE = 60, (7, 5)
 Array = np.ndarray[Any, Any]
@@ -35,6 +35,19 @@ def simplified(p: Array, grads: Array) -> Iterator[Array]:
         yield p
 
 
+def adana(p: Array, grads: Array, delta: float, kappa: float, weight_decay: float, omega: float) -> Iterator[Array]:
+    """arXiv 2602.05298, peak lr 0.01; its lambda(t) = omega / t is multiplied by lr's schedule alone."""
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (g, lr) in enumerate(zip(grads, rates(), strict=True), start=1):
+        beta = 1 - delta / (delta + t)
+        m = beta * m + (1 - beta) * g
+        v = beta * v + (1 - beta) * g**2
+        schedule = lr / 1e-2
+        step = 1e-2 * (g + (1 + t) ** (1 - kappa) * m) / (np.sqrt(v) + 1e-8)
+        p = p - schedule * (step + omega / t * p) - lr * weight_decay * p
+        yield p
+
+
 def log_time(p: Array, grads: Array, scale: float) -> Iterator[Array]:
     """AdEMAMix whose slow EMA has ADana's decay, and as its alpha ADana's, delta = 4, kappa = 0.9."""
     fast, slow, v = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
@@ -53,6 +66,14 @@ CASES: dict[str, tuple[Callable[..., Iterator[Array]], Callable[..., RuleOptimiz
         lambda p, **k: SimplifiedAdEMAMix(
             p, betas=(0.99, 0.95), alpha=3.0, beta1_warmup=40, min_beta1=0.8, weight_decay=0.1, **k
         ),
+    ),
+    "ADana, plain decay": (
+        lambda p, g: adana(p, g, 8.0, 0.85, 0.1, 0.0),
+        lambda p, **k: ADana(p, weight_decay=0.1, **k),
+    ),
+    "ADana, decay omega / t": (
+        lambda p, g: adana(p, g, 6.0, 0.75, 0.0, 2.0),
+        lambda p, **k: ADana(p, delta=6.0, kappa=0.75, omega=2.0, peak_lr=1e-2, **k),
     ),
     "AdEMAMix, log-time": (
         lambda p, g: log_time(p, g, 0.5),
@@ -87,6 +108,11 @@ def test_trajectories_are_those_of_the_equations(case: str, dtype: torch.dtype, 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
+        (ADana, {"delta": 0.0}, "delta must be a finite number > 0, got 0.0"),
+        (ADana, {"kappa": 1.5}, r"kappa must be a number in \(0, 1\], got 1.5"),
+        (ADana, {"omega": -1.0}, "omega must be a finite number >= 0, got -1.0"),
+        (ADana, {"omega": 4.0}, "peak_lr must be a finite number > 0 .*, got None"),
+        (ADana, {"peak_lr": 0.0}, "peak_lr must be a finite number > 0 .*, got 0.0"),
         (SimplifiedAdEMAMix, {"alpha": -1.0}, "alpha must be a finite number >= 0, got -1.0"),
         (SimplifiedAdEMAMix, {"min_beta1": 1.0}, r"min_beta1 must be a number in \[0, 1\), got 1.0"),
         (SimplifiedAdEMAMix, {"beta1_warmup": -1}, "beta1_warmup must be None or a number of steps >= 1, got -1"),

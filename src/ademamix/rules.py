@@ -80,3 +80,22 @@ def simplified_ademamix(
     exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
     update = (exp_avg + alpha * g) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
+
+
+def adana(
+    p: Any,
+    g: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    alpha: Any,  # alpha_t
+    w: Any,  # 1 - beta_t
+) -> tuple[Any, Any, Any]:
+    """ADana (Ferbach et al., arXiv 2602.05298): the gradient and an average whose memory grows with the run."""
+    exp_avg = exp_avg + w * (g - exp_avg)
+    exp_avg_sq = exp_avg_sq + w * (g * g - exp_avg_sq)
+    update = (g + alpha * exp_avg) / (xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
