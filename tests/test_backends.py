@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ademamix import AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends
 from ademamix.backends import eager
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=5)
@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., RuleOptimizer]] = {
     "adamw": lambda p, **k: AdamW(p, lr=0.01, weight_decay=0.1, **k),
     "simplified": lambda p, **k: SimplifiedAdEMAMix(p, lr=0.001, alpha=3.0, beta1_warmup=3, weight_decay=0.1, **k),
     "adana": lambda p, **k: ADana(p, lr=0.003, omega=0.1, peak_lr=0.01, **k),
+    "kema": lambda p, **k: KEMA(p, lr=0.01, count=4, weight_decay=0.1, **k),
 }
 
 

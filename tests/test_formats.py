@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ademamix import AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import bind, eager, storage_dtype
 from ademamix.formats import BLOCK, FORMATS, keys, noise
 
@@ -148,7 +148,7 @@ STORED: list[Any] = [
     (AdamW, "compact", {}),
     (AdamW, "bfloat16", {}),
 ]
-OTHERS: list[Any] = [(SimplifiedAdEMAMix, "compact", {}), (ADana, "compact", {})]
+OTHERS: list[Any] = [(SimplifiedAdEMAMix, "compact", {}), (ADana, "compact", {}), (KEMA, "compact", {"count": 4})]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,7 @@ def test_compact_state_has_half_of_adamw_s_bytes() -> None:
     assert bytes_per_parameter(train(AdamW, 1, shapes, state="compact")[1]) <= 2.1
     assert bytes_per_parameter(train(SimplifiedAdEMAMix, 1, shapes, state="compact")[1]) <= 3.1
     assert bytes_per_parameter(train(ADana, 1, shapes, state="compact")[1]) <= 3.1
+    assert bytes_per_parameter(train(KEMA, 1, shapes, state="compact", count=3)[1]) <= 6.1
 
 
 def test_small_flat_complex_and_double_parameters_keep_full_precision() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ademamix import AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import Batch, eager
 from ademamix.formats import FORMATS
 
@@ -252,6 +252,7 @@ def test_clipping_scaled_gradients_unawares_is_refused() -> None:
         (AdamW, {}),
         (SimplifiedAdEMAMix, {"beta1_warmup": 6}),
         (ADana, {"omega": 0.1, "peak_lr": 0.1}),
+        (KEMA, {"warmup": 6}),
     ],
 )
 def test_coefficients_computed_by_torch_are_those_of_the_host(backend: str, kind: Any, extra: Any) -> None:

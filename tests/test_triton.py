@@ -89,7 +89,9 @@ def test_it_compiles_for_amd(state: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("rule", [rules.adamw, rules.simplified_ademamix, rules.adana], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "rule", [rules.adamw, rules.simplified_ademamix, rules.adana, rules.kema(3)], ids=lambda r: r.__name__
+)
 def test_the_other_rules_compile_too(rule: Any, target: str) -> None:
     for format, *own in (("float32", "float32", "float32"), ("bfloat16", "int8", "float8")):
         averages = own[:1] * (len(slot_names(rule)) - 1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ademamix import AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends.triton import xp
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,7 +86,7 @@ def assert_same(one: Any, other: Any, steps: int = 2) -> None:
         *itertools.product(
             (AdEMAMix, AdamW, Clipped), ("float32", "bfloat16", "compact"), (torch.float32, torch.bfloat16)
         ),
-        *((kind, "compact", torch.float32) for kind in (SimplifiedAdEMAMix, ADana)),
+        *((kind, "compact", torch.float32) for kind in (SimplifiedAdEMAMix, ADana, KEMA)),
     ],
     ids=str,
 )

@@ -1,8 +1,8 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
 from ademamix.adam import AdamW, AdEMAMix
-from ademamix.memories import ADana, SimplifiedAdEMAMix
+from ademamix.memories import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.optimizer import RuleOptimizer
 
 __version__ = "0.1.0"
-__all__ = ["ADana", "AdEMAMix", "AdamW", "RuleOptimizer", "SimplifiedAdEMAMix"]
+__all__ = ["KEMA", "ADana", "AdEMAMix", "AdamW", "RuleOptimizer", "SimplifiedAdEMAMix"]
