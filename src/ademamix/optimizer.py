@@ -72,7 +72,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.check(defaults)
         self.rule = self.rule_of(defaults)
         self.state_format = state
-        self._formats = self._formats_of(state)
+        self._formats = self.formats_of(defaults, state)
         if skip_nonfinite not in (None, True, False):
             raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
         defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable}
@@ -99,12 +99,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         """The rule for these hyperparameters; all groups of an optimizer share one."""
         return cls.rule
 
-    def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
-        names = backends.slot_names(self.rule)
+    @classmethod
+    def formats_of(cls, group: Mapping[str, Any], state: str | Mapping[str, str]) -> dict[str, Format]:
+        """The format of each slot of the rule, stored or not."""
+        names = backends.slot_names(cls.rule_of(group))
         if not isinstance(state, Mapping):
             if state not in STATES:
                 raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
-            of_slot = self.compact if state == "compact" else dict.fromkeys(names, state)
+            of_slot = cls.compact if state == "compact" else dict.fromkeys(names, state)
             state = {name: of_slot[name] for name in names if name in of_slot}
         for name, format in state.items():
             if name not in names or format not in SLOT_FORMATS:
