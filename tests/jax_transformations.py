@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy as xp
 import optax
 import orbax.checkpoint
 import pytest
@@ -19,14 +20,23 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ademamix.jax as ours
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
-from ademamix.jax import Blocks, State, state_from_torch, state_to_torch
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, optimizer_from
+from ademamix.jax import Blocks, State, state_from_torch, state_to_torch, transformation
 from ademamix.table import on_host
 
 assert len(jax.devices()) == 8, "needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
 
 SHAPES = ((64, 96), (33, 300), (10, 20, 30), (5000,), (3,), ())
 WARM = {"alpha": 5.0, "beta3_warmup": 6, "alpha_warmup": 7, "weight_decay": 0.1}
+
+
+def own(p: Any, g: Any, short: Any, long: Any, *, lr: float = 0.1, bound: float = 0.5, w: Any) -> Any:
+    short, long = short + 0.25 * (g - short), long + w * (g - long)
+    agreed = xp.where(short * long > 0.0, xp.maximum(xp.minimum(long, bound), -bound), 0.0)
+    return p - lr * (short + agreed), short, long
+
+
+Own = optimizer_from(own, lambda step, *, decay=0.9: {"w": 1.0 - decay**step})
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # in torch, here, hyperparameters of one name in both
     "AdEMAMix": (AdEMAMix, ours.ademamix, WARM),
     "AdEMAMix log-time": (AdEMAMix, ours.ademamix, {"alpha": 1.0, "beta3_schedule": "log-time", "kappa": 0.7}),
@@ -34,6 +44,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # in torch, here, hyperpa
     "SimplifiedAdEMAMix": (SimplifiedAdEMAMix, ours.simplified_ademamix, {"alpha": 2.0, "beta1_warmup": 4}),
     "ADana": (ADana, ours.adana, {"omega": 0.2, "peak_lr": 0.02}),
     "KEMA": (KEMA, ours.kema, {"count": 4, "warmup": 5, "weight_decay": 0.1}),
+    "a user's own": (Own, transformation(Own), {"bound": 0.3}),
 }
 
 
@@ -401,11 +412,25 @@ def test_orbax_checkpoints_resume_exactly(state: str, tmp_path: Path) -> None:
     assert same(once, again)
 
 
-def test_the_page_s_examples_run_one_after_the_other_and_train_their_model() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "jax.md").read_text(encoding="utf-8")
+def run_examples(page: str) -> dict[str, Any]:
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
     for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(example, scope)
+    return scope
+
+
+def test_a_memory_of_your_own_has_compact_state_in_jax() -> None:
+    state = run_examples("a-memory-of-your-own.md")["state"]
+    assert {name: leaf.codes.dtype for name, leaf in state.slots.items()} == {
+        "short": jnp.int16,
+        "long": jnp.int16,
+        "mean_sq": jnp.uint8,
+    }
+
+
+def test_the_page_s_examples_run_one_after_the_other_and_train_their_model() -> None:
+    scope = run_examples("jax.md")
     assert scope["loss"] < 6.4  # a tenth of the start's: 64, the variance of a sum of 64
     assert int(scope["state"].count) == scope["T"]
 

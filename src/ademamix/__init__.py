@@ -3,6 +3,7 @@
 from ademamix.adam import AdamW, AdEMAMix
 from ademamix.memories import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.optimizer import RuleOptimizer
+from ademamix.own import optimizer_from
 
 __version__ = "0.1.0"
-__all__ = ["KEMA", "ADana", "AdEMAMix", "AdamW", "RuleOptimizer", "SimplifiedAdEMAMix"]
+__all__ = ["KEMA", "ADana", "AdEMAMix", "AdamW", "RuleOptimizer", "SimplifiedAdEMAMix", "optimizer_from"]

@@ -55,8 +55,7 @@ class _Transformation:
         stochastic_rounding: bool,
         seed: int | None,
     ) -> None:
-        optimizer.check(known)
-        rule = optimizer.rule_of(known)
+        rule = optimizer.checked_rule(known)
         self.slots, self.names = slot_names(rule), coefficient_names(rule)
         if mask is not None and "weight_decay" not in self.names:
             raise ValueError(f"mask must be None: the rule {rule.__name__} has no weight_decay, got {mask!r}")

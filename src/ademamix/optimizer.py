@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.distributed import global_norm
+from ademamix.elementwise import check_rule
 from ademamix.formats import FORMATS, Format
 from ademamix.plan import GroupSettings, Plan, check_state, slot_formats, state_of
 
@@ -69,8 +70,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
-        self.check(defaults)
-        self.rule = self.rule_of(defaults)
+        self.rule = self.checked_rule(defaults)
         self.state_format = state
         self._formats = self.formats_of(defaults, state)
         if skip_nonfinite not in (None, True, False):
@@ -98,6 +98,17 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
         """The rule for these hyperparameters; all groups of an optimizer share one."""
         return cls.rule
+
+    @classmethod
+    def checked_rule(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """The rule, once it and its hyperparameters are found to be right."""
+        cls.check(group)
+        rule = cls.rule_of(group)
+        check_rule(rule)
+        missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, group))
+        if missing:
+            raise ValueError(f"the coefficients of {cls.__name__} lack {sorted(missing)}, which its rule takes")
+        return rule
 
     @classmethod
     def formats_of(cls, group: Mapping[str, Any], state: str | Mapping[str, str]) -> dict[str, Format]:
