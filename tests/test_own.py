@@ -135,7 +135,9 @@ def mine(p, g, m, *, lr=0.1):
         ("m = m ** 2", r"\*\* is not there on all backends: use x \* x"),
         ("m = abs(m)", "abs.. is not there on all backends: use xp.abs"),
         ("m = m % 2.0", "TypeError: unsupported operand"),
-        ("m = xp.where(m, m, g)", "xp.where takes a comparison such as x > 0.0 first, got an array"),
+        ("m = xp.where(m, m, g)", "xp.where takes a comparison of arrays, such as x > 0.0, first, got an array"),
+        ("m = xp.where(lr > 0.0, m, g)", "xp.where takes a comparison of arrays, .* got a coefficient"),
+        ("m = xp.sqrt(lr) * m", "xp's functions take an array: what needs none is a coefficient"),
         ("m = xp.where(m == 0.0, m, g)", "== and != are not there on all backends"),
     ],
 )

@@ -70,14 +70,21 @@ def _computed(*operands: Any) -> Any:
     return Array() if any(isinstance(x, Array) for x in operands) else Number()
 
 
-def _compared(*operands: Any) -> Condition:
-    _computed(*operands)
-    return Condition()
+def _compared(*operands: Any) -> Any:
+    result = _computed(*operands)
+    return Condition() if isinstance(result, Array) else result
+
+
+def _function(*operands: Any) -> Any:
+    result = _computed(*operands)
+    if not isinstance(result, Array):
+        raise RuleError("xp's functions take an array: what needs none is a coefficient, computed outside the rule")
+    return result
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
     if not isinstance(condition, Condition):
-        raise RuleError(f"xp.where takes a comparison such as x > 0.0 first, got {_kind(condition)}")
+        raise RuleError(f"xp.where takes a comparison of arrays, such as x > 0.0, first, got {_kind(condition)}")
     return _computed(x, y, Array())
 
 
@@ -99,9 +106,9 @@ class _Namespace:
 
 
 for _name in ("sqrt", "abs", "exp", "log"):
-    setattr(_Namespace, _name, staticmethod(lambda x: _computed(x)))
+    setattr(_Namespace, _name, staticmethod(lambda x: _function(x)))
 for _name in ("minimum", "maximum"):
-    setattr(_Namespace, _name, staticmethod(lambda x, y: _computed(x, y)))
+    setattr(_Namespace, _name, staticmethod(lambda x, y: _function(x, y)))
 
 
 @cache
