@@ -86,6 +86,8 @@ def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float | None
         return x0
     for x1, y1 in trials[1:]:
         if y1 <= loss:
+            if math.isinf(y0):  # that run diverged
+                return x1
             return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
         x0, y0 = x1, y1
     return None

@@ -1,6 +1,7 @@
 """What the experiments share: their settings, tuning, and the comparison of two tuned optimizers."""
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,10 +126,15 @@ def of(results: Mapping[Point, Result | None], *values: Any) -> list[Result]:
     return [r for point, r in sorted(results.items(), key=lambda i: i[0][-1]) if r and point[: len(values)] == values]
 
 
-def mean_curve(name: str, runs: Sequence[Result], unit: str) -> Line:
-    """The mean over seeds of a validation curve."""
-    points = list(zip(*(run.curve for run in runs), strict=True))
-    return Line(name, [p[0][unit] for p in points], [sum(x["valid_loss"] for x in p) / len(p) for p in points])
+def mean_curves(runs: Mapping[str, Sequence[Result]], unit: str) -> list[Line]:
+    """The mean over seeds of the validation curves of each name's runs; none for a name whose runs all diverged."""
+    lines = []
+    for name, of_name in runs.items():
+        points = list(zip(*(run.curve for run in of_name), strict=True))
+        losses = [statistics.mean(point["valid_loss"] for point in together) for together in points]
+        if points:
+            lines.append(Line(name, [together[0][unit] for together in points], losses))
+    return lines
 
 
 def curves(title: str, lines: list[Line], unit: str) -> Chart:

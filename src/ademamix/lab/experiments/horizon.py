@@ -29,7 +29,7 @@ class Horizon(Settings):
     The best c of each T and seed is the vertex of a parabola through the losses over log c.
     """
 
-    lengths: tuple[int, ...] = (500, 1000, 2000, 4000)
+    lengths: tuple[int, ...] = (400, 800, 1600, 3200)
     """Steps of the runs, growing."""
     c: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
     """Values of c, growing: the slow average reaches back T / c steps."""

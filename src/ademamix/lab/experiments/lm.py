@@ -39,7 +39,7 @@ class Lm(Settings):
             raise BadInputError(f"budgets must be growing numbers above 1, got {self.budgets}")
 
 
-def small(steps: int = 6000) -> Recipe:
+def small(steps: int = 5000) -> Recipe:
     """The demo's Llama of 0.1M parameters, for another number of steps."""
     return dataclasses.replace(RECIPES["demo"], steps=steps, warmup=steps // 20, eval_every=steps // 20)
 
@@ -104,7 +104,7 @@ def run(settings: Lm, trials: Trials) -> Report:
         enough = factor - 1 >= GOAL
     below = clearly_below(losses["AdEMAMix"], losses["AdamW"])
     gain = f"AdEMAMix ends {abs(gap):.4f} ± {error:.4f} nats {'below' if gap > 0 else 'above'} AdamW"
-    lines = [common.mean_curve(NAMES[str(n)], common.of(results, n), recipe.unit) for n in NAMES]
+    lines = common.mean_curves({name: common.of(results, n) for n, name in NAMES.items()}, recipe.unit)
     pictures: list[Picture] = [common.curves(f"Validation loss, mean of {len(seeds)} seeds", lines, recipe.unit)]
     means = {b: mean_and_error(values) for b, values in budgets.items()}
     goal = mean_and_error(losses["AdEMAMix"])

@@ -57,7 +57,7 @@ def run(settings: Mamba, trials: Trials) -> Report:
     losses = {NAMES[str(name)]: values for (name,), values in common.sample(results).items()}
     gap, error = difference(losses["AdEMAMix"], losses["AdamW"])
     ours = f"AdEMAMix ends {abs(gap):.4f} ± {error:.4f} nats {'below' if gap > 0 else 'above'} AdamW"
-    lines = [common.mean_curve(NAMES[n], common.of(results, n), recipe.unit) for n in NAMES]
+    lines = common.mean_curves({name: common.of(results, n) for n, name in NAMES.items()}, recipe.unit)
     return Report(
         "Mamba: AdamW against AdEMAMix",
         [f"{ours} ({shown(losses['AdamW'])} and {shown(losses['AdEMAMix'])})"],

@@ -62,7 +62,7 @@ def run(settings: Switch, trials: Trials) -> Report:
     ours = (
         f"the final loss is lower than AdamW's by {said} of the run, {ends[1.0][0] - ends[0.0][0]:+.4f} from the start"
     )
-    lines = [common.mean_curve(names[x], common.of(results, x), recipe.unit) for x in points if common.of(results, x)]
+    lines = common.mean_curves({names[x]: common.of(results, x) for x in points}, recipe.unit)
     x = list(points)
     return Report(
         "From AdamW to AdEMAMix in the middle of a training",

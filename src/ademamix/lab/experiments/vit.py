@@ -91,7 +91,6 @@ def run(settings: Vit, trials: Trials) -> Report:
     holds = clearly_below(losses["AdEMAMix", most], losses["AdamW", most]) and grows
     said = [f"{g:+.4f} ± {e:.4f} nats with {n:,} images" for n, (g, e) in gains.items()]
     ours = f"the loss is lower with AdEMAMix by {', '.join(said)}"
-    seen = [(NAMES[name], n, common.of(results, name, n)) for name in NAMES for n in settings.images]
     ends = {key: mean_and_error(values) for key, values in losses.items()}
     pictures: list[Picture] = [
         Chart(
@@ -114,7 +113,7 @@ def run(settings: Vit, trials: Trials) -> Report:
     pictures += [
         common.curves(
             f"Validation loss with {count:,} images, mean of {len(settings.seeds)} seeds",
-            [common.mean_curve(name, runs, recipe.unit) for name, n, runs in seen if n == count and runs],
+            common.mean_curves({name: common.of(results, n, count) for n, name in NAMES.items()}, recipe.unit),
             recipe.unit,
         )
         for count in (few, most)
