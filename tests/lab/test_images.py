@@ -68,8 +68,9 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_a_folder_of_images_with_a_folder_for_each_class(cache, folder):
-    images = open_images(ImageRecipe(data=str(folder), examples=30))
+@pytest.mark.parametrize("source", ["", "hf:"])  # what loads a dataset of the hub loads a local one too
+def test_a_folder_of_images_with_a_folder_for_each_class(source, cache, folder):
+    images = open_images(ImageRecipe(data=f"{source}{folder}", examples=30))
     assert (images.channels, images.classes) == (3, 2)
     assert {split: len(labels) for split, labels in images.labels.items()} == {"train": 36, "valid": 4}
     for pixels, label in zip(images.pixels["train"], images.labels["train"], strict=True):

@@ -165,6 +165,7 @@ def _compare(settings: "Compare") -> None:
 def _experiment(settings: "Settings") -> None:
     from ademamix.lab.console import say
     from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.report import sentence
     from ademamix.lab.train import check, pick_device
     from ademamix.lab.trials import Trials
 
@@ -175,8 +176,7 @@ def _experiment(settings: "Settings") -> None:
     if recipe is not None:
         check(("adamw", "ademamix"), recipe, settings.job.device)
     out, typed = _claim(f"run {name}", settings)
-    what = EXPERIMENTS[name].WHAT
-    say(f"{what[0].upper()}{what[1:]}; everything is written to {out}")
+    say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
     with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
         _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 

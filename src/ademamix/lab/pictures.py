@@ -1,6 +1,7 @@
 """Pictures, once: as traces for Plotly, which the page draws, and with matplotlib, for files."""
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Chart:
 
     def draw(self, axis: Any) -> None:
         """Draw on an axis of matplotlib's."""
+        axis.set_xscale("log" if self.log_x else "linear")
         if self.field is not None:
             axis.contourf(self.field.x, self.field.y, self.field.z, levels=24, cmap=MAP.lower(), alpha=0.55)
         for line, (colour, _, dash) in zip(self.lines, self.styles(), strict=True):
@@ -87,8 +89,6 @@ class Chart:
             style = {"color": colour, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker}
             axis.errorbar(line.x, line.y, line.bars, label=line.name, elinewidth=1.5, capsize=3, **style)
         axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
-        if self.log_x:
-            axis.set_xscale("log")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize="small")
@@ -121,15 +121,23 @@ class HeatMap:
     def _texts(self) -> list[list[str]]:
         return [["diverged" if value is None else f"{value:.4f}" for value in row] for row in self.z]
 
+    def _range(self) -> tuple[float, float]:
+        """Where colours begin and end: a few runs that went wrong must not take all of them."""
+        values = [value for row in self.z for value in row if value is not None]
+        least = min(values)
+        usual = least + 4 * (statistics.median(values) - least)
+        return least, min(max(values), usual) if usual > least else max(values)
+
     def traces(self) -> list[dict[str, Any]]:
         """What Plotly draws."""
+        ends = dict(zip(("zmin", "zmax"), self._range(), strict=True))
         shown = {
             "text": self._texts(),
             "texttemplate": "%{text}",
             "hovertemplate": "%{x}, %{y}: %{text}<extra></extra>",
         }
         look = {"colorscale": MAP, "showscale": False, "xgap": 2, "ygap": 2}
-        return [{"type": "heatmap", "x": self.x, "y": self.y, "z": self.z, **shown, **look}]
+        return [{"type": "heatmap", "x": self.x, "y": self.y, "z": self.z, **ends, **shown, **look}]
 
     def layout(self) -> dict[str, Any]:
         """Plotly's layout, but for colours."""
@@ -141,11 +149,11 @@ class HeatMap:
         import numpy as np
 
         z = np.array(self.z, float)  # None becomes NaN, which stays white
-        axis.imshow(z, cmap=MAP.lower(), origin="lower", aspect="auto")
-        middle = np.nanmean(z)
+        least, most = self._range()
+        axis.imshow(z, cmap=MAP.lower(), origin="lower", aspect="auto", vmin=least, vmax=most)
         for row, texts in enumerate(self._texts()):
             for column, text in enumerate(texts):
-                dark = z[row, column] < middle
+                dark = z[row, column] < (least + most) / 2
                 axis.text(column, row, text, ha="center", va="center", size=8, color="white" if dark else "black")
         axis.set_xticks(range(len(self.x)), self.x)
         axis.set_yticks(range(len(self.y)), self.y)

@@ -40,6 +40,11 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
 
+def sentence(text: str) -> str:
+    """The text with a capital letter."""
+    return text[0].upper() + text[1:]
+
+
 def machine() -> str:
     """This machine, in words."""
     import torch
@@ -126,8 +131,8 @@ def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> s
     return "".join(
         [
             f"<div class=lead>{''.join(f'<p>{_text(line)}.</p>' for line in report.headlines)}</div>",
-            "".join(map(_verdict, report.findings)),
             f"<div class=pictures>{''.join(pictures)}</div>",
+            "".join(map(_verdict, report.findings)),
             "<h2>Results</h2>",
             "".join(map(_table, report.tables)),
             f"<h2>Command</h2><pre>{_text(chr(10).join(commands))}</pre>",
@@ -148,7 +153,8 @@ def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
             for at, f in here
         ] or [f"<p>{_badge('not tested at this size')} <code>ademamix run {claim.experiment}</code> tests it</p>"]
         rows.append(
-            f"<section class=claim><h2>{_text(claim.text)}</h2><dl><dt>The paper</dt><dd>{_text(claim.paper)}</dd>"
+            f"<section class=claim><h2>{_text(sentence(claim.text))}</h2>"
+            f"<dl><dt>The paper</dt><dd>{_text(claim.paper)}</dd>"
             f"<dt>Here</dt><dd>{''.join(ours)}</dd><dt>Criterion</dt><dd class=soft>{_text(claim.criterion)}</dd></dl>"
             "</section>"
         )
@@ -160,16 +166,19 @@ def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
         if (name := html.escape(str(at.relative_to(folder)), quote=True))
     ]
     counts = {v: sum(any(f.claim == key and f.verdict == v for _, f in found) for key in CLAIMS) for v in MARKS}
-    lead = f"{counts['reproduced']} of {len(CLAIMS)} claims reproduced, {counts['not reproduced']} not reproduced"
-    body = f"<div class=lead><p>{lead}; the others are not tested at this size.</p></div>{''.join(rows)}"
+    left = len(CLAIMS) - counts["reproduced"] - counts["not reproduced"]
+    lead = (
+        f"{counts['reproduced']} of {len(CLAIMS)} claims reproduced, {counts['not reproduced']} not, {left} not tested"
+    )
+    body = f"<div class=lead><p>{lead}.</p></div>{''.join(rows)}"
     return f"{body}<h2>The experiments</h2><div class=pictures>{''.join(cards)}</div>"
 
 
 def _verdict(finding: Finding) -> str:
     claim = CLAIMS[finding.claim]
     return (
-        f"<div class=verdict><p>{_badge(finding.verdict)} {_text(claim.text)}.</p><p>Here: {_text(finding.ours)}. "
-        f"The paper: {_text(claim.paper)}.</p><p class=soft>Criterion: {_text(claim.criterion)}.</p></div>"
+        f"<div class=verdict><p>{_badge(finding.verdict)} {_text(sentence(claim.text))}.</p>"
+        f"<p>Here: {_text(finding.ours)}. The paper: {_text(claim.paper)}.</p><p class=soft>Criterion: {_text(claim.criterion)}.</p></div>"
     )
 
 

@@ -150,8 +150,3 @@ def settings_of(settings: Any) -> list[Rows]:
     parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
     own: Rows = [(type(settings).__name__, ""), *((k, v) for k, v in values.items() if k not in parts)]
     return [own, *(rows for part in parts.values() for rows in settings_of(part))]
-
-
-def sentence(text: str) -> str:
-    """The text with a capital letter."""
-    return text[0].upper() + text[1:]

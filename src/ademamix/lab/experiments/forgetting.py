@@ -12,10 +12,10 @@ from ademamix.lab.claims import clearly_below, decide, mean_and_error, shown
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import NAMES, Settings, sentence
+from ademamix.lab.experiments.common import NAMES, Settings
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.pictures import Chart, Line
-from ademamix.lab.report import Report
+from ademamix.lab.report import Report, sentence
 from ademamix.lab.train import Result
 from ademamix.lab.trials import Grid, Point, Trials
 

@@ -12,10 +12,10 @@ from ademamix.lab.claims import decide, mean_and_error
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import Settings, changed, sentence
+from ademamix.lab.experiments.common import Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.pictures import Chart, Line
-from ademamix.lab.report import Report
+from ademamix.lab.report import Report, sentence
 from ademamix.lab.trials import Grid, Trials
 
 WHAT = "the best beta3 by the number of steps, as a rule of thumb"

@@ -11,9 +11,9 @@ from ademamix import AdamW, AdEMAMix
 from ademamix.lab.claims import clearly_below, decide, shown
 from ademamix.lab.config import BadInputError
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import Settings, sentence
+from ademamix.lab.experiments.common import Settings
 from ademamix.lab.pictures import Chart, Field, Line
-from ademamix.lab.report import Report
+from ademamix.lab.report import Report, sentence
 from ademamix.lab.trials import Trials
 
 WHAT = "trajectories in a narrow valley, drawn"

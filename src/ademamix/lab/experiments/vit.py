@@ -9,9 +9,9 @@ import tyro
 from ademamix.lab.claims import clearly_below, decide, difference, mean_and_error, table_of
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, ImageRecipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import NAMES, Settings, Tuning, sentence
+from ademamix.lab.experiments.common import NAMES, Settings, Tuning
 from ademamix.lab.pictures import Chart, Line, Picture
-from ademamix.lab.report import Report
+from ademamix.lab.report import Report, sentence
 from ademamix.lab.trials import Grid, Trials
 
 WHAT = "AdamW against AdEMAMix on a vision transformer, with more and with fewer images"
