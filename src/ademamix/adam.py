@@ -138,7 +138,7 @@ class AdEMAMix(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        schedule_start: int = 0,
+        schedule_start: float = 0.0,
         beta3_schedule: str = "half-life",
         delta: float = 8.0,
         kappa: float = 0.85,

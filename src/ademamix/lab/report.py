@@ -178,7 +178,8 @@ def _verdict(finding: Finding) -> str:
     claim = CLAIMS[finding.claim]
     return (
         f"<div class=verdict><p>{_badge(finding.verdict)} {_text(sentence(claim.text))}.</p>"
-        f"<p>Here: {_text(finding.ours)}. The paper: {_text(claim.paper)}.</p><p class=soft>Criterion: {_text(claim.criterion)}.</p></div>"
+        f"<p>Here: {_text(finding.ours)}. The paper: {_text(claim.paper)}.</p>"
+        f"<p class=soft>Criterion: {_text(claim.criterion)}.</p></div>"
     )
 
 

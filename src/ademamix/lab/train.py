@@ -162,6 +162,7 @@ class _Run:
         self.initial_weights = checksum(self.model)
         self.model.to(self.device, getattr(torch, recipe.dtype))
         self.step, self.seconds = 0, 0.0
+        self.switch_at = recipe.switch_at if name == "ademamix" else 0
         self.optimizer = self._optimizer_of(1)
         self.skipped_before = 0  # the run was resumed, or another optimizer took over
         self.sound = 0  # the last step whose loss was seen to be finite
@@ -178,14 +179,14 @@ class _Run:
 
     def _optimizer_of(self, step: int) -> RuleOptimizer:
         """A new optimizer of the kind that takes this step."""
-        kind, settings = _hyperparameters("adamw" if step <= self.recipe.switch_at else self.name, self.recipe)
+        kind, settings = _hyperparameters("adamw" if step <= self.switch_at else self.name, self.recipe)
         return kind(self.model.parameters(), **settings)
 
     def advance(self) -> Tensor:
         """Take one training step; return its loss, still on the device."""
         recipe = self.recipe
         self.step += 1
-        if recipe.switch_at and self.step == recipe.switch_at + 1:
+        if self.switch_at and self.step == self.switch_at + 1:
             self.skipped_before = self.skipped_steps
             before, self.optimizer = self.optimizer, self._optimizer_of(self.step)
             self.optimizer.load_state_dict(from_adamw(before.state_dict(), self.optimizer))
