@@ -164,9 +164,10 @@ def _compare(settings: "Compare") -> None:
 
 def _experiment(settings: "Settings") -> None:
     from ademamix.lab.console import say
+    from ademamix.lab.devices import pick_device
     from ademamix.lab.experiments import EXPERIMENTS
     from ademamix.lab.report import sentence
-    from ademamix.lab.train import check, pick_device
+    from ademamix.lab.train import check
     from ademamix.lab.trials import Trials
 
     module = type(settings).__module__

@@ -21,6 +21,7 @@ from ademamix import AdamW, AdEMAMix, RuleOptimizer
 from ademamix.convert import from_adamw
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training, to_json
 from ademamix.lab.console import Show
+from ademamix.lab.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.model import checksum
 from ademamix.lab.schedule import lr_factor
 from ademamix.lab.tasks import Batch, task_of
@@ -166,7 +167,7 @@ class _Run:
         self.optimizer = self._optimizer_of(1)
         self.skipped_before = 0  # the run was resumed, or another optimizer took over
         self.sound = 0  # the last step whose loss was seen to be finite
-        self.stopwatch = _Stopwatch(self.device)
+        self.stopwatch = Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
         if (out / CHECKPOINT).exists():
             self._load()
@@ -332,60 +333,13 @@ class _Run:
             skipped_steps=self.skipped_steps,
             parameters=parameters,
             initial_weights=self.initial_weights,
-            device=_device_name(self.device),
+            device=device_name(self.device),
             curve=curve,
             held_out=[
                 {line["step"]: line[f"{HELD_OUT}{number}"] for line in lines if f"{HELD_OUT}{number}" in line}
                 for number in range(len(self.recipe.held_out))
             ],
         )
-
-
-class _Stopwatch:
-    """Times a block many times over: by the clock on a CPU, by events in the stream elsewhere (no waiting)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[tuple[Any, Any]] = []
-
-    def _now(self) -> Any:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(self.device, enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self.start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self.times.append((self.start, self._now()))
-
-    def median_ms(self) -> float:
-        """Return the median since the last call; the device must have caught up."""
-        on_cpu = self.device.type == "cpu"
-        times: list[float] = [1e3 * (end - start) if on_cpu else start.elapsed_time(end) for start, end in self.times]
-        self.times.clear()
-        return statistics.median(times)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the named device, or for "auto" the accelerator that is there, else the CPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -21,7 +21,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training
 from ademamix.lab.console import say
-from ademamix.lab.train import DivergedError, Result, StoppedError, pick_device, train
+from ademamix.lab.devices import pick_device
+from ademamix.lab.train import DivergedError, Result, StoppedError, train
 
 JOURNAL = "trials.log"
 Value = float | int | str
