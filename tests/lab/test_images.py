@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from ademamix.lab.config import BadInputError, ImageRecipe
-from ademamix.lab.images import LETTERS, META, Images, open_images
+from ademamix.lab.images import DIGITS, META, Images, open_images
 from ademamix.lab.tasks import task_of
 
 
@@ -25,15 +25,15 @@ def test_glyphs_are_the_same_every_time_and_more_of_them_begin_with_the_same_one
     assert len(few.labels["train"]) == 1024
     assert len(many.labels["train"]) == 2048
     assert np.array_equal(many.pixels["train"][:1024], few.pixels["train"])
-    assert (few.channels, few.classes) == (1, len(LETTERS))
+    assert (few.channels, few.classes) == (1, len(DIGITS))
 
 
 def test_glyphs_show_something_and_classes_are_even(cache):
     images = open_images(ImageRecipe(examples=1000))
-    counts = np.bincount(images.labels["train"], minlength=len(LETTERS))
-    # 1024 draws of 62 classes: 16.5 on average, with a standard deviation of 4.
-    assert counts.min() > 0
-    assert counts.max() < 16.5 + 6 * 4
+    counts = np.bincount(images.labels["train"], minlength=len(DIGITS))
+    # 1024 draws of 10 classes: 102 on average, with a standard deviation of 9.6.
+    assert counts.min() > 102 - 6 * 9.6
+    assert counts.max() < 102 + 6 * 9.6
     assert not np.array_equal(images.pixels["train"][0], images.pixels["valid"][0])
     means = [images.pixels["train"][images.labels["train"] == label].std(axis=0).mean() for label in range(10)]
     assert min(means) > 20  # paper, ink, places and noise differ

@@ -40,8 +40,8 @@ CLAIMS = {
         "short runs want a shorter slow average",
         "beta3 = 0.9999 for 256,000 steps and more; 0.999 and below for short runs",
         "horizon",
-        "the best beta3 grows with the number of steps: the slope of log(1 - beta3) over log(steps) is below zero by "
-        "more than twice its standard error over the seeds",
+        "with the same values of beta3 tried at every length, the slope of log(1 - best beta3) over log(steps) is "
+        "below zero by more than twice its standard error over the seeds",
     ),
     "warmup": Claim(
         "a large beta3 needs the schedules of alpha and beta3",

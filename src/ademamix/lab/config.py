@@ -152,7 +152,7 @@ class ImageRecipe(Training):
 
     data: str = "glyphs"
     """A folder of images with a folder for each class, "hf:NAME" for a dataset of the Hugging Face hub, or "glyphs":
-    letters and digits drawn with matplotlib's fonts, placed, sized, turned and blurred by noise at random."""
+    digits drawn with matplotlib's fonts, placed, sized and turned at random, under noise."""
     examples: int = 20_000
     """Training images: the first so many of the data."""
     size: int = 20
