@@ -35,7 +35,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
             command = [sys.executable, str(PROCESSES), str(rank), str(folder)]
             started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
     for process in started:
-        process.wait(timeout=170)
+        process.wait(timeout=300)
     results = [folder / f"{rank}.json" for rank in range(4)]
     missing = "".join(log.read_text()[-3000:] for log, result in zip(logs, results, strict=True) if not result.exists())
     assert not missing, missing
