@@ -7,6 +7,7 @@ schedule.py  the learning rate over a run
 model.py     the language model and its loss
 train.py     the one training loop, with checkpoints and exact resume
 compare.py   AdamW against AdEMAMix on equal terms
+budget.py    what memory a training needs, counted without it
 report.py    a comparison as one HTML page, a picture and a table
 console.py   what a run shows while it works
 cli.py       the commands
