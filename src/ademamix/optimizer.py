@@ -133,8 +133,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return {name: FORMATS[state.get(name, "float32")] for name in names}
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
-        formats = {name: self._formats[name] for name in self.stored(group)}
-        return GroupSettings(formats, group["stochastic_rounding"], group["seed"])
+        return GroupSettings(self.formats(group), group["stochastic_rounding"], group["seed"])
+
+    def formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        """The format of each slot that parameters of ``group`` store, unless they are among those in full precision."""
+        return {name: self._formats[name] for name in self.stored(group)}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)

@@ -7,6 +7,7 @@ files.py       folders that are written whole or not at all
 model.py       the models
 tasks.py       what is learned: model, batches and loss of a recipe
 schedule.py    the learning rate over a run
+devices.py     which device, and how long things take there
 train.py       the one training loop, with checkpoints and exact resume
 trials.py      many runs at a time: grids of them, kept by Optuna
 compare.py     AdamW against AdEMAMix on equal terms
@@ -14,6 +15,7 @@ experiments/   the paper's experiments, one file each
 claims.py      the paper's claims, and the criteria that decide them
 pictures.py    charts and heat maps, for the page and for files
 report.py      what came out, as a page, Markdown and tables; the index of reports
+budget.py      what memory a training needs, counted without it
 console.py     what a run shows while it works
 cli.py         the commands
 """

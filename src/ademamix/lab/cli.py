@@ -1,4 +1,4 @@
-"""The commands: `ademamix data`, `train`, `compare`, `run` and `report`."""
+"""The commands: `ademamix data`, `train`, `compare`, `plan`, `run` and `report`."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
-    from ademamix.lab.config import Compare, Data, ReportOn, Train
+    from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train
     from ademamix.lab.experiments.common import Settings
     from ademamix.lab.report import Report
 
@@ -27,6 +27,7 @@ WHAT = {
     "data": "turn text into token files",
     "train": "train one model with AdEMAMix or AdamW",
     "compare": "train with both and show the difference",
+    "plan": "the memory that a training needs, a GPU, and the time of an optimizer step",
     "run": "one of the paper's experiments, with a report of what came out",
     "report": "an index of reports, claim by claim",
 }
@@ -45,7 +46,7 @@ def main() -> None:
 def _run(argv: list[str]) -> None:
     import tyro
 
-    from ademamix.lab.config import BadInputError, Compare, Data, ReportOn, Train
+    from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train
     from ademamix.lab.experiments import EXPERIMENTS
 
     try:
@@ -55,13 +56,15 @@ def _run(argv: list[str]) -> None:
         run_kind: Any = dataclasses.make_dataclass("Run", [("experiment", Annotated[of_run, tyro.conf.arg(name="")])])
         run = run_kind(next(iter(experiments.values())))
         run_kind.__doc__ = "Carry out one of the paper's experiments and write a report."
-        defaults = {"data": Data((), Path()), "train": train, "compare": compare, "report": ReportOn(Path())}
-        commands: Any = tyro.extras.subcommand_type_from_defaults(defaults | {"run": run}, WHAT)
+        defaults = {"data": Data((), Path()), "train": train, "compare": compare, "plan": PlanFor()}
+        defaults |= {"run": run, "report": ReportOn(Path())}
+        commands: Any = tyro.extras.subcommand_type_from_defaults(defaults, WHAT)
         chosen: Any = tyro.cli(commands, prog="ademamix", description=ABOUT, args=argv)
         carry_out: dict[type, Callable[[Any], None]] = {
             Data: _data,
             Train: _train,
             Compare: _compare,
+            PlanFor: _plan,
             ReportOn: _report,
         }
         if isinstance(chosen, run_kind):
@@ -160,6 +163,12 @@ def _compare(settings: "Compare") -> None:
     )
     with _stoppable("compare", out):
         _finish(out, typed, lambda: report_of(compare(recipe, settings.job, settings.match, out)))
+
+
+def _plan(settings: "PlanFor") -> None:
+    from ademamix.lab.budget import plan
+
+    plan(settings)
 
 
 def _experiment(settings: "Settings") -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ademamix.lab.schedule import Shape
 
 Optimizer = Literal["adamw", "ademamix"]
 State = Literal["float32", "bfloat16", "compact"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class BadInputError(Exception):
@@ -69,7 +71,7 @@ class Training:
     """Learning rate of the last step, as a fraction of the peak."""
     clip: float = 1.0
     """Largest norm of the gradient; a longer one is scaled down, and a step is skipped if it is not finite."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the parameters; bfloat16 ones are rounded stochastically and have no float32 copies."""
     seed: int = 0
     """Decides initial weights and batches."""
@@ -247,6 +249,39 @@ class ReportOn:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The folder that holds the experiments' folders (`ademamix run lm --out FOLDER/lm`, and so on)."""
+
+
+@dataclass(frozen=True)
+class PlanFor:
+    """Say what memory a training needs on each GPU and what a step of the optimizer moves, compared with AdamW.
+
+    Nothing is trained or allocated: a model of 70 billion parameters takes seconds, on any machine.
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = "demo"
+    """A preset (demo, 3m, 10m, 30m, 110m, 330m, 1.3b), or a config.json of the transformers library."""
+    vocab_size: int | None = None
+    """Tokens in a preset's vocabulary. Default: 256, text as bytes; the paper's sizes are meant for 32,000."""
+    gpus: int = 1
+    """GPUs, on however many machines."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """none: each GPU has all of the model (DDP). fsdp: each has a part of every parameter and its state (FSDP2)."""
+    state: State = "float32"
+    """How AdEMAMix stores its state."""
+    dtype: Dtype = "float32"
+    """Of parameters and gradients."""
+    bandwidth: float = 3350.0
+    """GB/s of a GPU's memory. The default is that of an H100 SXM; an A100 with 80 GB has 2039, an H200 4800."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise BadInputError(f"gpus must be at least 1, got {self.gpus}")
+        if not 0 < self.bandwidth < math.inf:
+            raise BadInputError(f"bandwidth must be a positive number of GB/s, got {self.bandwidth}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise BadInputError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        if self.vocab_size is not None and self.model not in PRESETS:
+            raise BadInputError(f"vocab_size goes with a preset; a configuration as {self.model} has its own")
 
 
 VALID_FRACTION = 0.05

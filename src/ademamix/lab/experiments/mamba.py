@@ -16,7 +16,7 @@ from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
 WHAT = "AdamW against AdEMAMix on Mamba, a state-space model, both tuned"
-TUNING = Tuning((4e-3, 8e-3, 16e-3), (0.99,), (2e-3, 4e-3, 8e-3), (0.994,))
+TUNING = Tuning((2e-3, 4e-3, 8e-3), (0.99,), (1e-3, 2e-3, 4e-3), (0.997,))
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mamba(Settings):
 
 PRESETS = {
     "cpu": Mamba(
-        recipe=dataclasses.replace(small(800), architecture="mamba", context=32),
+        recipe=dataclasses.replace(small(2500), architecture="mamba", context=32),
     ),
     "gpu": Mamba(
         "gpu",
