@@ -61,9 +61,9 @@ class Training:
     """Examples (sequences, images) a step."""
     accumulate: int = 1
     """Parts into which a batch is cut to save memory; their gradients are added up."""
-    steps: int = 6000
+    steps: int = 5000
     """Optimizer steps."""
-    warmup: int = 300
+    warmup: int = 250
     """Steps of linear learning-rate warmup."""
     schedule: Shape = "cosine"
     """Learning rate after the warmup: down along a cosine or a line, or constant with a linear last fifth (wsd)."""
@@ -75,7 +75,7 @@ class Training:
     """Of the parameters; bfloat16 ones are rounded stochastically and have no float32 copies."""
     seed: int = 0
     """Decides initial weights and batches."""
-    eval_every: int = 300
+    eval_every: int = 250
     """Steps between two looks at the validation loss; the last step always has one."""
     switch_at: int = 0
     """Train with AdamW for so many steps before AdEMAMix, its slow average zero, takes over; 0: AdEMAMix alone."""

@@ -17,7 +17,7 @@ from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
 WHAT = "AdamW against AdEMAMix on text, both tuned; AdamW's tokens to the same loss"
-TUNING = Tuning((4e-3, 6e-3, 8e-3), (0.95, 0.99), (1.5e-3, 2e-3, 3e-3), (0.998, 0.999))
+TUNING = Tuning((4e-3, 8e-3, 16e-3), (0.95, 0.99), (1e-3, 2e-3, 4e-3), (0.998, 0.999))
 GOAL = 0.5  # more tokens for AdamW, at least, where about half the tokens do for AdEMAMix
 
 
@@ -39,7 +39,7 @@ class Lm(Settings):
             raise BadInputError(f"budgets must be growing numbers above 1, got {self.budgets}")
 
 
-def small(steps: int = 6000) -> Recipe:
+def small(steps: int = 5000) -> Recipe:
     """The demo's Llama of 0.1M parameters, for another number of steps."""
     return dataclasses.replace(RECIPES["demo"], steps=steps, warmup=steps // 20, eval_every=steps // 20)
 

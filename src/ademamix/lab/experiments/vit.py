@@ -15,7 +15,7 @@ from ademamix.lab.report import Report, sentence
 from ademamix.lab.trials import Grid, Trials
 
 WHAT = "AdamW against AdEMAMix on a vision transformer, with more and with fewer images"
-TUNING = Tuning((2e-3, 4e-3, 8e-3), (0.99,), (1e-3, 2e-3, 4e-3), (0.996,))
+TUNING = Tuning((1e-3, 2e-3, 4e-3), (0.99,), (5e-4, 1e-3, 2e-3), (0.996,))
 
 
 @dataclass(frozen=True)
