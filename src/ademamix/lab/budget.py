@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix import AdamW, AdEMAMix
 from ademamix.lab.config import PRESETS, BadInputError, PlanFor
 from ademamix.lab.console import OUT, say
 from ademamix.lab.model import language_model
@@ -39,15 +40,16 @@ def _configured(path: Path) -> nn.Module:
 
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
+        any_kind: Any = transformers.AutoModelForCausalLM
+        kind = getattr(transformers, (config.architectures or [""])[0], any_kind.from_config)
+        model: nn.Module = kind(config)
     except Exception as error:  # whatever a file with anything in it makes of the library
         reason = "\n".join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise BadInputError(f"transformers cannot build a model from {path} ({reason})") from error
     return model
 
 
-def need(model: nn.Module, kind: type[RuleOptimizer], state: str, parts: int = 1) -> dict[str, int]:
+def need(model: nn.Module, kind: type[AdEMAMix | AdamW], state: str, parts: int = 1) -> dict[str, int]:
     """Count what the process with the largest part of a model needs to train it, activations left aside.
 
     Args:
@@ -78,7 +80,8 @@ def need(model: nn.Module, kind: type[RuleOptimizer], state: str, parts: int = 1
         "optimizer state": stored,
         "all three": parameters + gradients + stored,
         "checkpoint": parameters + _bytes(buffers) + stored,
-        "a step moves": 2 * _bytes(grads) + gradients + 2 * stored,  # parameters and state are read and written
+        # A gradient is read; its parameter, which is as large, and the state are read and written.
+        "a step moves": 3 * gradients + 2 * stored,
     }
 
 
@@ -87,7 +90,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def budget(
-    model: nn.Module, kind: type[RuleOptimizer], state: str, gpus: int, *, sharded: bool
+    model: nn.Module, kind: type[AdEMAMix | AdamW], state: str, gpus: int, *, sharded: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the GPU with the largest part needs, and what all need together; of replicas, one writes the checkpoint."""
     whole = need(model, kind, state)
