@@ -74,9 +74,10 @@ LARGEST_BETA3 = 0.9999  # the largest that the paper trained with in earnest: up
 def suggest(total_steps: int) -> dict[str, Any]:
     """Keyword arguments of AdEMAMix for a run of so many steps: ``AdEMAMix(params, lr=..., **suggest(256_000))``.
 
-    The slow average reaches back an eighth of the run, beta3 = 1 - 8 / total_steps, as in arXiv 2602.05298, but not above
-    the paper's 0.9999; alpha is the paper's 8; both warm up over the whole run. In our own runs (docs/results/horizon.md)
-    that beta3 is within 0.003 nats of the best at 1,600 and at 3,200 steps; shorter runs do not tell.
+    The slow average reaches back an eighth of the run, beta3 = 1 - 8 / total_steps, as in arXiv 2602.05298, but not
+    above the paper's 0.9999; alpha is the paper's 8; both warm up over the whole run. In our own runs
+    (docs/results/horizon.md) that beta3 is within 0.003 nats of the best at 1,600 and at 3,200 steps; shorter runs do
+    not tell.
 
     Args:
         total_steps: optimizer steps of the whole run, at least 100: with fewer there are no old gradients to speak of.

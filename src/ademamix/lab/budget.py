@@ -40,9 +40,9 @@ def _configured(path: Path) -> nn.Module:
 
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        from_config: Any = transformers.AutoModelForCausalLM.from_config
-        model: nn.Module = from_config(config) if kind is None else kind(config)
+        any_kind: Any = transformers.AutoModelForCausalLM
+        kind = getattr(transformers, (config.architectures or [""])[0], any_kind.from_config)
+        model: nn.Module = kind(config)
     except Exception as error:  # whatever a file with anything in it makes of the library
         reason = "\n".join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise BadInputError(f"transformers cannot build a model from {path} ({reason})") from error
@@ -80,7 +80,8 @@ def need(model: nn.Module, kind: type[AdEMAMix | AdamW], state: str, parts: int 
         "optimizer state": stored,
         "all three": parameters + gradients + stored,
         "checkpoint": parameters + _bytes(buffers) + stored,
-        "a step moves": 2 * _bytes(grads) + gradients + 2 * stored,  # parameters and state are read and written
+        # A gradient is read; its parameter, which is as large, and the state are read and written.
+        "a step moves": 3 * gradients + 2 * stored,
     }
 
 
