@@ -8,6 +8,7 @@ was cut off.
 import argparse
 import dataclasses
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -59,7 +60,7 @@ def main() -> None:
     rows = [
         "## Training with low-bit state",
         "",
-        f"- command: `python {' '.join(sys.argv)}`",
+        f"- command: `python {shlex.join(sys.argv)}`",
         f"- machine: {machine()}, one thread a run",
         f"- versions: ademamix {ademamix.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"- date: {time.strftime('%Y-%m-%d')}",
