@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ademamix import AdamW, AdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import bind, eager, storage_dtype
 from ademamix.formats import BLOCK, FORMATS, keys, noise
 
@@ -140,22 +140,25 @@ def train(cls: Any, steps: int = 5, shapes: Any = None, dtype: torch.dtype = tor
 MIXED = {"exp_avg_slow": "int16", "exp_avg_sq": "bfloat16"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+STORED: list[Any] = [
+    (AdEMAMix, "compact", {}),
+    (AdEMAMix, "compact", {"betas": (0.0, 0.999, 0.9999)}),
+    (AdEMAMix, "bfloat16", {}),
+    (AdEMAMix, MIXED, {}),
+    (AdamW, "compact", {}),
+    (AdamW, "bfloat16", {}),
+]
+OTHERS: list[Any] = [(SimplifiedAdEMAMix, "compact", {}), (ADana, "compact", {}), (KEMA, "compact", {"count": 4})]
+
+
 @pytest.mark.parametrize(
-    ("cls", "state", "betas"),
-    [
-        (AdEMAMix, "compact", (0.9, 0.999, 0.9999)),
-        (AdEMAMix, "compact", (0.0, 0.999, 0.9999)),
-        (AdEMAMix, "bfloat16", (0.9, 0.999, 0.9999)),
-        (AdEMAMix, MIXED, (0.9, 0.999, 0.9999)),
-        (AdamW, "compact", (0.9, 0.999)),
-        (AdamW, "bfloat16", (0.9, 0.999)),
-    ],
+    ("cls", "state", "options", "dtype"),
+    [(*case, dtype) for case in STORED for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    + [(*case, torch.float32) for case in OTHERS],
+    ids=str,
 )
-def test_cpu_and_eager_store_the_same_bits(cls: Any, state: Any, betas: Any, dtype: torch.dtype) -> None:
-    (ps, cpu), (qs, reference) = (
-        train(cls, state=state, betas=betas, dtype=dtype, backend=b) for b in ("cpu", "eager")
-    )
+def test_cpu_and_eager_store_the_same_bits(cls: Any, state: Any, options: Any, dtype: torch.dtype) -> None:
+    (ps, cpu), (qs, reference) = (train(cls, state=state, dtype=dtype, backend=b, **options) for b in ("cpu", "eager"))
     for p, q in zip(ps, qs, strict=True):
         assert cpu.state[p].keys() == reference.state[q].keys()
         for name, value in cpu.state[p].items():
@@ -211,6 +214,9 @@ def test_compact_state_has_half_of_adamw_s_bytes() -> None:
     assert bytes_per_parameter(train(AdEMAMix, 1, shapes, state="compact")[1]) <= 4.1
     assert bytes_per_parameter(train(AdEMAMix, 1, shapes, state="compact", betas=(0.0, 0.9, 0.99))[1]) <= 3.1
     assert bytes_per_parameter(train(AdamW, 1, shapes, state="compact")[1]) <= 2.1
+    assert bytes_per_parameter(train(SimplifiedAdEMAMix, 1, shapes, state="compact")[1]) <= 3.1
+    assert bytes_per_parameter(train(ADana, 1, shapes, state="compact")[1]) <= 3.1
+    assert bytes_per_parameter(train(KEMA, 1, shapes, state="compact", count=3)[1]) <= 6.1
 
 
 def test_small_flat_complex_and_double_parameters_keep_full_precision() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ademamix import AdamW, AdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import Batch, Rows, eager
 from ademamix.formats import FORMATS
 
@@ -244,12 +244,21 @@ def test_clipping_scaled_gradients_unawares_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [AdEMAMix, AdamW])
-def test_coefficients_computed_by_torch_are_those_of_the_host(backend: str, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        (AdEMAMix, SCHEDULED),
+        (AdEMAMix, {"beta3_schedule": "log-time"}),
+        (AdamW, {}),
+        (SimplifiedAdEMAMix, {"beta1_warmup": 6}),
+        (ADana, {"omega": 0.1, "peak_lr": 0.1}),
+        (KEMA, {"warmup": 6}),
+    ],
+)
+def test_coefficients_computed_by_torch_are_those_of_the_host(backend: str, kind: Any, extra: Any) -> None:
     runs = []
     for capturable in (False, True):
         params = parameters()
-        extra = SCHEDULED if kind is AdEMAMix else {}
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": torch.tensor(0.03), "weight_decay": 0.1}]
         optimizer = kind(groups, lr=0.01, backend=backend, capturable=capturable, state="compact", seed=3, **extra)
         for step in range(9):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends import cpu
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -20,6 +20,10 @@ MAKERS: dict[str, Callable[..., RuleOptimizer]] = {
     ),
     "AdEMAMix beta1=0": lambda p, **k: AdEMAMix(p, **{"lr": 0.02, "betas": (0.0, 0.99, 0.999), "alpha": 5.0, **k}),
     "AdamW": lambda p, **k: AdamW(p, **{"lr": 0.02, "weight_decay": 0.1, **k}),
+    "AdEMAMix log-time": lambda p, **k: AdEMAMix(p, **{"lr": 0.01, "alpha": 1.0, "beta3_schedule": "log-time", **k}),
+    "SimplifiedAdEMAMix": lambda p, **k: SimplifiedAdEMAMix(p, **{"lr": 0.02, "betas": (0.8, 0.99), "alpha": 1.0, **k}),
+    "ADana": lambda p, **k: ADana(p, **{"lr": 0.01, "omega": 0.5, "peak_lr": 0.02, **k}),
+    "KEMA": lambda p, **k: KEMA(p, **{"lr": 0.02, "count": 4, "longest": 40.0, "warmup": 12, **k}),
 }
 EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 

@@ -1,11 +1,14 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ademamix.schedules import alpha_schedule, beta3_schedule, half_life
+from ademamix import AdEMAMix, suggest
+from ademamix.schedules import alpha_schedule, beta3_schedule, half_life, log_time_alpha, log_time_weight
 
 BETAS = st.floats(0.0, 0.99999)
 
@@ -41,10 +44,40 @@ def test_the_paper_s_beta3_in_the_middle_of_its_warmup() -> None:
     assert beta3_schedule(500, 0.9, 0.9999, 1000) == pytest.approx(0.99980020, abs=1e-8)
 
 
+@pytest.mark.parametrize("steps", [1000, 8000])
+def test_log_time_memory_is_the_same_share_of_a_run_of_any_length(steps: int) -> None:
+    """The gradients of a run's first half weigh (1/2)^delta of all, up to delta (delta + 1) / 2 of one step in t."""
+    old = 0.0
+    for t in range(1, steps + 1):
+        old += log_time_weight(t, 8.0) * ((1.0 if t <= steps // 2 else 0.0) - old)
+    assert old == pytest.approx(0.5**8, rel=40 / steps)
+
+
+def test_log_time_alpha() -> None:
+    assert [log_time_alpha(t, 0.5) for t in (3, 8, 99)] == pytest.approx([2.0, 3.0, 10.0], rel=1e-15)
+    assert log_time_alpha(5, 1.0) == 1.0
+
+
 def test_schedules_take_arrays_of_steps() -> None:
     steps = np.arange(1, 21)
     for values, single in (
         (alpha_schedule(steps, 5.0, 10), lambda t: alpha_schedule(t, 5.0, 10)),
         (beta3_schedule(steps, 0.9, 0.999, 10), lambda t: beta3_schedule(t, 0.9, 0.999, 10)),
+        (log_time_weight(steps, 8.0), lambda t: log_time_weight(t, 8.0)),
     ):
         np.testing.assert_array_equal(values, [single(int(t)) for t in steps])
+
+
+def test_what_is_suggested_are_arguments_of_ademamix() -> None:
+    """For the paper's length its own settings: alpha 8, beta3 0.9999, both warmups over all steps."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    (group,) = AdEMAMix([parameter], lr=1e-3, **suggest(256_000)).param_groups
+    assert (group["betas"], group["alpha"]) == ((0.9, 0.999, 0.9999), 8.0)
+    assert group["alpha_warmup"] == group["beta3_warmup"] == 256_000
+    assert suggest(4000)["betas"][2] == pytest.approx(0.998, abs=1e-12)  # the slow average reaches back 500 steps
+
+
+@pytest.mark.parametrize("steps", [99, 0, -5, 1e5, "1000", None])
+def test_a_bad_number_of_steps_is_named(steps: Any) -> None:
+    with pytest.raises(ValueError, match=f"total_steps must be a whole number >= 100, got {steps!r}"):
+        suggest(steps)

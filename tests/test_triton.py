@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ademamix import AdamW, AdEMAMix, rules
+from ademamix.backends import slot_names
 from ademamix.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="Triton is there on Linux alone")
@@ -89,9 +90,13 @@ def test_it_compiles_for_amd(state: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_adamw_compiles_too(target: str) -> None:
-    for formats in (("float32",) * 4, ("bfloat16", "float32", "int8", "float8")):
-        assert compiled(rules.adamw, formats, target)
+@pytest.mark.parametrize(
+    "rule", [rules.adamw, rules.simplified_ademamix, rules.adana, rules.kema(3)], ids=lambda r: r.__name__
+)
+def test_the_other_rules_compile_too(rule: Any, target: str) -> None:
+    for format, *own in (("float32", "float32", "float32"), ("bfloat16", "int8", "float8")):
+        averages = own[:1] * (len(slot_names(rule)) - 1)
+        assert compiled(rule, (format, "float32", *averages, own[1]), target)
 
 
 def test_where_it_may_run() -> None:

@@ -4,6 +4,7 @@ Torch's square root on CPUs is off by one unit in the last place in 0.7 % of all
 is not: parameters are compared up to that, all state bit for bit.
 """
 
+import itertools
 import os
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ademamix import AdamW, AdEMAMix, RuleOptimizer, backends
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends
 from ademamix.backends import Rows, cpu, eager, triton
 from ademamix.backends.triton import xp
 from ademamix.formats import FORMATS
@@ -82,9 +83,16 @@ def assert_same(one: Any, other: Any, steps: int = 2) -> None:
         assert all(torch.equal(state[key], like[key]) for key in state)
 
 
-@pytest.mark.parametrize("kind", [AdEMAMix, AdamW, Clipped])
-@pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "state", "dtype"),
+    [
+        *itertools.product(
+            (AdEMAMix, AdamW, Clipped), ("float32", "bfloat16", "compact"), (torch.float32, torch.bfloat16)
+        ),
+        *((kind, "compact", torch.float32) for kind in (SimplifiedAdEMAMix, ADana, KEMA)),
+    ],
+    ids=str,
+)
 def test_same_bits_as_eager(kind: Any, state: str, dtype: torch.dtype) -> None:
     assert_same(*(trained(kind, which, dtype, state=state) for which in ("triton", "eager")))
 

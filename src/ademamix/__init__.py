@@ -1,7 +1,19 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
 from ademamix.adam import AdamW, AdEMAMix
+from ademamix.memories import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.optimizer import RuleOptimizer
+from ademamix.own import optimizer_from
+from ademamix.schedules import suggest
 
 __version__ = "0.1.0"
-__all__ = ["AdEMAMix", "AdamW", "RuleOptimizer"]
+__all__ = [
+    "KEMA",
+    "ADana",
+    "AdEMAMix",
+    "AdamW",
+    "RuleOptimizer",
+    "SimplifiedAdEMAMix",
+    "optimizer_from",
+    "suggest",
+]

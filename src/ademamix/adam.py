@@ -9,31 +9,59 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import rules
 from ademamix.optimizer import RuleOptimizer, check_number
-from ademamix.schedules import alpha_schedule, beta3_schedule
+from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
+
+BETA3_SCHEDULES = ("half-life", "log-time")
+WARMUPS = ("beta3_warmup", "alpha_warmup")
 
 
-def _check_common(group: Mapping[str, Any], betas: int) -> None:
-    """The hyperparameters that all rules of the Adam family have."""
-    for name in ("lr", "eps", "weight_decay"):
+def check_common(group: Mapping[str, Any], *others: str) -> None:
+    """The hyperparameters that all rules of the family have, and others that are finite numbers >= 0."""
+    for name in ("lr", "eps", "weight_decay", *others):
         check_number(name, group[name], "a finite number >= 0", lambda x: x >= 0.0)
-    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != betas:
-        raise ValueError(f"betas must be {betas} numbers in [0, 1), got {group['betas']!r}")
-    for i, beta in enumerate(group["betas"]):
-        check_number(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
     if not isinstance(group["maximize"], bool):
         raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
 
 
-def _common_coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+def check_betas(group: Mapping[str, Any], count: int) -> None:
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != count:
+        raise ValueError(f"betas must be {count} numbers in [0, 1), got {group['betas']!r}")
+    for i, beta in enumerate(group["betas"]):
+        check_beta(f"betas[{i}]", beta)
+
+
+def check_beta(name: str, value: Any) -> None:
+    check_number(name, value, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
+
+
+def check_warmups(group: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if group[name] is not None:
+            check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
+
+
+def check_log_time(group: Mapping[str, Any]) -> None:
+    check_number("delta", group["delta"], "a finite number > 0", lambda x: x > 0.0)
+    check_number("kappa", group["kappa"], "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
+
+
+def common_coefficients(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in ("lr", "weight_decay", "eps")}
+
+
+def debias(step: Any, beta: Any) -> Any:
+    """The bias correction of an EMA: 1 / (1 - beta^t), the inverse of the weight that all gradients have in it."""
+    return 1.0 / (1.0 - beta**step)
+
+
+def _adam_coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     beta1, beta2 = group["betas"][:2]
     return {
-        "lr": group["lr"],
-        "weight_decay": group["weight_decay"],
-        "eps": group["eps"],
+        **common_coefficients(group),
         "w1": 1.0 - beta1,
         "w2": 1.0 - beta2,
-        "debias1": 1.0 / (1.0 - beta1**step),
-        "debias2": 1.0 / xp.sqrt(1.0 - beta2**step),
+        "debias1": debias(step, beta1),
+        "debias2": xp.sqrt(debias(step, beta2)),
     }
 
 
@@ -60,11 +88,16 @@ class AdEMAMix(RuleOptimizer):
         alpha: weight of the slow EMA, >= 0.
         beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
         alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
-        schedule_start: steps done before both warmups begin, an integer >= 0: in step t they stand where they would in
-            step t - schedule_start, and until then at their start. For a training that AdamW began; see
-            :func:`ademamix.convert.from_adamw`, which sets it.
+        schedule_start: steps done before the schedules of alpha and b3 begin, an integer >= 0: in step t they stand
+            where they would in step t - schedule_start, and until then at their start. For a training that AdamW began;
+            see :func:`ademamix.convert.from_adamw`, which sets it.
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
+        beta3_schedule: "half-life", with the warmups above, or "log-time", which needs no T, so that a run can be
+            stopped or extended at will: b3_t = 1 - delta / (delta + t), alpha_t = alpha (1 + t)^(1 - kappa)
+            (schedules of ADana, arXiv 2602.05298, where alpha is 1). Both warmups must be None then; b3 is not used.
+        delta: of "log-time": the slow EMA's horizon is about t / delta, > 0.
+        kappa: of "log-time": in (0, 1]; with 1, alpha_t stays alpha.
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
             parameter), or a mapping of slots to formats. All but float32 round stochastically.
@@ -105,7 +138,10 @@ class AdEMAMix(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        schedule_start: int = 0,
+        schedule_start: float = 0.0,
+        beta3_schedule: str = "half-life",
+        delta: float = 8.0,
+        kappa: float = 0.85,
         maximize: bool = False,
         state: str | Mapping[str, str] = "float32",
         backend: str = "auto",
@@ -124,6 +160,9 @@ class AdEMAMix(RuleOptimizer):
             "schedule_start": schedule_start,
             "eps": eps,
             "weight_decay": weight_decay,
+            "beta3_schedule": beta3_schedule,
+            "delta": delta,
+            "kappa": kappa,
             "maximize": maximize,
         }
         super().__init__(
@@ -140,12 +179,16 @@ class AdEMAMix(RuleOptimizer):
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
-        _check_common(group, betas=3)
-        check_number("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0.0)
-        for name in ("beta3_warmup", "alpha_warmup"):
-            if group[name] is not None:
-                check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
+        check_common(group, "alpha")
+        check_betas(group, 3)
+        check_warmups(group, *WARMUPS)
+        if group["beta3_schedule"] not in BETA3_SCHEDULES:
+            raise ValueError(f"beta3_schedule must be one of {BETA3_SCHEDULES}, got {group['beta3_schedule']!r}")
+        check_log_time(group)
         check_number("schedule_start", group["schedule_start"], "an integer >= 0", lambda x: x >= 0 and x == int(x))
+        if group["beta3_schedule"] == "log-time" and any(group[name] is not None for name in WARMUPS):
+            given = {name: group[name] for name in WARMUPS}
+            raise ValueError(f"warmups must be None with beta3_schedule='log-time', which has no end, got {given}")
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -156,11 +199,13 @@ class AdEMAMix(RuleOptimizer):
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         beta1, _, beta3 = group["betas"]
         scheduled = xp.maximum(step - group["schedule_start"], 0.0)
-        return {
-            **_common_coefficients(step, group),
-            "alpha": alpha_schedule(scheduled, group["alpha"], group["alpha_warmup"]),
-            "w3": 1.0 - beta3_schedule(scheduled, beta1, beta3, group["beta3_warmup"]),
-        }
+        if group["beta3_schedule"] == "log-time":
+            alpha = group["alpha"] * log_time_alpha(scheduled, group["kappa"])
+            w3 = log_time_weight(scheduled, group["delta"])
+        else:
+            alpha = alpha_schedule(scheduled, group["alpha"], group["alpha_warmup"])
+            w3 = 1.0 - beta3_schedule(scheduled, beta1, beta3, group["beta3_warmup"])
+        return {**_adam_coefficients(step, group), "alpha": alpha, "w3": w3}
 
 
 class AdamW(RuleOptimizer):
@@ -220,8 +265,9 @@ class AdamW(RuleOptimizer):
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
-        _check_common(group, betas=2)
+        check_common(group)
+        check_betas(group, 2)
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        return _common_coefficients(step, group)
+        return _adam_coefficients(step, group)

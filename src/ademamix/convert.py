@@ -183,7 +183,7 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
             squares = _numbers(source, i, slots, "exp_avg_sq")
             average = _numbers(source, i, slots, names[0]) if len(names) == 3 else torch.zeros_like(squares)
             state[i] = {"step": _step(source, i, saved), "exp_avg": average, "exp_avg_sq": squares}
-    dropped = ("alpha", "alpha_warmup", "beta3_warmup", "schedule_start")
+    dropped = ("alpha", "alpha_warmup", "beta3_warmup", "schedule_start", "beta3_schedule", "delta", "kappa")
     converted = [{**_without(group, dropped), "betas": tuple(group["betas"][:2])} for group in groups]
     return {"state": state, "param_groups": converted}
 

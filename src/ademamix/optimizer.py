@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.distributed import global_norm, gradients
+from ademamix.elementwise import check_rule
 from ademamix.formats import FORMATS, Format
 from ademamix.offload import Host, Trip, with_master
 from ademamix.plan import GroupSettings, Plan, check_tensors
@@ -55,7 +56,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
 
-    rule: ClassVar[backends.Rule]
+    rule: backends.Rule
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
 
     def __init__(
@@ -73,8 +74,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
+        self.rule = self.checked_rule(defaults)
         self.state_format = state
-        self._formats = self._formats_of(state)
+        self._formats = self.formats_of(defaults, state)
         if skip_nonfinite not in (None, True, False):
             raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
         if not isinstance(offload, bool):
@@ -100,12 +102,31 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64, written against ``xp``."""
 
-    def _formats_of(self, state: str | Mapping[str, str]) -> dict[str, Format]:
-        names = backends.slot_names(self.rule)
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """The rule for these hyperparameters; all groups of an optimizer share one."""
+        return cls.rule
+
+    @classmethod
+    def checked_rule(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """The rule, once it and its hyperparameters are found to be right."""
+        cls.check(group)
+        rule = cls.rule_of(group)
+        check_rule(rule)
+        missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, group))
+        if missing:
+            raise ValueError(f"the coefficients of {cls.__name__} lack {sorted(missing)}, which its rule takes")
+        return rule
+
+    @classmethod
+    def formats_of(cls, group: Mapping[str, Any], state: str | Mapping[str, str]) -> dict[str, Format]:
+        """The format of each slot of the rule, stored or not."""
+        names = backends.slot_names(cls.rule_of(group))
         if not isinstance(state, Mapping):
             if state not in STATES:
                 raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
-            state = self.compact if state == "compact" else dict.fromkeys(names, state)
+            of_slot = cls.compact if state == "compact" else dict.fromkeys(names, state)
+            state = {name: of_slot[name] for name in names if name in of_slot}
         for name, format in state.items():
             if name not in names or format not in SLOT_FORMATS:
                 raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
@@ -117,6 +138,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
+        if self.rule_of(group) is not self.rule:
+            slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
+            raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
         check_number("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
         for name in ("stochastic_rounding", "capturable"):
             if not isinstance(group[name], bool):
@@ -127,7 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the rule's slots that parameters of ``group`` store."""
-        return backends.slot_names(cls.rule)
+        return backends.slot_names(cls.rule_of(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters and devices have been checked."""
@@ -320,6 +344,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.rule = self.rule_of(self.defaults)
         self._plan = self._norm = None
         self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries

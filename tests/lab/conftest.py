@@ -1,7 +1,11 @@
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +69,35 @@ def tiny(tokens: Path) -> tuple[str, ...]:
     settings = {"data": tokens, "layers": 1, "width": 16, "context": 16, "batch": 4, "steps": 20, "warmup": 2}
     settings |= {"eval-every": 5, "eval-sequences": 8, "log-every": 3, "save-every": 8}
     return tuple(text for key, value in settings.items() for text in (f"--{key}", str(value)))
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[Path, int, str], Any]:
+    """Open a page in headless Chromium, as wide as asked for, in light or dark; it must not complain or ask the net."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    browser, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if browser is None or driver is None:
+        pytest.skip("no chromium with chromedriver on this machine")
+
+    @contextmanager
+    def opened(path: Path, width: int, scheme: str) -> Iterator[Any]:
+        options = selenium.ChromeOptions()
+        options.binary_location = browser
+        flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking")
+        for flag in (*flags, f"user-data-dir={tmp_path / 'browser'}"):
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        with selenium.Chrome(options, selenium.ChromeService(driver)) as page:
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            page.get(path.as_uri())
+            yield page
+            assert page.get_log("browser") == []
+            events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+            urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+            assert [url for url in urls if url.startswith(("http", "ws"))] == []
+            assert any(url.startswith("file:") for url in urls)
+
+    return opened

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
-from ademamix.lab.model import build, checksum, loss_of
-from ademamix.lab.tokens import Tokens
+from ademamix.lab.model import checksum, language_model
+from ademamix.lab.tasks import Batch, task_of
 from ademamix.lab.train import DivergedError, _Run, train
 
 
@@ -108,7 +108,7 @@ def test_training_learns_and_its_result_says_what_the_metrics_say(recipe, tmp_pa
     result = train("ademamix", dataclasses.replace(recipe, steps=200, eval_every=50), Job(log_every=7), tmp_path)
     assert [point["step"] for point in result.curve] == [50, 100, 150, 200]
     assert result.curve[-1]["valid_loss"] == result.valid_loss < result.curve[0]["valid_loss"] - 0.1
-    assert result.tokens == 200 * 4 * 16
+    assert result.seen == 200 * 4 * 16
     assert 12.0 <= result.state_bytes_per_parameter < 12.1
     assert 0 < result.optimizer_ms < 1000 * result.seconds
     assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [*range(7, 200, 7), 200]
@@ -118,11 +118,11 @@ def test_training_learns_and_its_result_says_what_the_metrics_say(recipe, tmp_pa
 def test_the_validation_loss_is_the_mean_over_all_validation_tokens(recipe, tmp_path):
     uneven = dataclasses.replace(recipe, eval_sequences=6)  # batches of 4 and 2
     result = train("adamw", uneven, Job(), tmp_path)
-    data = Tokens.open(Path(recipe.data))
-    model = build(recipe, data.vocab_size)
+    task = task_of(uneven)
+    model = task.model()
     model.load_state_dict(weights(tmp_path))
-    (batch,) = data.valid_batches(6, 6, 16)
-    assert loss_of(model, batch).item() == pytest.approx(result.valid_loss, rel=1e-6)
+    (batch,) = task.valid_batches(6)
+    assert task.loss(model, batch).item() == pytest.approx(result.valid_loss, rel=1e-6)
 
 
 def test_accumulation_gives_the_batch_of_one_piece(recipe, tmp_path):
@@ -139,7 +139,7 @@ def test_the_seed_decides_weights_and_the_optimizer_does_not(recipe, tmp_path):
     runs = [train(name, recipe, Job(), tmp_path / name) for name in ("adamw", "ademamix")]
     other = train("adamw", dataclasses.replace(recipe, seed=1), Job(), tmp_path / "other")
     assert runs[0].initial_weights == runs[1].initial_weights != other.initial_weights
-    assert runs[0].initial_weights == checksum(build(recipe, 256))
+    assert runs[0].initial_weights == checksum(language_model(recipe, 256))
 
 
 def test_the_gradient_is_clipped(recipe, tmp_path):
@@ -150,7 +150,7 @@ def test_the_gradient_is_clipped(recipe, tmp_path):
         settings = dataclasses.replace(recipe, adamw=big, clip=clip, steps=1, warmup=0, schedule="wsd", final_lr=1.0)
         train("adamw", settings, Job(), tmp_path / str(clip))
         name, new = next(iter(weights(tmp_path / str(clip)).items()))
-        steps[clip] = (new - build(recipe, 256).state_dict()[name]).norm().item()
+        steps[clip] = (new - language_model(recipe, 256).state_dict()[name]).norm().item()
     assert steps[1e-3] == pytest.approx(10 * steps[1e-4], rel=1e-2)
 
 
@@ -163,11 +163,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(rec
 
 
 def test_the_presets_have_the_sizes_they_are_named_after():
-    sizes = {"3m": 3e6, "10m": 10e6, "30m": 30e6, "110m": 110e6, "330m": 330e6, "1.3b": 1.3e9, "demo": 0.4e6}
+    sizes = {"3m": 3e6, "10m": 10e6, "30m": 30e6, "110m": 110e6, "330m": 330e6, "1.3b": 1.3e9, "demo": 0.117e6}
     assert sizes.keys() == PRESETS.keys()
     for name, size in sizes.items():
         with torch.device("meta"):
-            model = build(PRESETS[name], 256 if size < 1e8 else 32_000)
+            model = language_model(PRESETS[name], 256 if size < 1e8 else 32_000)
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(size, rel=0.2)
 
 
@@ -175,7 +175,7 @@ def test_bad_gradients_are_skipped_counted_and_survived(recipe, tmp_path, monkey
     """Two steps have a NaN in their gradients: the run goes on, says so, and says so after being resumed."""
     sound, poisoned = _Run._loss, []
 
-    def poison(run: _Run, batch: torch.Tensor) -> torch.Tensor:
+    def poison(run: _Run, batch: Batch) -> torch.Tensor:
         bad = torch.is_grad_enabled() and run.step in (2, 9)
         poisoned.extend([run.step] * bad)
         return sound(run, batch) * (math.nan if bad else 1.0)

@@ -1,13 +1,19 @@
-"""The lab: train small language models and compare optimizers on them (`pip install "ademamix[lab]"`).
+"""The lab: train small models, compare optimizers, and redo the paper's experiments (`pip install "ademamix[lab]"`).
 
-config.py    what a run is: typed settings and presets
-corpus.py    text to token files
-tokens.py    token files to batches
-schedule.py  the learning rate over a run
-model.py     the language model and its loss
-train.py     the one training loop, with checkpoints and exact resume
-compare.py   AdamW against AdEMAMix on equal terms
-report.py    a comparison as one HTML page, a picture and a table
-console.py   what a run shows while it works
-cli.py       the commands
+config.py      what a run is: typed settings and presets
+corpus.py      text to token files; tokens.py: token files to batches
+images.py      images to files of pixels, and to batches
+files.py       folders that are written whole or not at all
+model.py       the models
+tasks.py       what is learned: model, batches and loss of a recipe
+schedule.py    the learning rate over a run
+train.py       the one training loop, with checkpoints and exact resume
+trials.py      many runs at a time: grids of them, kept by Optuna
+compare.py     AdamW against AdEMAMix on equal terms
+experiments/   the paper's experiments, one file each
+claims.py      the paper's claims, and the criteria that decide them
+pictures.py    charts and heat maps, for the page and for files
+report.py      what came out, as a page, Markdown and tables; the index of reports
+console.py     what a run shows while it works
+cli.py         the commands
 """

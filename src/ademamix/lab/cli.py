@@ -1,4 +1,4 @@
-"""The commands `ademamix data`, `ademamix train` and `ademamix compare`."""
+"""The commands: `ademamix data`, `train`, `compare`, `run` and `report`."""
 
 import argparse
 import dataclasses
@@ -6,25 +6,29 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
-    from ademamix.lab.config import Compare, Data, Train
+    from ademamix.lab.config import Compare, Data, ReportOn, Train
+    from ademamix.lab.experiments.common import Settings
+    from ademamix.lab.report import Report
 
 CONFIG = "config.json"
 PROGRAM = "python -m ademamix" if Path(sys.argv[0]).name == "__main__.py" else "ademamix"
 ABOUT = """AdEMAMix on your own machine: make token files, train small language models, compare it with AdamW.
 
-Start with `ademamix compare`: about four minutes on two cores, no download."""
+Start with `ademamix compare`: about three minutes on two cores, no download."""
 
 WHAT = {
     "data": "turn text into token files",
     "train": "train one model with AdEMAMix or AdamW",
     "compare": "train with both and show the difference",
+    "run": "one of the paper's experiments, with a report of what came out",
+    "report": "an index of reports, claim by claim",
 }
 
 
@@ -41,41 +45,69 @@ def main() -> None:
 def _run(argv: list[str]) -> None:
     import tyro
 
-    from ademamix.lab.config import BadInputError, Compare, Data, Train
+    from ademamix.lab.config import BadInputError, Compare, Data, ReportOn, Train
+    from ademamix.lab.experiments import EXPERIMENTS
 
     try:
-        train, compare = _defaults(argv)
-        defaults = {"data": Data((), Path()), "train": train, "compare": compare}
-        commands: Any = tyro.extras.subcommand_type_from_defaults(defaults, WHAT)
-        chosen: Data | Train | Compare = tyro.cli(commands, prog="ademamix", description=ABOUT, args=argv)
-        if isinstance(chosen, Data):
-            _data(chosen)
-        elif isinstance(chosen, Train):
-            _train(chosen)
+        train, compare, experiments = _defaults(argv)
+        about = {name: module.WHAT for name, module in EXPERIMENTS.items()}
+        of_run: Any = tyro.extras.subcommand_type_from_defaults(experiments, about)
+        run_kind: Any = dataclasses.make_dataclass("Run", [("experiment", Annotated[of_run, tyro.conf.arg(name="")])])
+        run = run_kind(next(iter(experiments.values())))
+        run_kind.__doc__ = "Carry out one of the paper's experiments and write a report."
+        defaults = {"data": Data((), Path()), "train": train, "compare": compare, "report": ReportOn(Path())}
+        commands: Any = tyro.extras.subcommand_type_from_defaults(defaults | {"run": run}, WHAT)
+        chosen: Any = tyro.cli(commands, prog="ademamix", description=ABOUT, args=argv)
+        carry_out: dict[type, Callable[[Any], None]] = {
+            Data: _data,
+            Train: _train,
+            Compare: _compare,
+            ReportOn: _report,
+        }
+        if isinstance(chosen, run_kind):
+            _experiment(chosen.experiment)
         else:
-            _compare(chosen)
+            carry_out[type(chosen)](chosen)
     except BadInputError as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
 
 
-def _defaults(argv: list[str]) -> "tuple[Train, Compare]":
+def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
     """Return the settings that the others are changes of: those of --preset, or those of the run to --resume."""
-    from ademamix.lab.config import PRESETS, BadInputError, Compare, Job, Match, Train, recipe_from
+    from ademamix.lab.config import PRESETS, BadInputError, Compare, Job, Match, Recipe, Train, restored
+    from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.experiments.common import Workplace
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--preset", nargs="?", default="demo")
+    scan.add_argument("--preset", nargs="?")
     scan.add_argument("--resume", nargs="?", type=Path)
     seen, _ = scan.parse_known_args(argv)
+    running = argv[:1] == ["run"]
+    presets = next(iter(EXPERIMENTS.values())).PRESETS if running else PRESETS
+    preset = seen.preset or next(iter(presets))
+    if preset not in presets:
+        raise BadInputError(f"unknown preset {preset}; there are {', '.join(presets)}")
+    recipe = Recipe() if running else PRESETS[preset]
+    own = "demo" if running else preset
+    train, compare = Train(preset=own, recipe=recipe), Compare(own, recipe)
+    experiments = {name: module.PRESETS[preset if running else "cpu"] for name, module in EXPERIMENTS.items()}
     if seen.resume is not None:
         stored = _stored(seen.resume)
-        recipe, job = recipe_from(stored["recipe"]), Job(resume=seen.resume, **stored["job"])
-        optimizer, match = stored.get("optimizer", "ademamix"), Match(**stored.get("match", {}))
-        return Train(optimizer, recipe, job), Compare(recipe, job, match)
-    if seen.preset not in PRESETS:
-        raise BadInputError(f"unknown preset {seen.preset}; there are {', '.join(PRESETS)}")
-    return Train(recipe=PRESETS[seen.preset]), Compare(recipe=PRESETS[seen.preset])
+        command, name = stored.pop("command"), argv[1] if running and len(argv) > 1 else None
+        stored.pop("typed")
+        job = {"resume": seen.resume, **stored.pop("job")}
+        if command == f"run {name}":
+            like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
+            stored["job"] = dataclasses.asdict(like.job)
+            experiments[str(name)] = dataclasses.replace(restored(like, stored), job=Workplace(**job))
+        elif command in ("train", "compare"):
+            recipe = restored(Recipe(), stored["recipe"])
+            optimizer, match = stored.get("optimizer", "ademamix"), Match(**stored.get("match", {}))
+            own = stored["preset"]
+            train, compare = Train(optimizer, own, recipe, Job(**job)), Compare(own, recipe, Job(**job), match)
+    return train, compare, experiments
 
 
 def _stored(out: Path) -> dict[str, Any]:
@@ -104,22 +136,22 @@ def _train(settings: "Train") -> None:
     from ademamix.lab.console import say
     from ademamix.lab.train import check, train
 
-    check((settings.optimizer,), settings.recipe, settings.job)
+    check((settings.optimizer,), settings.recipe, settings.job.device)
     out, _ = _claim("train", settings)
     say(f"Trains with {settings.optimizer}; everything is written to {out}")
     with _stoppable("train", out):
         result = train(settings.optimizer, settings.recipe, settings.job, out)
-    say(f"validation loss {result.valid_loss:.4f} after {result.tokens:,} tokens in {result.seconds:,.0f} s; see {out}")
+    seen = f"{result.seen:,} {settings.recipe.unit}"
+    say(f"validation loss {result.valid_loss:.4f} after {seen} in {result.seconds:,.0f} s; see {out}")
 
 
 def _compare(settings: "Compare") -> None:
-    from ademamix.lab.compare import compare
+    from ademamix.lab.compare import compare, report_of
     from ademamix.lab.console import say
-    from ademamix.lab.report import print_tables, write_page, write_png
     from ademamix.lab.train import check
 
     recipe = settings.recipe
-    check(("adamw", "ademamix"), recipe, settings.job)
+    check(("adamw", "ademamix"), recipe, settings.job.device)
     out, typed = _claim("compare", settings)
     text = "the Python standard library's own sources" if recipe.data == "stdlib" else recipe.data
     say(
@@ -127,22 +159,66 @@ def _compare(settings: "Compare") -> None:
         f"initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
     )
     with _stoppable("compare", out):
-        comparison = compare(recipe, settings.job, settings.match, out, typed)
-        write_png(comparison, out / "curves.png")
-        write_page(comparison, out / "report.html")
-    print_tables(comparison)
-    say(f"report: {out / 'report.html'}")
+        _finish(out, typed, lambda: report_of(compare(recipe, settings.job, settings.match, out)))
 
 
-def _claim(command: str, settings: "Train | Compare") -> tuple[Path, list[str]]:
+def _experiment(settings: "Settings") -> None:
+    from ademamix.lab.console import say
+    from ademamix.lab.devices import pick_device
+    from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.report import sentence
+    from ademamix.lab.train import check
+    from ademamix.lab.trials import Trials
+
+    module = type(settings).__module__
+    name = next(name for name, experiment in EXPERIMENTS.items() if experiment.__name__ == module)
+    pick_device(settings.job.device)
+    recipe = getattr(settings, "recipe", None)
+    if recipe is not None:
+        check(("adamw", "ademamix"), recipe, settings.job.device)
+    out, typed = _claim(f"run {name}", settings)
+    say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
+    with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
+        _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
+
+
+def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
+    """Make a report, write it and show it; the time that went into it grows from call to call."""
+    from ademamix.lab.config import to_json
+    from ademamix.lab.console import say
+    from ademamix.lab.report import PAGE, show, write
+
+    clock = out / "seconds.json"
+    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+    began = time.perf_counter()
+    try:
+        report = make()
+    finally:
+        seconds = before + time.perf_counter() - began
+        to_json(clock, {"seconds": seconds})
+    write(report, out, typed, seconds)
+    show(report)
+    say(f"report: {out / PAGE}")
+
+
+def _report(settings: "ReportOn") -> None:
+    from ademamix.lab.console import say
+    from ademamix.lab.report import write_index
+
+    say(f"report: {write_index(settings.folder)}")
+
+
+def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:
     """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume."""
     from ademamix.lab.config import BadInputError, to_json
     from ademamix.lab.train import differing, refuse_other
 
-    now = dataclasses.asdict(settings)
-    out, resume = now["job"].pop("out"), now["job"].pop("resume")
+    now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    out, resume = settings.job.out, settings.job.resume
+    del now["job"]["out"], now["job"]["resume"]
     if resume is None:
-        out = out or Path("runs") / f"{command}-{settings.recipe.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{command.replace(' ', '-')}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = out or Path("runs") / name
         if out.exists():
             raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
         out.mkdir(parents=True)
@@ -162,7 +238,7 @@ def _claim(command: str, settings: "Train | Compare") -> tuple[Path, list[str]]:
 
 def _settled(config: dict[str, Any]) -> dict[str, Any]:
     """Return what may not change when a run is resumed."""
-    return {**config["recipe"], "optimizer": config.get("optimizer")}
+    return {key: value for key, value in config.items() if key not in ("command", "typed", "job", "match")}
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from ademamix.lab.config import Job, Match, Recipe, to_json
+from ademamix.lab.pictures import Chart, Line, Picture, around
+from ademamix.lab.report import Report, Rows
 from ademamix.lab.train import Result, train
 
 RESULTS = "results.json"
+NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,6 @@ class Comparison:
     adamw: Result
     ademamix: Result
     matched: Matched | None
-    versions: dict[str, str]
-    machine: str
-    commands: list[str]  # as typed, the first one started it
 
     @property
     def reached_at(self) -> float | None:
@@ -54,7 +52,7 @@ class Comparison:
         return lines if self.matched is None else [*lines, self.matched.headline()]
 
 
-def compare(recipe: Recipe, job: Job, match: Match, out: Path, commands: list[str]) -> Comparison:
+def compare(recipe: Recipe, job: Job, match: Match, out: Path) -> Comparison:
     """Run or go on with the comparison in the folder `out`; finished runs are not done again.
 
     Raises:
@@ -65,9 +63,7 @@ def compare(recipe: Recipe, job: Job, match: Match, out: Path, commands: list[st
     if adamw.initial_weights != ademamix.initial_weights:
         raise RuntimeError("the two runs did not start from the same weights")
     matched = _match(recipe, job, match, out, adamw, ademamix) if match.match else None
-    packages = ("ademamix", "torch", "transformers", "numpy", "numba")
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in packages}
-    comparison = Comparison(recipe, adamw, ademamix, matched, versions, _machine(adamw.device), commands)
+    comparison = Comparison(recipe, adamw, ademamix, matched)
     to_json(out / RESULTS, dataclasses.asdict(comparison))
     return comparison
 
@@ -83,14 +79,18 @@ def _match(recipe: Recipe, job: Job, match: Match, out: Path, adamw: Result, ade
     return Matched(trials, crossing(trials, ademamix.valid_loss))
 
 
-def crossing(trials: list[tuple[float, float]], loss: float) -> float | None:
-    """Return the budget at which the last trial or the way to it reaches `loss`, linear in the budget's logarithm."""
-    if trials[-1][1] > loss:
-        return None
-    if len(trials) == 1:
-        return trials[0][0]
-    (x0, y0), (x1, y1) = trials[-2:]
-    return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
+def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Return the budget at which trials, in growing order, first come down to `loss`; linear in its logarithm."""
+    x0, y0 = trials[0]
+    if y0 <= loss:
+        return x0
+    for x1, y1 in trials[1:]:
+        if y1 <= loss:
+            if math.isinf(y0):  # that run diverged
+                return x1
+            return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
+        x0, y0 = x1, y1
+    return None
 
 
 def reached_at(run: Result, loss: float) -> float | None:
@@ -106,17 +106,71 @@ def reached_at(run: Result, loss: float) -> float | None:
     return None
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except ModuleNotFoundError:
-        return "not installed"
+def report_of(c: Comparison) -> Report:
+    """The comparison's report."""
+    recipe = {key: value for key, value in dataclasses.asdict(c.recipe).items() if key not in NAMES}
+    about = {"parameters": f"{c.adamw.parameters:,}", "initial weights, SHA-256": c.adamw.initial_weights[:16]}
+    adamw, ademamix = (dataclasses.asdict(getattr(c.recipe, name)) for name in NAMES)
+    optimizers = [(key, adamw.get(key, ""), value) for key, value in ademamix.items()]
+    return Report(
+        "AdamW against AdEMAMix",
+        c.headlines(),
+        _pictures(c),
+        [table for table in (_results(c), _matches(c)) if table],
+        [[("run", ""), *about.items(), *recipe.items()], [("optimizer", *NAMES.values()), *optimizers]],
+    )
 
 
-def _machine(device: str) -> str:
-    names: list[Any] = [platform.processor() or platform.machine(), platform.system(), device]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # Linux has the processor's name nowhere else
-        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        names[0] = next(lines, f": {names[0]}").partition(": ")[2]
-    return ", ".join(names)
+def _pictures(c: Comparison) -> list[Picture]:
+    """The loss against tokens, seconds and, with --match, AdamW's budget."""
+    runs = (c.adamw, c.ademamix)
+    # Without the steep start, a tenth of the budget: the ends of the curves are what one wants to tell apart.
+    ends = around([point["valid_loss"] for run in runs for point in run.curve if 10 * point["step"] >= run.steps])
+    label = "validation loss, nats a token"
+    shown: list[Picture] = [
+        Chart(
+            title,
+            x_label,
+            label,
+            [Line(NAMES[r.optimizer], [p[key] for p in r.curve], [p["valid_loss"] for p in r.curve]) for r in runs],
+            ends,
+        )
+        for key, title, x_label in (
+            ("tokens", "Validation loss against tokens", "training tokens"),
+            ("seconds", "Validation loss against seconds", "seconds of training"),
+        )
+    ]
+    if c.matched is not None:
+        budgets, losses = [x for x, _ in c.matched.trials], [y for _, y in c.matched.trials]
+        goal = c.ademamix.valid_loss
+        lines = [
+            Line("AdamW", budgets, losses, mode="lines+markers"),
+            Line("AdEMAMix", [budgets[0], budgets[-1]], [goal, goal]),
+        ]
+        title = "AdamW's tokens to AdEMAMix's loss"
+        shown.append(Chart(title, "AdamW's budget (AdEMAMix = 1)", label, lines, around([*losses, goal])))
+    return shown
+
+
+def _results(c: Comparison) -> Rows:
+    def row(what: str, form: str, key: str) -> tuple[str, ...]:
+        return (what, *(format(getattr(run, key), form) for run in (c.adamw, c.ademamix)))
+
+    at = c.reached_at
+    return [
+        ("", *NAMES.values()),
+        row("final validation loss, nats a token", ".4f", "valid_loss"),
+        ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
+        row("optimizer, median ms a step", ".2f", "optimizer_ms"),
+        row("optimizer state, bytes a parameter", ".1f", "state_bytes_per_parameter"),
+        row("steps skipped, gradient not finite", ",", "skipped_steps"),
+        row("training, seconds", ".1f", "seconds"),
+    ]
+
+
+def _matches(c: Comparison) -> Rows:
+    """The budgets that AdamW tried with --match and what they came to; empty without."""
+    if c.matched is None:
+        return []
+    tried = [(f"AdamW, {factor:g} x the tokens", f"{loss:.4f}") for factor, loss in c.matched.trials]
+    return [("run", "final loss"), *tried, ("AdEMAMix", f"{c.ademamix.valid_loss:.4f}")]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -39,35 +39,29 @@ class AdamWSettings:
 
 @dataclass(frozen=True)
 class AdEMAMixSettings(AdamWSettings):
-    """Settings of AdEMAMix; alpha and beta3 both warm up over all steps of the run."""
+    """Settings of AdEMAMix."""
 
     beta3: float = 0.999
     """Decay of the slow average at the end of its warmup; its half-life should be well below the run's length."""
     alpha: float = 8.0
     """Weight of the slow average at the end of its warmup."""
+    warmup: float = 1.0
+    """The part of the run over which alpha and beta3 grow to their values; 0 for both from the first step on."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the numbers of a run. A run can only be resumed with the recipe it was started with."""
+class Training:
+    """What decides the numbers of a run, whatever is learned. A run can only be resumed with the same."""
 
-    preset: str = "demo"
-    """Where the other defaults come from: demo (0.4M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
-    data: str = "stdlib"
-    """Folder written by `ademamix data`, or "stdlib": the Python standard library's own source files, as bytes."""
-    layers: int = 2
-    """Transformer layers (Llama architecture, tied embeddings)."""
-    width: int = 128
-    """Width of the residual stream; heads are 64 wide."""
-    context: int = 128
-    """Tokens a sequence."""
-    batch: int = 8
-    """Sequences a step."""
+    unit: ClassVar[str]  # what an example is made of: the budget is counted in it
+
+    batch: int = 4
+    """Examples (sequences, images) a step."""
     accumulate: int = 1
     """Parts into which a batch is cut to save memory; their gradients are added up."""
-    steps: int = 4000
-    """Optimizer steps; batch * context * steps is the budget in tokens."""
-    warmup: int = 200
+    steps: int = 6000
+    """Optimizer steps."""
+    warmup: int = 300
     """Steps of linear learning-rate warmup."""
     schedule: Shape = "cosine"
     """Learning rate after the warmup: down along a cosine or a line, or constant with a linear last fifth (wsd)."""
@@ -79,33 +73,106 @@ class Recipe:
     """Of the parameters; bfloat16 ones are rounded stochastically and have no float32 copies."""
     seed: int = 0
     """Decides initial weights and batches."""
-    eval_every: int = 200
+    eval_every: int = 300
     """Steps between two looks at the validation loss; the last step always has one."""
-    eval_sequences: int = 256
-    """Validation sequences, always the same ones, spread evenly over the validation text."""
-    adamw: AdamWSettings = AdamWSettings(beta2=0.95)
-    ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=5e-4, beta2=0.99, beta3=0.998, alpha=12.0)
+    switch_at: int = 0
+    """Train with AdamW for so many steps before AdEMAMix, its slow average zero, takes over; 0: AdEMAMix alone."""
+    held_out: tuple[int, ...] = ()
+    """Steps at each of which a batch of validation text takes the place of the step's own; its loss is followed."""
+    insert: bool = True
+    """False: the batches of held_out are followed but never trained on, for comparison."""
+    adamw: AdamWSettings = AdamWSettings(lr=8e-3, beta2=0.99)
+    ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=2e-3, beta2=0.99, beta3=0.998)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "context", "batch", "accumulate", "steps", "eval_every", "eval_sequences"):
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._at_least_1("batch", "accumulate", "steps", "eval_every")
         if not 0 <= self.warmup < self.steps:
             raise BadInputError(f"warmup must be in [0, steps), got {self.warmup} with {self.steps} steps")
         if self.batch % self.accumulate:
             raise BadInputError(f"accumulate must divide batch, got {self.accumulate} with a batch of {self.batch}")
-        if self.width % 64 and (self.width > 64 or self.width % 2):
-            raise BadInputError(f"width must be a multiple of 64, or an even number below it, got {self.width}")
         if not 0 <= self.final_lr <= 1:
             raise BadInputError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if not self.clip > 0:
             raise BadInputError(f"clip must be positive, got {self.clip}")
         if self.seed < 0:
             raise BadInputError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.switch_at < self.steps:
+            raise BadInputError(f"switch_at must be in [0, steps), got {self.switch_at} with {self.steps} steps")
+        if not 0 <= self.ademamix.warmup <= 1:
+            raise BadInputError(f"ademamix.warmup must be in [0, 1], got {self.ademamix.warmup}")
+        bad = [step for step in self.held_out if not 0 < step <= self.steps]
+        if bad or len(set(self.held_out)) < len(self.held_out):
+            raise BadInputError(f"held_out must be different steps in [1, steps], got {self.held_out}")
+
+    def _at_least_1(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
-    def tokens_per_step(self) -> int:
+    def units_per_step(self) -> int:
+        return self.batch
+
+
+@dataclass(frozen=True)
+class Recipe(Training):
+    """A language model and its text."""
+
+    unit: ClassVar[str] = "tokens"
+
+    data: str = "stdlib"
+    """Folder written by `ademamix data`, or "stdlib": the Python standard library's own source files, as bytes."""
+    architecture: Literal["llama", "mamba"] = "llama"
+    """The model, with tied embeddings."""
+    layers: int = 2
+    """Layers of the model."""
+    width: int = 64
+    """Width of the residual stream; heads are 64 wide."""
+    context: int = 64
+    """Tokens a sequence."""
+    eval_sequences: int = 256
+    """Validation sequences, always the same ones, spread evenly over the validation text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_1("layers", "width", "context", "eval_sequences")
+        if self.width % 64 and (self.width > 64 or self.width % 2):
+            raise BadInputError(f"width must be a multiple of 64, or an even number below it, got {self.width}")
+
+    @property
+    def units_per_step(self) -> int:
         return self.batch * self.context
+
+
+@dataclass(frozen=True)
+class ImageRecipe(Training):
+    """A vision transformer and its images."""
+
+    unit: ClassVar[str] = "images"
+
+    data: str = "glyphs"
+    """A folder of images with a folder for each class, "hf:NAME" for a dataset of the Hugging Face hub, or "glyphs":
+    letters and digits drawn with matplotlib's fonts, placed, sized, turned and blurred by noise at random."""
+    examples: int = 20_000
+    """Training images: the first so many of the data."""
+    size: int = 20
+    """Pixels along each side of an image; others are scaled and cut to it."""
+    patch: int = 4
+    """Pixels along each side of a patch."""
+    layers: int = 2
+    """Layers of the model."""
+    width: int = 64
+    """Width of the residual stream; heads are 32 wide."""
+    eval_images: int = 2000
+    """Validation images, the first so many."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_1("examples", "size", "patch", "layers", "width", "eval_images")
+        if self.size % self.patch:
+            raise BadInputError(f"patch must divide size, got {self.patch} with images of {self.size}")
+        if self.width % 32:
+            raise BadInputError(f"width must be a multiple of 32, got {self.width}")
 
 
 @dataclass(frozen=True)
@@ -154,6 +221,8 @@ class Train:
 
     optimizer: Optimizer = "ademamix"
     """The optimizer; its settings are those of its own section below."""
+    preset: str = "demo"
+    """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     job: Annotated[Job, tyro.conf.arg(name="")] = field(default_factory=Job)
 
@@ -162,12 +231,22 @@ class Train:
 class Compare:
     """Train with AdamW and with AdEMAMix on the same text from the same weights, and show the difference.
 
-    Writes report.html (one file, opens without a network), curves.png, results.json and both runs to a folder.
+    Writes report.html (one file, opens without a network), pictures.png, results.json and both runs to a folder.
     """
 
+    preset: str = "demo"
+    """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     job: Annotated[Job, tyro.conf.arg(name="")] = field(default_factory=Job)
     match: Annotated[Match, tyro.conf.arg(name="")] = field(default_factory=Match)
+
+
+@dataclass(frozen=True)
+class ReportOn:
+    """Write an index of all experiments in a folder: the paper's figure beside ours, claim by claim."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The folder that holds the experiments' folders (`ademamix run lm --out FOLDER/lm`, and so on)."""
 
 
 VALID_FRACTION = 0.05
@@ -232,7 +311,7 @@ def _between(layers: int, width: int, context: int, batch: int, steps: int, lr: 
     )
 
 
-_PRESETS = {
+PRESETS = {
     "demo": Recipe(),
     "3m": _between(layers=4, width=256, context=256, batch=16, steps=6_000, lr=3e-3),
     "10m": _between(layers=6, width=384, context=512, batch=16, steps=10_000, lr=2e-3),
@@ -242,7 +321,6 @@ _PRESETS = {
     # 770,000 steps are AdEMAMix's run; AdamW's took 1,500,000.
     "1.3b": _paper(layers=24, width=2048, batch=128, steps=770_000, alpha=5.0),
 }
-PRESETS = {name: dataclasses.replace(recipe, preset=name) for name, recipe in _PRESETS.items()}
 
 
 def to_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -252,14 +330,25 @@ def to_json(path: Path, value: Mapping[str, Any]) -> None:
     aside.replace(path)
 
 
-def recipe_from(value: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from what `dataclasses.asdict` made of one.
+T = TypeVar("T")
+
+
+def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
+    """Build settings from what `dataclasses.asdict` and JSON made of some, of the same class as `like`.
 
     Raises:
-        BadInputError: the fields are not those of this version's recipe.
+        BadInputError: the fields are not those of this version's class.
     """
-    try:
-        adamw, ademamix = AdamWSettings(**value["adamw"]), AdEMAMixSettings(**value["ademamix"])
-        return Recipe(**{**value, "adamw": adamw, "ademamix": ademamix})
-    except (TypeError, KeyError) as error:
-        raise BadInputError(f"the recipe was written by another version of ademamix ({error})") from error
+    known = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}  # type: ignore[arg-type]
+    if known.keys() != value.keys():
+        names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
+        raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
+    changes = {
+        key: restored(known[key], given, f"{name}{key}.") if dataclasses.is_dataclass(known[key]) else _frozen(given)
+        for key, given in value.items()
+    }
+    return dataclasses.replace(like, **changes)  # type: ignore[type-var]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

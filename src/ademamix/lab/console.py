@@ -6,6 +6,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ademamix.lab.config import Training
+
 OUT = Console()
 PLAIN_EVERY = 10.0  # seconds between two plain lines
 
@@ -18,8 +20,8 @@ def say(text: str) -> None:
 class Show:
     """The progress of one run, a context manager."""
 
-    def __init__(self, name: str, steps: int, start: int, tokens_per_step: int) -> None:
-        self.name, self.steps, self.start, self.tokens_per_step = name, steps, start, tokens_per_step
+    def __init__(self, name: str, recipe: Training, start: int, *, quiet: bool = False) -> None:
+        self.name, self.recipe, self.steps, self.start, self.quiet = name, recipe, recipe.steps, start, quiet
         self.began = self.said = time.perf_counter()
         self.valid = ""
         columns = (
@@ -29,8 +31,8 @@ class Show:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
         )
-        self.bar = Progress(*columns, console=OUT, disable=not OUT.is_terminal)
-        self.task = self.bar.add_task(f"{name:<10}", total=steps, completed=start, numbers="")
+        self.bar = Progress(*columns, console=OUT, disable=quiet or not OUT.is_terminal)
+        self.task = self.bar.add_task(f"{name:<10}", total=self.steps, completed=start, numbers="")
 
     def __enter__(self) -> "Show":
         self.bar.start()
@@ -41,11 +43,14 @@ class Show:
 
     def update(self, step: int, loss: float, valid_loss: float | None = None) -> None:
         """Show where the run is."""
+        if self.quiet:
+            return
         if valid_loss is not None:
             self.valid = f"  validation {valid_loss:.4f}"
         now = time.perf_counter()
         rate = (step - self.start) / (now - self.began)
-        numbers = f"loss {loss:.4f}{self.valid}  {rate * self.tokens_per_step:,.0f} tokens/s"
+        per_second = f"{rate * self.recipe.units_per_step:,.0f} {self.recipe.unit}/s"
+        numbers = f"loss {loss:.4f}{self.valid}  {per_second}"
         self.bar.update(self.task, completed=step, numbers=numbers)
         if not OUT.is_terminal and (now - self.said >= PLAIN_EVERY or (step == self.steps and valid_loss is not None)):
             self.said = now

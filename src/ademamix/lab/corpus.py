@@ -4,11 +4,9 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 
 from ademamix.cache import cache_folder
 from ademamix.lab.config import VALID_FRACTION, BadInputError, Data, to_json
+from ademamix.lab.files import another_may_win, written_aside
 from ademamix.lab.tokens import META, SPLITS, token_dtype
 
 WHOLE_FILE = 1 << 20  # bytes up to which a text file in a folder is one document
@@ -77,10 +76,7 @@ def write_tokens(
     counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     dtype = token_dtype(about["vocab_size"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    aside.mkdir()
-    try:
+    with written_aside(out) as aside:
         with open(aside / "train.bin", "wb") as train, open(aside / "valid.bin", "wb") as valid:
             for texts in _parcels(documents):
                 for text, ids in zip(texts, encode(texts), strict=True):
@@ -98,9 +94,6 @@ def write_tokens(
             raise BadInputError(f"the corpus is too small: of {many} documents none fell to {empty[0]}")
         meta = about | {split: counts[split] | {"sha256": digests[split].hexdigest()} for split in SPLITS}
         to_json(aside / META, meta)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return meta
 
 
@@ -233,16 +226,6 @@ def stdlib_tokens() -> Path:
         version = ".".join(map(str, sys.version_info[:3]))
         about = {"tokenizer": "bytes", "vocab_size": vocab_size, "sources": [f"standard library of Python {version}"]}
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
-        with _another_may_win(out):
+        with another_may_win(out):
             write_tokens(out, texts, encode, about, VALID_FRACTION)
     return out
-
-
-@contextmanager
-def _another_may_win(out: Path) -> Iterator[None]:
-    """Processes that start together write the same folder; the first rename wins and the others take its work."""
-    try:
-        yield
-    except OSError:
-        if not (out / META).exists():
-            raise

@@ -1,169 +1,225 @@
-"""A comparison as one HTML page that needs no network, as a picture, and as tables on the terminal."""
+"""What came out: as one HTML page that needs no network, as pictures, as Markdown, and as tables on the terminal."""
 
 import dataclasses
 import html
 import json
-from dataclasses import dataclass
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from rich.table import Table
 
-from ademamix.lab.compare import Comparison
+from ademamix.lab.claims import CLAIMS, Finding
+from ademamix.lab.config import BadInputError, to_json
 from ademamix.lab.console import OUT, say
-from ademamix.lab.train import Result
+from ademamix.lab.pictures import Picture, write_png
 
-NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
-Cells = tuple[str, ...]
+PAGE, MARKDOWN, PICTURES, OUTCOME, INDEX = "report.html", "report.md", "pictures.png", "outcome.json", "index.html"
+PACKAGES = ("ademamix", "torch", "transformers", "optuna", "numpy", "numba")
+MARKS = {"reproduced": "✔", "not reproduced": "✘", "not tested at this size": "○"}
 
-
-@dataclass(frozen=True)
-class Line:
-    """A line in a picture. Okabe and Ito's colours are told apart by all eyes, the dashes also without any colour."""
-
-    name: str
-    x: list[float]
-    y: list[float]
-    light: str  # colour on white
-    dark: str  # colour on black
-    dash: str  # as Plotly names it
-    mode: str = "lines"
+Cells = Sequence[Any]
+Rows = Sequence[Cells]  # the heads first
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Lines over one x axis; y is always the validation loss."""
+class Report:
+    """What one command found."""
 
     title: str
-    x_label: str
-    lines: list[Line]
-    y_range: tuple[float, float]
+    headlines: list[str]  # a sentence each
+    pictures: list[Picture]
+    tables: list[Rows]
+    settings: list[Rows]
+    findings: list[Finding] = field(default_factory=list)
 
 
-def _line(name: str, x: list[float], y: list[float], mode: str = "lines") -> Line:
-    if name == "adamw":
-        return Line(NAMES[name], x, y, "#0072B2", "#56B4E9", "dash", mode)
-    return Line(NAMES[name], x, y, "#D55E00", "#E69F00", "solid", mode)
+def sentence(text: str) -> str:
+    """The text with a capital letter."""
+    return text[0].upper() + text[1:]
 
 
-def pictures(c: Comparison) -> list[Picture]:
-    """Return what the page shows: the loss against tokens, seconds and, with --match, AdamW's budget."""
+def machine() -> str:
+    """This machine, in words."""
+    import torch
 
-    def of(run: Result, key: str) -> list[float]:
-        return [point[key] for point in run.curve]
-
-    runs = (c.adamw, c.ademamix)
-    # Without the steep start, a tenth of the budget: the ends of the curves are what one wants to tell apart.
-    curves = _around([point["valid_loss"] for run in runs for point in run.curve if 10 * point["step"] >= run.steps])
-    shown = [
-        Picture(title, label, [_line(run.optimizer, of(run, key), of(run, "valid_loss")) for run in runs], curves)
-        for key, title, label in (
-            ("tokens", "Validation loss against tokens", "training tokens"),
-            ("seconds", "Validation loss against seconds", "seconds of training"),
-        )
-    ]
-    if c.matched is not None:
-        budgets, losses = [x for x, _ in c.matched.trials], [y for _, y in c.matched.trials]
-        goal = c.ademamix.valid_loss
-        ends = [budgets[0], budgets[-1]]
-        lines = [_line("adamw", budgets, losses, "lines+markers"), _line("ademamix", ends, [goal, goal])]
-        title, label = "AdamW's tokens to AdEMAMix's loss", "AdamW's budget (AdEMAMix = 1)"
-        shown.append(Picture(title, label, lines, _around([*losses, goal])))
-    return shown
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # Linux has the processor's name nowhere else
+        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        name = next(lines, f": {name}").partition(": ")[2]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([*gpus, name, f"{os.cpu_count()} cores", platform.system()])
 
 
-def _around(values: list[float]) -> tuple[float, float]:
-    margin = 0.06 * (max(values) - min(values)) or 0.01
-    return min(values) - margin, max(values) + margin
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide the numbers."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {"python": platform.python_version()} | {name: of(name) for name in PACKAGES}
 
 
-def result_table(c: Comparison) -> list[Cells]:
-    """Return the comparison's table, the heads first."""
-
-    def row(what: str, form: str, key: str) -> Cells:
-        return (what, *(format(getattr(run, key), form) for run in (c.adamw, c.ademamix)))
-
-    at = c.reached_at
-    return [
-        ("", *NAMES.values()),
-        row("final validation loss, nats a token", ".4f", "valid_loss"),
-        ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
-        row("optimizer, median ms a step", ".2f", "optimizer_ms"),
-        row("optimizer state, bytes a parameter", ".1f", "state_bytes_per_parameter"),
-        row("steps skipped, gradient not finite", ",", "skipped_steps"),
-        row("training, seconds", ".1f", "seconds"),
-    ]
+def write(report: Report, out: Path, commands: Sequence[str], seconds: float) -> None:
+    """Write everything that a report consists of to a folder."""
+    made = {"machine": machine(), **versions(), "date": time.strftime("%Y-%m-%d"), "minutes": f"{seconds / 60:.1f}"}
+    write_png(report.pictures, out / PICTURES)
+    _write(out / PAGE, _page(report.title, _body(report, commands, made), report.pictures))
+    _write(out / MARKDOWN, _markdown(report, commands, made))
+    outcome = {"title": report.title, "headlines": report.headlines, "made": made, "commands": list(commands)}
+    to_json(out / OUTCOME, {**outcome, "findings": [dataclasses.asdict(f) for f in report.findings]})
 
 
-def match_table(c: Comparison) -> list[Cells]:
-    """Return the budgets that AdamW tried with --match and what they came to, the heads first; empty without."""
-    if c.matched is None:
-        return []
-    tried = [(f"AdamW, {factor:g} x the tokens", f"{loss:.4f}") for factor, loss in c.matched.trials]
-    return [("run", "final loss"), *tried, ("AdEMAMix", f"{c.ademamix.valid_loss:.4f}")]
-
-
-def print_tables(c: Comparison) -> None:
-    """Print what the page's tables say."""
-    for cells in filter(None, (result_table(c), match_table(c))):
-        table = Table(*cells[0])
-        for row in cells[1:]:
-            table.add_row(*row)
+def show(report: Report) -> None:
+    """Print a report's tables and sentences."""
+    for rows in report.tables:
+        table = Table(*map(str, rows[0]))
+        for row in rows[1:]:
+            table.add_row(*map(str, row))
         OUT.print(table)
-    for line in c.headlines():
+    for line in (*report.headlines, *(_sentence(f) for f in report.findings)):
         say(line)
 
 
-def write_page(c: Comparison, path: Path) -> None:
-    """Write the report."""
-    from plotly.offline import get_plotlyjs
+def write_index(folder: Path) -> Path:
+    """Write an index of the reports in a folder's folders, with the paper's figure beside ours, claim by claim.
 
-    recipe = {key: value for key, value in dataclasses.asdict(c.recipe).items() if key not in NAMES}
-    about = {"parameters": f"{c.adamw.parameters:,}", "initial weights, SHA-256": c.adamw.initial_weights[:16]}
-    adamw, ademamix = (dataclasses.asdict(getattr(c.recipe, name)) for name in NAMES)
-    optimizers = [(key, adamw.get(key, ""), value) for key, value in ademamix.items()]
-    shown = pictures(c)
-    page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8")).substitute(
-        headlines="".join(f"<p>{html.escape(line)}.</p>" for line in c.headlines()),
-        pictures="".join(f"<section><h2>{html.escape(p.title)}</h2><div class=picture></div></section>" for p in shown),
-        results="".join(_html(table) for table in (result_table(c), match_table(c)) if table),
-        commands=html.escape("\n".join(c.commands)),
-        run=_html([("run", ""), *about.items(), *recipe.items()]),
-        optimizers=_html([("optimizer", *NAMES.values()), *optimizers]),
-        machine=_html([("machine", ""), ("", c.machine), *c.versions.items()]),
-        plotly=get_plotlyjs(),
-        data=json.dumps([dataclasses.asdict(picture) for picture in shown]),
-    )
+    Raises:
+        BadInputError: there is no report.
+    """
+    outcomes = {path.parent: json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{OUTCOME}"))}
+    if not outcomes:
+        raise BadInputError(f"{folder} holds no reports: `ademamix run` writes them, each to a folder of its own")
+    _write(folder / INDEX, _page("AdEMAMix: the paper's claims, and what came out here", _index(folder, outcomes), []))
+    return folder / INDEX
+
+
+def _write(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(page, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
-def _html(table: list[Any]) -> str:
-    def row(cells: Any, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{row(table[0], 'th')}{''.join(row(cells, 'td') for cells in table[1:])}</table>"
+def _sentence(finding: Finding) -> str:
+    return f"{MARKS[finding.verdict]} {finding.verdict}: {CLAIMS[finding.claim].text}. Here: {finding.ours}."
 
 
-def write_png(c: Comparison, path: Path) -> None:
-    """Write the page's pictures side by side."""
-    import matplotlib
+# --------------------------------------------------------------------------------- HTML
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
-    shown = pictures(c)
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(5 * len(shown), 3.8), layout="constrained")
-    for picture, axis in zip(shown, axes, strict=True):
-        for line in picture.lines:
-            marker = "o" if "markers" in line.mode else ""
-            dash = {"dash": "--", "solid": "-"}[line.dash]
-            axis.plot(line.x, line.y, label=line.name, color=line.light, ls=dash, lw=2, marker=marker)
-        axis.set(title=picture.title, xlabel=picture.x_label, ylabel="nats a token", ylim=picture.y_range)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def _page(title: str, body: str, pictures: Sequence[Picture]) -> str:
+    from plotly.offline import get_plotlyjs
+
+    shown = [{"traces": picture.traces(), "layout": picture.layout()} for picture in pictures]
+    page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    plotly = get_plotlyjs() if pictures else ""
+    return page.substitute(title=html.escape(title), body=body, plotly=plotly, data=json.dumps(shown))
+
+
+def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
+    pictures = (f"<section><h2>{_text(p.title)}</h2><div class=picture></div></section>" for p in report.pictures)
+    return "".join(
+        [
+            f"<div class=lead>{''.join(f'<p>{_text(line)}.</p>' for line in report.headlines)}</div>",
+            f"<div class=pictures>{''.join(pictures)}</div>",
+            "".join(map(_verdict, report.findings)),
+            "<h2>Results</h2>",
+            "".join(map(_table, report.tables)),
+            f"<h2>Command</h2><pre>{_text(chr(10).join(commands))}</pre>",
+            f"<h2>Settings</h2><div class=settings>{''.join(f'<div>{_table(rows)}</div>' for rows in report.settings)}",
+            f"<div>{_table([('machine', ''), *made.items()])}</div></div>",
+        ]
+    )
+
+
+def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
+    found = [(at, Finding(**f)) for at, outcome in outcomes.items() for f in outcome["findings"]]
+    rows = []
+    for key, claim in CLAIMS.items():
+        here = [(at, f) for at, f in found if f.claim == key]
+        ours = [
+            f"<p>{_badge(f.verdict)} {_text(f.ours)} (<a href='{_text(str(at.relative_to(folder)))}/{PAGE}'>"
+            f"{_text(at.name)}</a>)</p>"
+            for at, f in here
+        ] or [f"<p>{_badge('not tested at this size')} <code>ademamix run {claim.experiment}</code> tests it</p>"]
+        rows.append(
+            f"<section class=claim><h2>{_text(sentence(claim.text))}</h2>"
+            f"<dl><dt>The paper</dt><dd>{_text(claim.paper)}</dd>"
+            f"<dt>Here</dt><dd>{''.join(ours)}</dd><dt>Criterion</dt><dd class=soft>{_text(claim.criterion)}</dd></dl>"
+            "</section>"
+        )
+    cards = [
+        f"<section><h2><a href='{name}/{PAGE}'>{_text(outcome['title'])}</a></h2>"
+        f"<a href='{name}/{PAGE}'><img src='{name}/{PICTURES}' alt='{_text(outcome['title'])}' loading=lazy></a>"
+        f"{''.join(f'<p>{_text(line)}.</p>' for line in outcome['headlines'])}</section>"
+        for at, outcome in outcomes.items()
+        if (name := html.escape(str(at.relative_to(folder)), quote=True))
+    ]
+    counts = {v: sum(any(f.claim == key and f.verdict == v for _, f in found) for key in CLAIMS) for v in MARKS}
+    left = len(CLAIMS) - counts["reproduced"] - counts["not reproduced"]
+    lead = (
+        f"{counts['reproduced']} of {len(CLAIMS)} claims reproduced, {counts['not reproduced']} not, {left} not tested"
+    )
+    body = f"<div class=lead><p>{lead}.</p></div>{''.join(rows)}"
+    return f"{body}<h2>The experiments</h2><div class=pictures>{''.join(cards)}</div>"
+
+
+def _verdict(finding: Finding) -> str:
+    claim = CLAIMS[finding.claim]
+    return (
+        f"<div class=verdict><p>{_badge(finding.verdict)} {_text(sentence(claim.text))}.</p>"
+        f"<p>Here: {_text(finding.ours)}. The paper: {_text(claim.paper)}.</p>"
+        f"<p class=soft>Criterion: {_text(claim.criterion)}.</p></div>"
+    )
+
+
+def _badge(verdict: str) -> str:
+    return f"<b class='badge {verdict.split()[0]}-{verdict.split()[-1]}'>{MARKS[verdict]} {verdict}</b>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _table(rows: Rows) -> str:
+    def row(cells: Cells, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = f"{row(rows[0], 'th')}{''.join(row(cells, 'td') for cells in rows[1:])}"
+    return f"<div class=table><table>{lines}</table></div>"
+
+
+# --------------------------------------------------------------------------------- Markdown
+
+
+def _markdown(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
+    def table(rows: Rows) -> Iterator[str]:
+        for number, row in enumerate(rows):
+            yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+            if number == 0:
+                yield "| --- |" + " --: |" * (len(row) - 1)
+        yield ""
+
+    lines = [f"# {report.title}", "", f"![{report.title}]({PICTURES})", ""]
+    lines += [f"- {line}." for line in report.headlines]
+    for f in report.findings:
+        lines += [f"- **{f.verdict}**: {CLAIMS[f.claim].text}. Here: {f.ours}. The paper: {CLAIMS[f.claim].paper}."]
+        lines += [f"  Criterion: {CLAIMS[f.claim].criterion}."]
+    lines += [""]
+    for rows in report.tables:
+        lines += table(rows)
+    lines += ["## How", "", *(f"    {command}" for command in commands), ""]
+    lines += [", ".join(f"{key}: {value}" for key, value in made.items()) + ".", ""]
+    for rows in report.settings:
+        lines += table(rows)
+    return "\n".join(lines)

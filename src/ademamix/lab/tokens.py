@@ -62,15 +62,27 @@ class Tokens:
 
     def batch(self, seed: int, step: int, sequences: int, context: int) -> Tensor:
         """Return training batch number `step`, int64 [sequences, context + 1]: a pure function of the arguments."""
-        random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
-        starts = random.integers(0, len(self.train) - context, size=sequences)
-        return _windows(self.train, starts, context)
+        return _drawn(self.train, seed, step, sequences, context)
+
+    def held_out(self, seed: int, number: int, sequences: int, context: int) -> Tensor:
+        """Return a batch drawn from the validation text like those of training from theirs."""
+        return _drawn(self.valid, seed, number, sequences, context)
 
     def valid_batches(self, sequences: int, batch: int, context: int) -> list[Tensor]:
         """Return the fixed validation batches: up to `sequences` windows spread evenly, `batch` at a time."""
         most = (len(self.valid) - 1) // context
         starts = np.linspace(0, len(self.valid) - context - 1, min(sequences, most)).astype(np.int64)
         return list(torch.split(_windows(self.valid, starts, context), batch))
+
+
+def _drawn(tokens: NDArray[np.unsignedinteger[Any]], seed: int, number: int, sequences: int, context: int) -> Tensor:
+    return _windows(tokens, drawn(seed, number, len(tokens) - context, sequences), context)
+
+
+def drawn(seed: int, number: int, below: int, count: int) -> NDArray[np.int64]:
+    """Random integers in [0, below): a pure function of the arguments."""
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+    return random.integers(0, below, size=count)
 
 
 def _windows(tokens: NDArray[np.unsignedinteger[Any]], starts: NDArray[np.int64], context: int) -> Tensor:

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from ademamix import AdamW, AdEMAMix, RuleOptimizer
-from ademamix.lab.config import BadInputError, Job, Optimizer, Recipe, to_json
+from ademamix.convert import from_adamw
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, to_json
 from ademamix.lab.console import Show
-from ademamix.lab.corpus import stdlib_tokens
-from ademamix.lab.model import build, checksum, loss_of
+from ademamix.lab.devices import Stopwatch, device_name, pick_device
+from ademamix.lab.model import checksum
 from ademamix.lab.schedule import lr_factor
-from ademamix.lab.tokens import Tokens
+from ademamix.lab.tasks import Batch, task_of
 
 CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
+HELD_OUT = "held_out_loss/"  # names the metric of a held-out batch, before its number
 PATIENCE = 100  # steps: a few bad gradients are skipped, but a loss that stays bad has diverged
 
 
@@ -33,8 +35,11 @@ class StoppedError(Exception):
     """A signal asked the run to stop; it was saved first."""
 
     def __init__(self, step: int, signum: int) -> None:
-        super().__init__(f"stopped and saved at step {step:,}")
-        self.signum = signum
+        super().__init__(step, signum)  # as it must be to come out of a worker process
+        self.step, self.signum = step, signum
+
+    def __str__(self) -> str:
+        return f"stopped and saved at step {self.step:,}"
 
 
 class DivergedError(Exception):
@@ -47,7 +52,7 @@ class Result:
 
     optimizer: Optimizer
     steps: int
-    tokens: int
+    seen: int  # tokens, images: the recipe's unit
     seconds: float  # in training steps; evaluation, logging and saving are not counted
     valid_loss: float
     optimizer_ms: float  # median milliseconds of optimizer.step()
@@ -56,17 +61,26 @@ class Result:
     parameters: int
     initial_weights: str  # checksum
     device: str
-    curve: list[dict[str, float]]  # step, tokens, seconds, valid_loss of every evaluation
+    curve: list[dict[str, float]]  # step, what was seen, seconds, valid_loss of every evaluation
+    held_out: list[dict[int, float]]  # of each held-out batch its loss, by the step after which it was taken
+
+    @staticmethod
+    def read(out: Path) -> "Result":
+        """The result of the run in the folder `out`."""
+        stored = json.loads((out / RESULT).read_text())
+        held_out = [{int(step): loss for step, loss in losses.items()} for losses in stored["held_out"]]
+        return Result(**{**stored, "held_out": held_out})
 
 
-def _hyperparameters(name: Optimizer, recipe: Recipe) -> tuple[type[RuleOptimizer], dict[str, Any]]:
+def _hyperparameters(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer], dict[str, Any]]:
     """Return the recipe's optimizer class and its arguments.
 
     Raises:
         BadInputError: a setting is out of its range.
     """
-    s, m, steps = recipe.adamw, recipe.ademamix, recipe.steps
+    s, m = recipe.adamw, recipe.ademamix
     kind: type[RuleOptimizer]
+    settings: dict[str, Any]
     if name == "adamw":
         given, kind, settings = (
             s,
@@ -74,30 +88,27 @@ def _hyperparameters(name: Optimizer, recipe: Recipe) -> tuple[type[RuleOptimize
             {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay},
         )
     else:
+        warmup = max(1.0, m.warmup * (recipe.steps - recipe.switch_at)) if m.warmup else None
         given, kind, settings = m, AdEMAMix, {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps}
-        settings |= {"weight_decay": m.weight_decay, "alpha": m.alpha, "alpha_warmup": steps, "beta3_warmup": steps}
+        settings |= {"weight_decay": m.weight_decay, "alpha": m.alpha, "alpha_warmup": warmup, "beta3_warmup": warmup}
     try:
-        kind.check({"maximize": False, **settings})
+        kind([torch.zeros(())], **settings)
     except ValueError as error:
         raise BadInputError(str(error)) from error
     return kind, {**settings, "state": given.state}
 
 
-def check(names: Sequence[Optimizer], recipe: Recipe, job: Job) -> None:
+def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
     """Raise BadInputError for whatever would end such runs at once, before anything is written."""
-    pick_device(job.device)
-    _tokens(recipe)
+    pick_device(device)
+    task_of(recipe)
     for name in names:
         _hyperparameters(name, recipe)
 
 
-def _tokens(recipe: Recipe) -> Tokens:
-    tokens = Tokens.open(stdlib_tokens() if recipe.data == "stdlib" else Path(recipe.data))
-    tokens.check(recipe.context)
-    return tokens
-
-
-def train(name: Optimizer, recipe: Recipe, job: Job, out: Path, label: str | None = None) -> Result:
+def train(
+    name: Optimizer, recipe: Training, job: Job, out: Path, *, label: str | None = None, quiet: bool = False
+) -> Result:
     """Train in the folder `out`: start there, go on from its checkpoint, or return the result that it already holds.
 
     Args:
@@ -106,6 +117,7 @@ def train(name: Optimizer, recipe: Recipe, job: Job, out: Path, label: str | Non
         job: how; its `out` and `resume` are not looked at.
         out: the run's own folder, made if need be.
         label: the name to show, by default the optimizer's.
+        quiet: show nothing.
 
     Raises:
         BadInputError: data or settings cannot be used.
@@ -113,11 +125,11 @@ def train(name: Optimizer, recipe: Recipe, job: Job, out: Path, label: str | Non
         DivergedError: the loss is not finite.
     """
     if (out / RESULT).exists():
-        return Result(**json.loads((out / RESULT).read_text()))
+        return Result.read(out)
     with (
         closing(_Run(name, recipe, job, out)) as run,
         _stop_on_signals() as stop,
-        Show(label or name, recipe.steps, run.step, recipe.tokens_per_step) as show,
+        Show(label or name, recipe, run.step, quiet=quiet) as show,
     ):
         for step in range(run.step + 1, recipe.steps + 1):
             loss = run.advance()
@@ -127,6 +139,8 @@ def train(name: Optimizer, recipe: Recipe, job: Job, out: Path, label: str | Non
                 show.update(step, loss.item())
             if step % recipe.eval_every == 0 or last:
                 show.update(step, loss.item(), run.evaluate(loss))
+            if recipe.held_out:
+                run.follow(loss)
             if step % job.save_every == 0 or last or stop:
                 run.save(loss)
             if stop and not last:
@@ -139,21 +153,21 @@ def train(name: Optimizer, recipe: Recipe, job: Job, out: Path, label: str | Non
 class _Run:
     """The state of a run between two steps, on disk and in memory."""
 
-    def __init__(self, name: Optimizer, recipe: Recipe, job: Job, out: Path) -> None:
+    def __init__(self, name: Optimizer, recipe: Training, job: Job, out: Path) -> None:
         self.name, self.recipe, self.out = name, recipe, out
         self.device = pick_device(job.device)
-        self.tokens = _tokens(recipe)
-        batch = max(1, recipe.batch // recipe.accumulate)
-        self.valid = self.tokens.valid_batches(recipe.eval_sequences, batch, recipe.context)
-        self.model = build(recipe, self.tokens.vocab_size)
+        self.task = task_of(recipe)
+        self.valid = self.task.valid_batches(max(1, recipe.batch // recipe.accumulate))
+        self.held_out = [self.task.held_out(number) for number in range(len(recipe.held_out))]
+        self.model = self.task.model()
         self.initial_weights = checksum(self.model)
         self.model.to(self.device, getattr(torch, recipe.dtype))
-        kind, settings = _hyperparameters(name, recipe)
-        self.optimizer = kind(self.model.parameters(), **settings)
         self.step, self.seconds = 0, 0.0
-        self.skipped_before = 0  # the run was resumed
+        self.switch_at = recipe.switch_at if name == "ademamix" else 0
+        self.optimizer = self._optimizer_of(1)
+        self.skipped_before = 0  # the run was resumed, or another optimizer took over
         self.sound = 0  # the last step whose loss was seen to be finite
-        self.stopwatch = _Stopwatch(self.device)
+        self.stopwatch = Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
         if (out / CHECKPOINT).exists():
             self._load()
@@ -164,17 +178,29 @@ class _Run:
         self.board = SummaryWriter(out / "tensorboard", purge_step=self.step + 1)
         self.began = time.perf_counter()
 
+    def _optimizer_of(self, step: int) -> RuleOptimizer:
+        """A new optimizer of the kind that takes this step."""
+        kind, settings = _hyperparameters("adamw" if step <= self.switch_at else self.name, self.recipe)
+        return kind(self.model.parameters(), **settings)
+
     def advance(self) -> Tensor:
         """Take one training step; return its loss, still on the device."""
         recipe = self.recipe
         self.step += 1
-        settings = recipe.adamw if self.name == "adamw" else recipe.ademamix
+        if self.switch_at and self.step == self.switch_at + 1:
+            self.skipped_before = self.skipped_steps
+            before, self.optimizer = self.optimizer, self._optimizer_of(self.step)
+            self.optimizer.load_state_dict(from_adamw(before.state_dict(), self.optimizer))
+        settings = recipe.adamw if isinstance(self.optimizer, AdamW) else recipe.ademamix
         self.lr = settings.lr * lr_factor(self.step, recipe.steps, recipe.warmup, recipe.schedule, recipe.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        batch = self.tokens.batch(recipe.seed, self.step, recipe.batch, recipe.context)
+        if recipe.insert and self.step in recipe.held_out:
+            batch = self.held_out[recipe.held_out.index(self.step)]
+        else:
+            batch = self.task.batch(self.step)
         total = torch.zeros((), device=self.device)
-        for part in batch.chunk(recipe.accumulate):
+        for part in zip(*(t.chunk(recipe.accumulate) for t in batch), strict=True):
             loss = self._loss(part) / recipe.accumulate
             torch.autograd.backward(loss)
             total += loss.detach()
@@ -184,10 +210,10 @@ class _Run:
         self.optimizer.zero_grad()
         return total
 
-    def _loss(self, batch: Tensor) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         kind = self.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
-            return loss_of(self.model, batch.to(self.device, non_blocking=True))
+            return self.task.loss(self.model, tuple(t.to(self.device, non_blocking=True) for t in batch))
 
     def log(self, loss: Tensor) -> None:
         """Write the step's metrics."""
@@ -205,14 +231,25 @@ class _Run:
         """Return and write the validation loss; `loss` is the step's own."""
         self._lap(loss)
         with torch.no_grad():
-            # Windows are equally long, batches are not: weight each by its size.
-            losses = torch.stack([self._loss(batch) * len(batch) for batch in self.valid])
-        value: float = losses.sum().item() / sum(map(len, self.valid))
+            # Examples are alike, batches are not equally large: weight each by its size.
+            losses = torch.stack([self._loss(batch) * len(batch[0]) for batch in self.valid])
+        value: float = losses.sum().item() / sum(len(batch[0]) for batch in self.valid)
         if not math.isfinite(value):
             raise DivergedError(self._diverged("validation loss", value))
         self._write(valid_loss=value)
         self.began = time.perf_counter()
         return value
+
+    def follow(self, loss: Tensor) -> None:
+        """Write the losses of held-out batches: before and after their steps, then ever more seldom."""
+        since = [(number, self.step - at) for number, at in enumerate(self.recipe.held_out)]
+        due = [number for number, n in since if n >= -1 and n & (n - 1) <= 0]  # -1, 0, 1, 2, 4, 8, ...
+        if due:
+            self._lap(loss)
+            with torch.no_grad():
+                losses = torch.stack([self._loss(self.held_out[number]) for number in due]).tolist()
+            self._write(**{f"{HELD_OUT}{number}": value for number, value in zip(due, losses, strict=True)})
+            self.began = time.perf_counter()
 
     def _lap(self, loss: Tensor) -> None:
         """Stop the clock, once the device has caught up, and refuse to go on from a loss that is no number."""
@@ -233,8 +270,8 @@ class _Run:
         return self.skipped_before + self.optimizer.skipped_steps
 
     def _write(self, **values: float) -> None:
-        tokens = self.step * self.recipe.tokens_per_step
-        self.metrics.write(json.dumps({"step": self.step, "tokens": tokens, "seconds": self.seconds} | values) + "\n")
+        where = {"step": self.step, self.recipe.unit: self.step * self.recipe.units_per_step, "seconds": self.seconds}
+        self.metrics.write(json.dumps(where | values) + "\n")
         self.metrics.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, self.step)
@@ -246,7 +283,7 @@ class _Run:
         state = {
             "optimizer_name": self.name,
             "recipe": dataclasses.asdict(self.recipe),
-            "data": self.tokens.sha256,
+            "data": self.task.sha256,
             "step": self.step,
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
@@ -268,11 +305,12 @@ class _Run:
             raise BadInputError(f"{path} cannot be read, it is damaged ({type(error).__name__})") from error
         differ = differing(state["recipe"], dataclasses.asdict(self.recipe))
         differ += ["optimizer"] * (state["optimizer_name"] != self.name)
-        differ += ["the text in " + self.recipe.data] * (state["data"] != self.tokens.sha256)
+        differ += ["the data"] * (state["data"] != self.task.sha256)
         refuse_other(self.out, differ)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.optimizer = self._optimizer_of(self.step)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.skipped_before, self.sound = state["skipped_steps"], state["step"]
 
     def close(self) -> None:
@@ -287,7 +325,7 @@ class _Run:
         return Result(
             optimizer=self.name,
             steps=self.step,
-            tokens=self.step * self.recipe.tokens_per_step,
+            seen=self.step * self.recipe.units_per_step,
             seconds=self.seconds,
             valid_loss=curve[-1]["valid_loss"],
             optimizer_ms=statistics.median(line["optimizer_ms"] for line in lines if "optimizer_ms" in line),
@@ -295,56 +333,13 @@ class _Run:
             skipped_steps=self.skipped_steps,
             parameters=parameters,
             initial_weights=self.initial_weights,
-            device=_device_name(self.device),
+            device=device_name(self.device),
             curve=curve,
+            held_out=[
+                {line["step"]: line[f"{HELD_OUT}{number}"] for line in lines if f"{HELD_OUT}{number}" in line}
+                for number in range(len(self.recipe.held_out))
+            ],
         )
-
-
-class _Stopwatch:
-    """Times a block many times over: by the clock on a CPU, by events in the stream elsewhere (no waiting)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[tuple[Any, Any]] = []
-
-    def _now(self) -> Any:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(self.device, enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self.start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self.times.append((self.start, self._now()))
-
-    def median_ms(self) -> float:
-        """Return the median since the last call; the device must have caught up."""
-        on_cpu = self.device.type == "cpu"
-        times: list[float] = [1e3 * (end - start) if on_cpu else start.elapsed_time(end) for start, end in self.times]
-        self.times.clear()
-        return statistics.median(times)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the named device, or for "auto" the accelerator that is there, else the CPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

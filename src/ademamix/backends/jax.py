@@ -1,0 +1,161 @@
+"""The JAX backend: the update of one leaf of the parameters, as a pure function that XLA fuses.
+
+JAX's arrays are not written to, so there is no ``Launch`` here: :mod:`ademamix.jax` calls :class:`Leaf`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ademamix.backends import bind
+from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, turned
+from ademamix.state import SMALLEST
+
+
+class Blocks(NamedTuple):
+    """A slot's leaf that is stored in blocks of 256 elements along the rows of its parameter seen as [dim 0, rest]."""
+
+    codes: Array  # the parameter's shape; int8, int16 or, for float8, uint8
+    scale: Array  # [dim 0, ceil(rest / 256)], float32
+
+
+Stored = Any  # a slot's leaf: an Array of the parameter's shape, or Blocks
+
+
+class format_xp:  # noqa: N801 - the namespace that formats are written against
+    where, maximum = staticmethod(jnp.where), staticmethod(jnp.maximum)
+
+    @staticmethod
+    def bits(x: Array) -> Array:
+        return lax.bitcast_convert_type(x, jnp.uint32)
+
+    @staticmethod
+    def from_bits(x: Array) -> Array:
+        return lax.bitcast_convert_type(x, jnp.float32)
+
+    @staticmethod
+    def uint(x: Any) -> Array:
+        return x.astype(jnp.uint32) if isinstance(x, Array) else jnp.uint32(x)
+
+    @staticmethod
+    def shift_right(x: Array, places: int) -> Array:
+        return x >> jnp.uint32(places)
+
+    @staticmethod
+    def to_int(x: Array) -> Array:
+        return x.astype(jnp.int32).astype(jnp.uint32)
+
+    @staticmethod
+    def to_float(x: Array) -> Array:
+        return x.astype(jnp.float32)
+
+
+_hashed, _turned = bind(hashed, format_xp), bind(turned, format_xp)
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape seen as [dim 0, rest]."""
+    return (shape or (1,))[0], int(np.prod(shape[1:], dtype=np.int64))
+
+
+def noise(key: Any, steps: Array, shape: tuple[int, ...]) -> Array:
+    """``formats.noise`` of all elements of a parameter after so many steps; elements 2**32 apart have the same."""
+    rows, rest = _rows(shape)
+    row, column = (lax.broadcasted_iota(jnp.uint32, (rows, rest), dim) for dim in (0, 1))
+    index, of_step = row * jnp.uint32(rest) + column, _hashed(jnp.uint32(key), jnp.uint32(steps))
+    bits = _hashed(of_step, index & (LANES - 1)) ^ _hashed(of_step ^ jnp.uint32(OTHER), index >> 8)
+    return bits.reshape(shape)
+
+
+def _blocked(x: Array) -> Array:
+    """[dim 0, blocks, 256], filled up with zeros."""
+    rows, rest = _rows(x.shape)
+    x = x.reshape(rows, rest)  # at first: explicit sharding wants to see what becomes of each dimension
+    if rest % BLOCK:
+        x = jnp.pad(x, ((0, 0), (0, -rest % BLOCK)))
+    return x.reshape(rows, -(-rest // BLOCK), BLOCK)
+
+
+def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
+    """The scale of each element."""
+    return jnp.repeat(scale, BLOCK, axis=1)[:, : _rows(shape)[1]].reshape(shape)
+
+
+def decode(stored: Stored, dtype: Any) -> Array:
+    """The numbers that a leaf stands for, whatever its format."""
+    if not isinstance(stored, Blocks):
+        return stored.astype(dtype)
+    codes, scale = stored
+    name = {"uint8": "float8"}.get(codes.dtype.name, codes.dtype.name)
+    return bind(FORMATS[name].decode, format_xp)(codes.astype(jnp.int32), _spread(scale, codes.shape))
+
+
+def encode(format: Format, x: Array, random: Array | None) -> Stored:
+    """Numbers as the format stores them."""
+    if format.storage.startswith("float"):
+        return x.astype(format.storage)
+    scale = spread = None
+    if format.scale is not None:
+        scale = bind(format.scale, format_xp)(jnp.abs(_blocked(x)).max(2))
+        spread = _spread(scale, x.shape)
+    codes = bind(format.encode, format_xp)(x, spread, random)
+    if scale is None:
+        return lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.bfloat16)
+    return Blocks(codes.astype(format.storage), scale)
+
+
+class Leaf:
+    """A leaf of the parameters: its dtypes, and the formats of its slots.
+
+    Args:
+        p: the parameter.
+        formats: what its optimizer stores slots in, by name; as in torch, float64 parameters and those of one dimension
+            or less than 4096 elements keep full precision.
+        stochastic_rounding: of a bfloat16 parameter.
+    """
+
+    def __init__(self, p: Array, formats: Mapping[str, Format], *, stochastic_rounding: bool) -> None:
+        if p.dtype not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+            raise TypeError(f"a parameter must be float64, float32, bfloat16 or float16, got {p.dtype}")
+        self.p, self.dtype = p, jnp.dtype(jnp.float64 if p.dtype == jnp.float64 else jnp.float32)
+        small = p.ndim < 2 or p.size < SMALLEST
+        full = FORMATS[self.dtype.name]
+        self.formats = dict.fromkeys(formats, full) if small or full.name == "float64" else dict(formats)
+        rounded = "bfloat16" if stochastic_rounding else "bfloat16_nearest"
+        self.own = FORMATS[rounded if p.dtype == jnp.bfloat16 else p.dtype.name]
+
+    def empty(self, name: str) -> Stored:
+        """A slot before the first step, sharded like the parameter."""
+        format = self.formats[name]
+        zeros = jnp.zeros_like(self.p, dtype=jnp.bfloat16 if format.storage == "bits16" else format.storage)
+        if format.scale is None:
+            return zeros
+        return Blocks(zeros, jnp.zeros_like(_blocked(self.p)[:, :, 0], dtype=jnp.float32))
+
+    def update(
+        self,
+        rule: Any,  # bound to jax.numpy
+        g: Array,
+        slots: Mapping[str, Stored],  # those that are stored
+        names: Sequence[str],  # of all slots of the rule
+        coefficients: Mapping[str, Any],
+        key: Any,  # of the noise (formats.keys)
+        steps: Array,  # done before this one
+    ) -> tuple[Array, dict[str, Stored]]:
+        """The difference between the new parameter and this one, in its dtype, and the new slots."""
+        before = self.p.astype(self.dtype)
+        numbers = [decode(slots[name], self.dtype) if name in slots else 0.0 for name in names]
+        after, *results = rule(before, g.astype(self.dtype), *numbers, **coefficients)
+        stochastic = self.own.stochastic or any(self.formats[name].stochastic for name in slots)
+        random = noise(key, steps, self.p.shape) if stochastic else None
+        new = {}
+        for k, (name, x) in enumerate(zip(names, results, strict=True), start=1):
+            if name in slots:
+                places = 8 * k % 32  # each slot takes its bits from another place
+                turned_noise = random if random is None or not places else _turned(random, places)
+                new[name] = encode(self.formats[name], x, turned_noise)
+        after = decode(encode(self.own, after, random), self.dtype)
+        return (after - before).astype(self.p.dtype), new

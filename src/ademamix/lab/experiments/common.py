@@ -1,0 +1,152 @@
+"""What the experiments share: their settings, tuning, and the comparison of two tuned optimizers."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from ademamix.lab.config import BadInputError, Optimizer, Training
+from ademamix.lab.pictures import Chart, Line, around
+from ademamix.lab.report import Rows
+from ademamix.lab.train import Result
+from ademamix.lab.trials import Grid, Point, Trials, best
+
+Preset = Literal["cpu", "gpu", "paper"]
+TUNING_SEED = 1000  # no result comes from the seed that settings were chosen by
+NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
+LOSS = "validation loss, nats"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and how an experiment is carried out; nothing here changes what it is about."""
+
+    out: Path | None = None
+    """Folder for everything that is written; must not exist yet. Default: a new folder below runs/."""
+    resume: Path | None = None
+    """Go on with the experiment in this folder; settings not given are taken from there."""
+    device: str = "auto"
+    """Device to train on: auto takes the accelerators that are there, else the cpu."""
+    workers: int = 0
+    """Runs at a time; 0 for one a GPU, or one a core, with one thread each."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise BadInputError(f"workers must not be negative, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that every experiment has."""
+
+    preset: Preset = "cpu"
+    """Where the other defaults come from: cpu (minutes on 2 cores), gpu (one large GPU), paper (for a cluster)."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs that count: initial weights and batches."""
+    job: Annotated[Workplace, tyro.conf.arg(name="")] = field(default_factory=Workplace)
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise BadInputError(f"seeds must be different numbers >= 0, got {self.seeds}")
+        if TUNING_SEED in self.seeds:
+            raise BadInputError(f"seeds must not have {TUNING_SEED}, that of the tuning")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The settings that both optimizers are tried with: every combination, as many for the one as for the other."""
+
+    adamw_lr: tuple[float, ...]
+    """Peak learning rates of AdamW."""
+    adamw_beta2: tuple[float, ...]
+    """Values of beta2 of AdamW."""
+    ademamix_lr: tuple[float, ...]
+    """Peak learning rates of AdEMAMix."""
+    ademamix_beta3: tuple[float, ...]
+    """Values of beta3 of AdEMAMix."""
+
+    def __post_init__(self) -> None:
+        sizes = [len(self.adamw_lr) * len(self.adamw_beta2), len(self.ademamix_lr) * len(self.ademamix_beta3)]
+        if sizes[0] != sizes[1] or not sizes[0]:
+            raise BadInputError(
+                f"both optimizers must have as many trials: {sizes[0]} of AdamW, {sizes[1]} of AdEMAMix"
+            )
+
+    def spaces(self) -> dict[Optimizer, dict[str, tuple[float, ...]]]:
+        return {
+            "adamw": {"lr": self.adamw_lr, "beta2": self.adamw_beta2},
+            "ademamix": {"lr": self.ademamix_lr, "beta3": self.ademamix_beta3},
+        }
+
+
+R = TypeVar("R", bound=Training)
+
+
+def changed(recipe: R, optimizer: Optimizer, **settings: Any) -> R:
+    """The recipe with other settings of one optimizer."""
+    return dataclasses.replace(recipe, **{optimizer: dataclasses.replace(getattr(recipe, optimizer), **settings)})
+
+
+def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows]]:
+    """The recipe with the best settings of each optimizer, and the trials as tables."""
+    spaces = tuning.spaces()
+    base = dataclasses.replace(recipe, seed=TUNING_SEED, eval_every=recipe.steps)
+
+    def grid(name: Optimizer) -> Grid:
+        return Grid(f"tune-{name}", spaces[name], lambda **point: (name, changed(base, name, **point)))
+
+    tables: list[Rows] = []
+    for name, found in zip(spaces, trials.run(*map(grid, spaces)), strict=True):
+        chosen = best(found)
+        recipe = changed(recipe, name, **dict(zip(spaces[name], chosen, strict=True)))
+        rows = [(*point, f"{loss_of(r)}{' (chosen)' if point == chosen else ''}") for point, r in sorted(found.items())]
+        tables.append([(*(f"{NAMES[name]}: {key}" for key in spaces[name]), "loss, tuning"), *rows])
+    return recipe, tables
+
+
+def loss_of(result: Result | None) -> str:
+    """A final loss for a table."""
+    return "diverged" if result is None else f"{result.valid_loss:.4f}"
+
+
+def sample(results: Mapping[Point, Result | None], *, without: float = float("inf")) -> dict[Point, list[float]]:
+    """Final losses by all of the point but its last value, the seed; `without` stands for a run that diverged."""
+    losses: dict[Point, list[float]] = {}
+    for point, result in sorted(results.items(), key=lambda item: item[0][-1]):
+        losses.setdefault(point[:-1], []).append(without if result is None else result.valid_loss)
+    return losses
+
+
+def of(results: Mapping[Point, Result | None], *values: Any) -> list[Result]:
+    """The runs whose points begin with these values, that did not diverge."""
+    return [r for point, r in sorted(results.items(), key=lambda i: i[0][-1]) if r and point[: len(values)] == values]
+
+
+def mean_curves(runs: Mapping[str, Sequence[Result]], unit: str) -> list[Line]:
+    """The mean over seeds of the validation curves of each name's runs; none for a name whose runs all diverged."""
+    lines = []
+    for name, of_name in runs.items():
+        points = list(zip(*(run.curve for run in of_name), strict=True))
+        losses = [statistics.mean(point["valid_loss"] for point in together) for together in points]
+        if points:
+            lines.append(Line(name, [together[0][unit] for together in points], losses))
+    return lines
+
+
+def curves(title: str, lines: list[Line], unit: str) -> Chart:
+    """Validation curves without the steep start, a tenth of the run: one wants to tell their ends apart."""
+    longest = max(x for line in lines for x in line.x)
+    ends = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if 10 * x >= longest]
+    return Chart(title, f"training {unit}", LOSS, lines, around(ends))
+
+
+def settings_of(settings: Any) -> list[Rows]:
+    """Settings as tables: those of the experiment, then those of each part of it."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "job"}
+    parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    own: Rows = [(type(settings).__name__, ""), *((k, v) for k, v in values.items() if k not in parts)]
+    return [own, *(rows for part in parts.values() for rows in settings_of(part))]

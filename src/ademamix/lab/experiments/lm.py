@@ -1,0 +1,137 @@
+"""AdamW against AdEMAMix as language models, both tuned; and the tokens that AdamW needs for AdEMAMix's loss."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from ademamix.lab.claims import clearly_below, decide, difference, mean_and_error, shown, table_of
+from ademamix.lab.compare import crossing
+from ademamix.lab.config import PRESETS as RECIPES
+from ademamix.lab.config import AdEMAMixSettings, BadInputError, Recipe
+from ademamix.lab.experiments import common
+from ademamix.lab.experiments.common import NAMES, Settings, Tuning
+from ademamix.lab.pictures import Chart, Line, Picture
+from ademamix.lab.report import Report
+from ademamix.lab.trials import Grid, Trials
+
+WHAT = "AdamW against AdEMAMix on text, both tuned; AdamW's tokens to the same loss"
+TUNING = Tuning((4e-3, 6e-3, 8e-3), (0.95, 0.99), (1.5e-3, 2e-3, 3e-3), (0.998, 0.999))
+GOAL = 0.5  # more tokens for AdamW, at least, where about half the tokens do for AdEMAMix
+
+
+@dataclass(frozen=True)
+class Lm(Settings):
+    """AdamW against AdEMAMix on text, each tuned with as many trials, then trained with fresh seeds.
+
+    AdamW also trains with growing budgets, each a full schedule of its own, to see how many tokens it needs.
+    """
+
+    budgets: tuple[float, ...] = (1.5, 2.0)
+    """AdamW's further budgets, in budgets of AdEMAMix, growing."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    tuning: Tuning = TUNING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.budgets) != sorted({b for b in self.budgets if b > 1}):
+            raise BadInputError(f"budgets must be growing numbers above 1, got {self.budgets}")
+
+
+def small(steps: int = 6000) -> Recipe:
+    """The demo's Llama of 0.1M parameters, for another number of steps."""
+    return dataclasses.replace(RECIPES["demo"], steps=steps, warmup=steps // 20, eval_every=steps // 20)
+
+
+def on_gpu(steps: int = 3000) -> Recipe:
+    """A Llama of 3M parameters."""
+    return dataclasses.replace(
+        RECIPES["3m"],
+        batch=64,
+        steps=steps,
+        warmup=steps // 20,
+        eval_every=steps // 20,
+        ademamix=AdEMAMixSettings(lr=1e-3),
+    )
+
+
+PRESETS = {
+    "cpu": Lm(recipe=small()),
+    "gpu": Lm(
+        "gpu", recipe=on_gpu(), tuning=Tuning((1e-3, 2e-3, 4e-3), (0.99, 0.999), (5e-4, 1e-3, 2e-3), (0.998, 0.999))
+    ),
+    # 770,000 steps of the paper's AdEMAMix at 1.3B parameters; AdamW's budget there was 1.95.
+    "paper": Lm(
+        "paper",
+        recipe=RECIPES["1.3b"],
+        budgets=(1.95,),
+        tuning=Tuning((3e-4, 6e-4, 1e-3), (0.999,), (3e-4, 6e-4, 1e-3), (0.9999,)),
+    ),
+}
+
+
+def run(settings: Lm, trials: Trials) -> Report:
+    recipe, tables = common.tuned(trials, settings.recipe, settings.tuning)
+    seeds = settings.seeds
+    final = Grid(
+        "final",
+        {"optimizer": tuple(NAMES), "seed": seeds},
+        lambda optimizer, seed: (optimizer, dataclasses.replace(recipe, seed=seed)),
+    )
+    longer = Grid(
+        "longer",
+        {"budget": settings.budgets, "seed": seeds},
+        lambda budget, seed: (
+            "adamw",
+            dataclasses.replace(recipe, seed=seed, steps=round(budget * recipe.steps)),
+        ),
+    )
+    results, more = trials.run(final, longer)
+    losses = {NAMES[str(name)]: values for (name,), values in common.sample(results).items()}
+    budgets = {1.0: losses["AdamW"], **{float(b): values for (b,), values in sorted(common.sample(more).items())}}
+    gap, error = difference(losses["AdEMAMix"], losses["AdamW"])
+    needed = [
+        crossing([(b, values[i]) for b, values in budgets.items()], losses["AdEMAMix"][i]) for i in range(len(seeds))
+    ]
+    most = max(budgets)
+    if None in needed:
+        tokens = f"AdamW does not reach AdEMAMix's loss with up to {100 * (most - 1):+.0f} % tokens in every seed"
+        enough = most - 1 >= GOAL
+    else:
+        factor, spread = mean_and_error([float(x) for x in needed if x is not None])
+        tokens = f"AdamW needs {100 * (factor - 1):+.0f} % (± {100 * spread:.0f}) tokens for AdEMAMix's loss"
+        enough = factor - 1 >= GOAL
+    below = clearly_below(losses["AdEMAMix"], losses["AdamW"])
+    gain = f"AdEMAMix ends {abs(gap):.4f} ± {error:.4f} nats {'below' if gap > 0 else 'above'} AdamW"
+    lines = common.mean_curves({name: common.of(results, n) for n, name in NAMES.items()}, recipe.unit)
+    pictures: list[Picture] = [common.curves(f"Validation loss, mean of {len(seeds)} seeds", lines, recipe.unit)]
+    means = {b: mean_and_error(values) for b, values in budgets.items()}
+    goal = mean_and_error(losses["AdEMAMix"])
+    pictures.append(
+        Chart(
+            "AdamW's tokens to AdEMAMix's loss",
+            "AdamW's budget (AdEMAMix = 1)",
+            common.LOSS,
+            [
+                Line(
+                    "AdamW",
+                    list(means),
+                    [m for m, _ in means.values()],
+                    [e for _, e in means.values()],
+                    "lines+markers",
+                ),
+                Line("AdEMAMix", [1.0, most], [goal[0]] * 2, [goal[1]] * 2),
+            ],
+        )
+    )
+    of_budgets = {f"AdamW, {b:g} x the {recipe.unit}": values for b, values in budgets.items()}
+    final_table = table_of({**of_budgets, "AdEMAMix": losses["AdEMAMix"]}, ("run", "final validation loss", "by seed"))
+    return Report(
+        "Language models: AdamW against AdEMAMix",
+        [f"{gain} ({shown(losses['AdamW'])} and {shown(losses['AdEMAMix'])})", tokens],
+        pictures,
+        [final_table, *tables],
+        common.settings_of(dataclasses.replace(settings, recipe=recipe)),
+        [decide("tokens", below and enough, f"{gain}; {tokens}", *losses.values())],
+    )

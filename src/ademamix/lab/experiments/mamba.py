@@ -1,0 +1,68 @@
+"""AdamW against AdEMAMix on Mamba, both tuned."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from ademamix.lab.claims import clearly_below, decide, difference, shown, table_of
+from ademamix.lab.config import PRESETS as RECIPES
+from ademamix.lab.config import Recipe
+from ademamix.lab.experiments import common
+from ademamix.lab.experiments.common import NAMES, Settings, Tuning
+from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.report import Report
+from ademamix.lab.trials import Grid, Trials
+
+WHAT = "AdamW against AdEMAMix on Mamba, a state-space model, both tuned"
+TUNING = Tuning((4e-3, 8e-3, 16e-3), (0.99,), (2e-3, 4e-3, 8e-3), (0.994,))
+
+
+@dataclass(frozen=True)
+class Mamba(Settings):
+    """AdamW against AdEMAMix on Mamba, each tuned with as many trials, then trained with fresh seeds."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    tuning: Tuning = TUNING
+
+
+PRESETS = {
+    "cpu": Mamba(
+        recipe=dataclasses.replace(small(800), architecture="mamba", context=32),
+    ),
+    "gpu": Mamba(
+        "gpu",
+        recipe=dataclasses.replace(on_gpu(1500), architecture="mamba", layers=8),
+        tuning=Tuning((1e-3, 2e-3, 4e-3), (0.99,), (1e-3, 2e-3, 4e-3), (0.998,)),
+    ),
+    # The paper's Mamba has 168M parameters; its layers and width are not confirmed, these give 130M to 170M.
+    "paper": Mamba(
+        "paper",
+        recipe=dataclasses.replace(RECIPES["110m"], architecture="mamba", layers=24),
+        tuning=Tuning((5e-4, 1e-3, 2e-3), (0.999,), (5e-4, 1e-3, 2e-3), (0.9999,)),
+    ),
+}
+
+
+def run(settings: Mamba, trials: Trials) -> Report:
+    recipe, tables = common.tuned(trials, settings.recipe, settings.tuning)
+    (results,) = trials.run(
+        Grid(
+            "final",
+            {"optimizer": tuple(NAMES), "seed": settings.seeds},
+            lambda optimizer, seed: (optimizer, dataclasses.replace(recipe, seed=seed)),
+        )
+    )
+    losses = {NAMES[str(name)]: values for (name,), values in common.sample(results).items()}
+    gap, error = difference(losses["AdEMAMix"], losses["AdamW"])
+    ours = f"AdEMAMix ends {abs(gap):.4f} ± {error:.4f} nats {'below' if gap > 0 else 'above'} AdamW"
+    lines = common.mean_curves({name: common.of(results, n) for n, name in NAMES.items()}, recipe.unit)
+    return Report(
+        "Mamba: AdamW against AdEMAMix",
+        [f"{ours} ({shown(losses['AdamW'])} and {shown(losses['AdEMAMix'])})"],
+        [common.curves(f"Mamba, validation loss, mean of {len(settings.seeds)} seeds", lines, recipe.unit)],
+        [table_of(losses, ("optimizer", "final validation loss", "by seed")), *tables],
+        common.settings_of(dataclasses.replace(settings, recipe=recipe)),
+        [decide("mamba", clearly_below(losses["AdEMAMix"], losses["AdamW"]), ours, *losses.values())],
+    )

@@ -1,0 +1,145 @@
+"""alpha and beta3 as a heat map; then what the warmups, beta1 = 0, and a larger beta1 in AdamW are worth."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from ademamix.lab.claims import clearly_below, decide, shown, table_of
+from ademamix.lab.config import PRESETS as RECIPES
+from ademamix.lab.config import BadInputError, Optimizer, Recipe
+from ademamix.lab.experiments import common
+from ademamix.lab.experiments.common import TUNING_SEED, Settings, changed
+from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.pictures import HeatMap
+from ademamix.lab.report import Report
+from ademamix.lab.train import Result
+from ademamix.lab.trials import Grid, Point, Trials, best
+
+WHAT = "alpha x beta3 as a heat map; warmups, beta1 = 0, AdamW's beta1"
+
+
+@dataclass(frozen=True)
+class Sweep(Settings):
+    """A grid of alpha and beta3, one of AdamW's beta1 and learning rate, and one of beta3 for beta1 = 0.
+
+    Grids run with one seed of their own; the best of each, and runs without warmups, then with the seeds that count.
+    """
+
+    alpha: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
+    """Weights of the slow average."""
+    beta3: tuple[float, ...] = (0.98, 0.99, 0.995, 0.998, 0.9999)
+    """Decays of the slow average, growing."""
+    adamw_beta1: tuple[float, ...] = (0.95, 0.98, 0.99, 0.999, 0.9999)
+    """Values of AdamW's beta1 beside that of the recipe."""
+    adamw_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    """AdamW's learning rates for all of its values of beta1."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "beta3", "adamw_beta1", "adamw_lr"):
+            values = getattr(self, name)
+            if not values or list(values) != sorted(set(values)):
+                raise BadInputError(f"{name} must be growing numbers, got {values}")
+
+
+PRESETS = {
+    "cpu": Sweep(recipe=small(2000)),
+    "gpu": Sweep("gpu", beta3=(0.99, 0.996, 0.998, 0.9995, 0.9999), adamw_lr=(1e-3, 2e-3), recipe=on_gpu(1500)),
+    "paper": Sweep("paper", beta3=(0.999, 0.9995, 0.9999, 0.99995), adamw_lr=(5e-4, 1e-3), recipe=RECIPES["110m"]),
+}
+
+
+def run(settings: Sweep, trials: Trials) -> Report:
+    base = dataclasses.replace(settings.recipe, seed=TUNING_SEED, eval_every=settings.recipe.steps)
+    beta1 = (settings.recipe.adamw.beta1, *settings.adamw_beta1)
+    mixed, momentum, zero = trials.run(
+        Grid(
+            "alpha-beta3",
+            {"alpha": settings.alpha, "beta3": settings.beta3},
+            lambda **point: ("ademamix", changed(base, "ademamix", **point)),
+        ),
+        Grid(
+            "adamw-beta1",
+            {"beta1": beta1, "lr": settings.adamw_lr},
+            lambda **point: ("adamw", changed(base, "adamw", **point)),
+        ),
+        Grid(
+            "beta1-zero",
+            {"beta3": settings.beta3},
+            lambda **point: ("ademamix", changed(base, "ademamix", beta1=0.0, **point)),
+        ),
+    )
+    alpha, beta3 = best(mixed)
+    longest = max(settings.beta3)
+    usual = {point: result for point, result in momentum.items() if point[0] == beta1[0]}
+    larger = {point: result for point, result in momentum.items() if point[0] != beta1[0]}
+    recipe = settings.recipe
+    (own, lr), (other, other_lr), (zero_beta3,) = best(usual), best(larger), best(zero)
+    at_longest = {"alpha": alpha, "beta3": longest}
+    kinds: dict[str, tuple[Optimizer, Recipe]] = {
+        f"AdamW, beta1 {own}": ("adamw", changed(recipe, "adamw", beta1=own, lr=lr)),
+        f"AdamW, beta1 {other}": ("adamw", changed(recipe, "adamw", beta1=other, lr=other_lr)),
+        "AdEMAMix": ("ademamix", changed(recipe, "ademamix", alpha=alpha, beta3=beta3)),
+        "AdEMAMix, beta1 0": ("ademamix", changed(recipe, "ademamix", alpha=alpha, beta3=zero_beta3, beta1=0.0)),
+        "AdEMAMix, no warmups": (
+            "ademamix",
+            changed(recipe, "ademamix", alpha=alpha, beta3=beta3, warmup=0.0),
+        ),
+        f"AdEMAMix, beta3 {longest}": ("ademamix", changed(recipe, "ademamix", **at_longest)),
+        f"AdEMAMix, beta3 {longest}, no warmups": ("ademamix", changed(recipe, "ademamix", **at_longest, warmup=0.0)),
+    }
+
+    def made(run: str, seed: int) -> tuple[Optimizer, Recipe]:
+        optimizer, of_kind = kinds[run]
+        return optimizer, dataclasses.replace(of_kind, seed=seed)
+
+    (final,) = trials.run(Grid("final", {"run": tuple(kinds), "seed": settings.seeds}, made))
+    losses = {str(name): values for (name,), values in common.sample(final).items()}
+    adamw, large, mix, without_fast, cold, long, long_cold = (losses[name] for name in kinds)
+    said_warm = f"{shown(cold)} without warmups, {shown(mix)} with them"
+    said_long = f"at beta3 = {longest}, {shown(long_cold)} without warmups and {shown(long)} with them"
+    said_beta1 = f"AdamW {shown(adamw)}, with its best larger beta1 ({other}) {shown(large)}; AdEMAMix {shown(mix)}"
+    said_zero = f"AdEMAMix with beta1 = 0 {shown(without_fast)}, with beta1 = 0.9 {shown(mix)}; AdamW {shown(adamw)}"
+    return Report(
+        "Sweep: alpha, beta3, warmups and beta1",
+        [
+            f"The best of alpha x beta3 is alpha = {alpha:g}, beta3 = {beta3:g} over {recipe.steps:,} steps",
+            f"AdEMAMix {said_warm}; {said_long}",
+            said_beta1,
+            said_zero,
+        ],
+        [
+            _map("Final loss of AdEMAMix", "beta3", "alpha", settings.beta3, settings.alpha, mixed),
+            _map("Final loss of AdamW", "learning rate", "beta1", settings.adamw_lr, beta1, momentum),
+        ],
+        [
+            table_of(losses, ("run", "final validation loss", "by seed")),
+            [
+                ("AdEMAMix, beta1 = 0: beta3", "loss, seed of the grids"),
+                *((p[0], common.loss_of(r)) for p, r in sorted(zero.items())),
+            ],
+        ],
+        common.settings_of(settings),
+        [
+            decide("warmup", clearly_below(mix, cold), f"{said_warm}; {said_long}", mix, cold),
+            decide("beta1", clearly_below(mix, large), said_beta1, mix, large),
+            decide("beta1-zero", clearly_below(without_fast, adamw), said_zero, without_fast, adamw),
+        ],
+    )
+
+
+def _map(
+    title: str,
+    x_label: str,
+    y_label: str,
+    x: tuple[float, ...],
+    y: tuple[float, ...],
+    results: Mapping[Point, Result | None],
+) -> HeatMap:
+    losses = {point: None if result is None else result.valid_loss for point, result in results.items()}
+    z = [[losses[row, column] for column in x] for row in y]
+    return HeatMap(title, x_label, y_label, [f"{v:g}" for v in x], [f"{v:g}" for v in y], z)

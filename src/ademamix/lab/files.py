@@ -1,0 +1,30 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `out` when the block ends well, and is gone when it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    aside.mkdir()
+    try:
+        yield aside
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def another_may_win(out: Path) -> Iterator[None]:
+    """Processes that start together write the same folder; the first rename wins and the others take its work."""
+    try:
+        yield
+    except OSError:
+        if not out.exists():
+            raise
