@@ -34,8 +34,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         with log.open("w") as file:
             command = [sys.executable, str(PROCESSES), str(rank), str(folder)]
             started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
-    for process in started:
-        process.wait(timeout=300)
+    try:
+        for process in started:
+            process.wait(timeout=300)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
     results = [folder / f"{rank}.json" for rank in range(4)]
     missing = "".join(log.read_text()[-3000:] for log, result in zip(logs, results, strict=True) if not result.exists())
     assert not missing, missing

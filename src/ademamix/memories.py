@@ -50,7 +50,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         min_beta1: where b1_t starts, in [0, 1).
         maximize: go along the gradient, not against it.
-        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
+        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: see :class:`AdEMAMix`.
             state="compact" takes about 3.0 bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg`` (m_t), ``exp_avg_sq``. Arguments and keys are the authors'.
@@ -122,7 +122,7 @@ class ADana(RuleOptimizer):
             value is 4; more than 1 wants an lr that warms up, or the first steps would turn the parameters' sign.
         peak_lr: what ``lr`` is divided by to get its schedule, > 0; needed if ``omega`` is not 0.
         maximize: go along the gradient, not against it.
-        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
+        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: see :class:`AdEMAMix`.
             state="compact" takes about 3.0 bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq``.
@@ -203,7 +203,7 @@ class KEMA(RuleOptimizer):
         warmup: steps over which the weights of all EMAs but the first grow linearly from 0, and their horizons from
             ``shortest`` (linearly in the half-life), as AdEMAMix's alpha and beta3 do; None for both at once.
         maximize: go along the gradient, not against it.
-        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite: as in :class:`AdEMAMix`.
+        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: see :class:`AdEMAMix`.
             state="compact" takes about 2 K bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg_1`` (absent with shortest = 1) to ``exp_avg_K``, ``exp_avg_sq``.
