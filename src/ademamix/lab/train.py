@@ -199,16 +199,20 @@ class _Run:
             batch = self.held_out[recipe.held_out.index(self.step)]
         else:
             batch = self.task.batch(self.step)
-        total = torch.zeros((), device=self.device)
-        for part in zip(*(t.chunk(recipe.accumulate) for t in batch), strict=True):
-            loss = self._loss(part) / recipe.accumulate
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        if recipe.accumulate == 1:
+            total = self._loss(batch)
+            torch.autograd.backward(total)
+        else:
+            total = torch.zeros((), device=self.device)
+            for part in zip(*(t.chunk(recipe.accumulate) for t in batch), strict=True):
+                loss = self._loss(part) / recipe.accumulate
+                torch.autograd.backward(loss)
+                total += loss.detach()
         self.norm = self.optimizer.clip_grad_norm_(recipe.clip)
         with self.stopwatch:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
+        return total.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
         kind = self.device.type
