@@ -4,7 +4,7 @@ READY := .venv/.ready
 
 .PHONY: demo test lint bench clean
 
-demo: $(READY)  ## train AdamW and AdEMAMix on the same text, about 5 minutes on 2 cores, and write a report
+demo: $(READY)  ## train AdamW and AdEMAMix on the same text, a few minutes on 2 cores, and write a report
 	$(BIN)/ademamix compare
 
 test: $(READY)  ## all tests

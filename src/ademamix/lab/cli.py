@@ -21,7 +21,7 @@ CONFIG = "config.json"
 PROGRAM = "python -m ademamix" if Path(sys.argv[0]).name == "__main__.py" else "ademamix"
 ABOUT = """AdEMAMix on your own machine: make token files, train small language models, compare it with AdamW.
 
-Start with `ademamix compare`: about three minutes on two cores, no download."""
+Start with `ademamix compare`: a few minutes on two cores, no download."""
 
 WHAT = {
     "data": "turn text into token files",
