@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import ademamix
-from ademamix import KEMA, ADana, AdamW, AdEMAMix, SimplifiedAdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.optimizer import STATES
 
 Step = Callable[[], Any]

@@ -226,9 +226,7 @@ class _Kernel:
             *(f"store{scratch[k]}(z{k}, i, r{k})" for k in self.scaled),
             *(f"m{k} = maximum(m{k}, uint(bits(r{k}) & uint(0x7FFFFFFF)))" for k in self.scaled),
         ]
-        finish = [
-            f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled
-        ]
+        finish = [f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled]
         rescale = [
             line
             for k in self.scaled
