@@ -7,5 +7,5 @@ which trains what it needs and returns the report.
 from importlib import import_module
 from types import ModuleType
 
-NAMES = ("lm", "forgetting", "switch", "sweep", "horizon", "vit", "mamba", "valley")
+NAMES = ("lm", "forgetting", "switch", "sweep", "horizon", "vit", "mamba", "valley", "beyond")
 EXPERIMENTS: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in NAMES}
