@@ -28,7 +28,7 @@ WHAT = {
     "train": "train one model with any optimizer",
     "compare": "train with AdamW and with another optimizer, and show the difference",
     "plan": "the memory that a training needs, a GPU, and the time of an optimizer step",
-    "run": "one of the paper's experiments, with a report of what came out",
+    "run": "one of the paper's experiments, or one beyond them, with a report of what came out",
     "report": "an index of reports, claim by claim",
 }
 
@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> None:
         of_run: Any = tyro.extras.subcommand_type_from_defaults(experiments, about)
         run_kind: Any = dataclasses.make_dataclass("Run", [("experiment", Annotated[of_run, tyro.conf.arg(name="")])])
         run = run_kind(next(iter(experiments.values())))
-        run_kind.__doc__ = "Carry out one of the paper's experiments and write a report."
+        run_kind.__doc__ = "Carry out an experiment and write a report."
         defaults = {"data": Data((), Path()), "train": train, "compare": compare, "plan": PlanFor()}
         defaults |= {"run": run, "report": ReportOn(Path())}
         commands: Any = tyro.extras.subcommand_type_from_defaults(defaults, WHAT)
@@ -233,14 +233,14 @@ def _pinned(settings: S) -> S:
     """The settings with optimizers named as they are recorded, so that none changes when a run is resumed."""
     from ademamix.lab.config import BadInputError
     from ademamix.lab.optimizers import SECTIONS, pinned
-    from ademamix.lab.values import shown
+    from ademamix.lab.values import typed
 
     for field in ("optimizer", "own"):
         if name := getattr(settings, field, None):
             settings = dataclasses.replace(settings, **{field: pinned(name)})  # type: ignore[arg-type]
     given = getattr(getattr(settings, "recipe", None), "settings", {})
     if given and getattr(settings, "optimizer", "ademamix") in SECTIONS:
-        raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {shown(given)} is for other optimizers")
+        raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {typed(given)} is for other optimizers")
     return settings
 
 

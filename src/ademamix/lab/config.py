@@ -396,13 +396,14 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
         names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
         raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
     changes = {
-        key: restored(known[key], given, f"{name}{key}.") if _is_settings(known[key]) else _frozen(given)
+        key: restored(known[key], given, f"{name}{key}.") if is_settings(known[key]) else _frozen(given)
         for key, given in value.items()
     }
     return changes if parts else dataclasses.replace(like, **changes)  # type: ignore
 
 
-def _is_settings(value: Any) -> bool:
+def is_settings(value: Any) -> bool:
+    """Whether a value is settings of their own, or several of them by name."""
     several = isinstance(value, Mapping) and all(map(dataclasses.is_dataclass, value.values()))
     return dataclasses.is_dataclass(value) or (several and len(value) > 0)
 

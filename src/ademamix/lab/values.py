@@ -42,6 +42,6 @@ Values = Annotated[Mapping[str, Any], _spec(_value, "NAME=VALUE")]
 Lists = Annotated[Mapping[str, tuple[Any, ...]], _spec(lambda t: tuple(map(_value, t.split(","))), "NAME=VALUE,VALUE")]
 
 
-def shown(values: Mapping[str, Any]) -> str:
+def typed(values: Mapping[str, Any]) -> str:
     """The mapping as it would be typed."""
     return " ".join(f"{name}={_text(value)}" for name, value in values.items())

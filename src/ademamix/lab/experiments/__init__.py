@@ -1,4 +1,4 @@
-"""The paper's experiments: one file each, all on the one training loop.
+"""The experiments, the paper's and `beyond`: one file each, all on the one training loop.
 
 A module has WHAT, a line for the help; PRESETS, its settings by the name of the preset; and ``run(settings, trials)``,
 which trains what it needs and returns the report.

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.config import BadInputError, Optimizer, Training
+from ademamix.lab.config import BadInputError, Optimizer, Training, is_settings
 from ademamix.lab.optimizers import SECTIONS, title
 from ademamix.lab.pictures import Chart, Line, around
 from ademamix.lab.report import Rows
 from ademamix.lab.train import Result
 from ademamix.lab.trials import Grid, Point, Trials, Value, best
+from ademamix.lab.values import typed
 
 Preset = Literal["cpu", "gpu", "paper"]
 TUNING_SEED = 1000  # no result comes from the seed that settings were chosen by
@@ -181,7 +182,23 @@ def curves(title: str, lines: list[Line], unit: str) -> Chart:
 
 def settings_of(settings: Any) -> list[Rows]:
     """Settings as tables: those of the experiment, then those of each part of it."""
-    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "job"}
-    parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
-    own: Rows = [(type(settings).__name__, ""), *((k, v) for k, v in values.items() if k not in parts)]
-    return [own, *(rows for part in parts.values() for rows in settings_of(part))]
+    values = _values(settings)
+    parts = {name: value for name, value in values.items() if is_settings(value)}
+    own: Rows = [(type(settings).__name__, ""), *((k, _cell(v)) for k, v in values.items() if k not in parts)]
+    return [own, *(rows for part in parts.values() for rows in _tables(part))]
+
+
+def _tables(part: Any) -> list[Rows]:
+    if not isinstance(part, Mapping):
+        return settings_of(part)
+    rows = [(key, *map(_cell, _values(value).values())) for key, value in part.items()]
+    first = next(iter(part.values()))
+    return [[(type(first).__name__, *_values(first)), *rows]]
+
+
+def _values(settings: Any) -> dict[str, Any]:
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "job"}
+
+
+def _cell(value: Any) -> Any:
+    return typed(value) if isinstance(value, Mapping) else value
