@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import ademamix
-from ademamix import AdamW, AdEMAMix, RuleOptimizer, optimizer_from
+from ademamix import RuleOptimizer, optimizer_from
 from ademamix.lab.config import BadInputError, Optimizer, Training
 
-SECTIONS = {"adamw": AdamW, "ademamix": AdEMAMix}  # with settings of their own in a recipe; others share `settings`
+SECTIONS = ("adamw", "ademamix")  # whose settings are a section of their own in a recipe; all others share `settings`
 
 
 def pinned(name: Optimizer) -> Optimizer:
@@ -67,11 +67,10 @@ def kind_of(name: Optimizer) -> type[RuleOptimizer]:
     path, attribute, digest = _split(name)
     if not path:
         library = _library()
-        folded = re.sub("[-_]", "", name).lower()
-        if folded not in library:
+        if _folded(name) not in library:
             there = ", ".join(kind.__name__ for kind in library.values())
             raise BadInputError(f"unknown optimizer {name}; there are {there}, and FILE.py:NAME for a rule of your own")
-        return library[folded]
+        return library[_folded(name)]
     kind = _own(Path(path), attribute)
     if digest and digest != _digest(kind):
         raise BadInputError(f"{path}:{attribute} has changed since: its digest was {digest} and is {_digest(kind)}")
@@ -87,10 +86,10 @@ def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer]
     kind, planned = kind_of(name), recipe.planned or recipe.steps
     given: dict[str, Any]
     s, m = recipe.adamw, recipe.ademamix
-    if kind is AdamW:
+    if _folded(name) == "adamw":
         given = {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay}
         given |= {"state": s.state}
-    elif kind is AdEMAMix:
+    elif _folded(name) == "ademamix":
         over_run = m.warmup and m.beta3_schedule != "log-time"
         warmup = max(1.0, m.warmup * (planned - recipe.switch_at)) if over_run else None
         given = {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps, "weight_decay": m.weight_decay}
@@ -99,24 +98,23 @@ def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer]
     else:
         given = {key: _in_steps(value, planned) for key, value in recipe.settings.items()}
         _check_names(kind, given)
-    try:
-        defaults = _defaults(kind, given)
-    except (TypeError, ValueError) as error:
-        raise BadInputError(str(error)) from error
-    if "lr" not in defaults:
+    if "lr" not in _defaults(kind, given):
         raise BadInputError(f"{kind.__name__} has no lr, which the schedule of the learning rate would set")
     return kind, given
 
 
 def _defaults(kind: type[RuleOptimizer], given: dict[str, Any]) -> dict[str, Any]:
-    """What the class makes of its arguments; it refuses those that are out of their range."""
-    defaults: dict[str, Any] = kind([torch.zeros(())], **given).defaults
+    """What the class makes of its arguments, unless it refuses them."""
+    try:
+        defaults: dict[str, Any] = kind([torch.zeros(())], **given).defaults
+    except (TypeError, ValueError) as error:
+        raise BadInputError(str(error)) from error
     return defaults
 
 
 def _in_steps(value: Any, planned: int) -> Any:
     """0.5T stands for half of the planned steps."""
-    part = re.fullmatch(r"(\d*\.?\d*)T", value) if isinstance(value, str) else None
+    part = re.fullmatch(r"(\d+\.?\d*|\.\d+|)T", value) if isinstance(value, str) else None
     return float(part[1] or 1) * planned if part else value
 
 
@@ -137,6 +135,10 @@ def _split(name: Optimizer) -> tuple[str, str, str]:
     return path, attribute, digest
 
 
+def _folded(name: Optimizer) -> str:
+    return re.sub("[-_]", "", name).lower()
+
+
 def _library() -> dict[str, type[RuleOptimizer]]:
     exported = [getattr(ademamix, name) for name in ademamix.__all__]
     kinds = [x for x in exported if isinstance(x, type) and issubclass(x, RuleOptimizer) and x is not RuleOptimizer]
@@ -146,7 +148,7 @@ def _library() -> dict[str, type[RuleOptimizer]]:
 def _own(path: Path, attribute: str) -> type[RuleOptimizer]:
     if not path.is_file():
         raise BadInputError(f"no such file: {path}")
-    scope = _run(path, path.read_text(encoding="utf-8"))
+    scope = _run(path, path.read_bytes())
     found = scope.get(attribute)
     if isinstance(found, type) and issubclass(found, RuleOptimizer):
         return found
@@ -160,7 +162,7 @@ def _own(path: Path, attribute: str) -> type[RuleOptimizer]:
 
 
 @cache  # as long as the text is the same, so is the rule, and what was compiled for it
-def _run(path: Path, text: str) -> dict[str, Any]:
+def _run(path: Path, text: bytes) -> dict[str, Any]:
     module = sys.modules[f"ademamix_own_{path.stem}"] = types.ModuleType(f"ademamix_own_{path.stem}")
     module.__file__ = str(path)
     try:

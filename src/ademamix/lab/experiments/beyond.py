@@ -42,7 +42,7 @@ class Entry:
 
 
 def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> dict[str, Entry]:
-    """What is compared: learning rates about AdamW's, and decays by the length of the runs."""
+    """What is compared, for the learning rate that AdamW wants; the factors of the others are those of pilot runs."""
 
     def times(factor: float) -> tuple[float, ...]:
         return tuple(float(f"{x * factor * lr:.6g}") for x in (0.5, 1.0, 2.0))
@@ -50,7 +50,7 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
     b2 = beta2[-1]
     mixed = {"lr": times(0.5), "beta3": beta3}
     log_time = {"beta3_schedule": "log-time", "alpha": 0.5}
-    # lr is a tenth of AdamW's, and multiplies the decay.
+    # Of a sum, not an average, lr is so much smaller; the decay that it multiplies is as much larger.
     simplified = {"betas": (0.99, b2), "beta1_warmup": "1T", "weight_decay": 1.0}
     # With this power the two long averages together weigh about 4 times the short one.
     three = {"count": 3, "power": 0.75, "warmup": "1T", "beta2": b2, "weight_decay": 0.1}
@@ -59,9 +59,9 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
         Entry("AdEMAMix", "ademamix", mixed),
         Entry("AdEMAMix, beta1 = 0", "ademamix", mixed, {"beta1": 0.0}),
         Entry("AdEMAMix, log-time", "ademamix", {"lr": times(0.5), "kappa": (0.85, 0.9)}, log_time),
-        Entry("SimplifiedAdEMAMix", "simplifiedademamix", {"lr": times(0.1), "alpha": (10.0, 20.0)}, simplified),
-        Entry("ADana", "adana", {"lr": times(0.25), "kappa": (0.8, 0.85)}, {"weight_decay": 0.1}),
-        Entry("KEMA, K = 3", "kema", {"lr": times(1.0), "longest": ("0.15T", "0.3T")}, three),
+        Entry("SimplifiedAdEMAMix", "simplifiedademamix", {"lr": times(0.05), "alpha": (10.0, 20.0)}, simplified),
+        Entry("ADana", "adana", {"lr": times(0.5), "kappa": (0.8, 0.85)}, {"weight_decay": 0.1}),
+        Entry("KEMA, K = 3", "kema", {"lr": times(0.5), "longest": ("0.15T", "0.3T")}, three),
     )
     keys = ("adamw", "ademamix", "beta1-zero", "log-time", "simplified", "adana", "kema")
     return dict(zip(keys, every, strict=True))
@@ -132,7 +132,7 @@ class Beyond(Settings):
 
 PRESETS = {
     "cpu": Beyond(
-        entries=entries(4e-3, (0.95, 0.99), (0.995, 0.998)), recipe=dataclasses.replace(small(2000), schedule="wsd")
+        entries=entries(2e-3, (0.95, 0.99), (0.995, 0.998)), recipe=dataclasses.replace(small(2000), schedule="wsd")
     ),
     "gpu": Beyond(
         "gpu",
@@ -200,9 +200,10 @@ class Found:
     def lowest(self) -> str:
         """The first sentence."""
         key = min(self.titles, key=lambda k: mean_and_error(self.final(k))[0])
-        others = [k for k in ("adamw", "ademamix") if k != key]
+        others = [k for k in ("ademamix", "adamw") if k != key]
         than = " and ".join(_below(self.final(key), self.final(k), self.titles[k]) for k in others)
-        return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest, {than}"
+        tokens = f", which needs {self.tokens(key)} tokens for its loss" if key != "adamw" else ""
+        return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest, {than}{tokens}"
 
     def lean(self) -> str:
         """Whether a rule with no more memory than AdEMAMix's is better."""
@@ -223,9 +224,10 @@ class Found:
         said = []
         for x in ends:
             first, second = sorted(self.titles, key=lambda k: mean_and_error(self.losses[k, x])[0])[:2]
-            than = _below(self.losses[first, x], self.losses["adamw", x], "AdamW")
+            other = second if first == "adamw" else "adamw"
+            than = _below(self.losses[first, x], self.losses[other, x], self.titles[other])
             how = "Stopped at" if x < 1.0 else "Extended to"
-            said.append(f"{how} {x:g} T, {self.titles[first]} is lowest, {than}, then {self.titles[second]}")
+            said.append(f"{how} {x:g} T, {self.titles[first]} is lowest, {than}; the next is {self.titles[second]}")
         return said
 
     def tokens(self, key: str) -> str:
@@ -262,7 +264,7 @@ class Found:
         heads = [f"{x:g} T" for x in lengths]
         means: Rows = [(name, *(shown(self.losses[key, x]) for x in lengths)) for key, name in self.titles.items()]
         gaps: Rows = [
-            (name, *("{:+.4f} ± {:.4f}".format(*self._above_adamw(key, x)) for x in lengths))
+            (name, *(_signed(*self._above_adamw(key, x)) for x in lengths))
             for key, name in self.titles.items()
             if key != "adamw"
         ]
@@ -286,6 +288,12 @@ class Found:
             Chart("Stopped early and extended: final loss", label, common.LOSS, losses),
             Chart("The same, above AdamW's of that length", label, "nats", gaps),
         ]
+
+
+def _signed(gap: float, error: float) -> str:
+    if not math.isfinite(gap):
+        return "diverged"
+    return f"{gap:+.4f}" if math.isinf(error) else f"{gap:+.4f} ± {error:.4f}"
 
 
 def _below(a: list[float], b: list[float], of: str) -> str:
@@ -313,9 +321,9 @@ def _kernels(
 
     def kernel(key: str, part: float, label: str) -> Line:
         steps = max(1, round(part * recipes[key].steps))
-        weights = memory(*arguments_of(every[key].optimizer, recipes[key]), steps, of := ages(steps))
-        lr = float(chosen[key]["lr"])
-        return Line(label, [float(age + 1) for age in of], [lr * weight for weight in weights])
+        kind, given = arguments_of(every[key].optimizer, recipes[key])
+        weights, lr = memory(kind, given, steps, ages(steps)), float(chosen[key]["lr"])
+        return Line(label, [float(age + 1) for age in ages(steps)], [lr * weight for weight in weights])
 
     growing = [key for key, entry in every.items() if "kappa" in {**entry.tried, **entry.settings}]
     parts = {0.25: "T / 4", 1.0: "T", 2.0: "2 T"}
