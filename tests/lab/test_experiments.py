@@ -354,7 +354,7 @@ def reports(tokens, tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ademamix.lab.trials.ProcessPoolExecutor", Inline)
-        for name in ("sweep", "valley", "switch"):
+        for name in ("sweep", "valley", "beyond"):
             patch.setattr(sys, "argv", ["ademamix", *arguments(name, tiny), "--out", str(folder / name)])
             cli.main()
         patch.setattr(sys, "argv", ["ademamix", "report", str(folder)])
@@ -365,16 +365,17 @@ def reports(tokens, tiny, tmp_path_factory) -> Path:
 def test_the_index_shows_every_claim_with_the_papers_figure_and_ours(reports):
     page = (reports / "index.html").read_text()
     assert all(html.escape(claim.paper) in page for claim in CLAIMS.values())
-    for name in ("sweep", "valley", "switch"):
-        for finding in json.loads((reports / name / "outcome.json").read_text())["findings"]:
-            assert html.escape(finding["ours"]) in page
+    for name in ("sweep", "valley", "beyond"):
+        outcome = json.loads((reports / name / "outcome.json").read_text())
+        assert all(html.escape(finding["ours"]) in page for finding in outcome["findings"])
+        assert html.escape(outcome["headlines"][0]) in page
     assert "<code>ademamix run lm</code> tests it" in page
     assert page.count("<section class=claim>") == len(CLAIMS)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("page", ["sweep/report.html", "valley/report.html", "index.html"])
+@pytest.mark.parametrize("page", ["sweep/report.html", "valley/report.html", "beyond/report.html", "index.html"])
 def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, reports, browse):
     with browse(reports / page, width, scheme) as browser:
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -181,6 +181,14 @@ def test_a_changed_rule_does_not_go_on(cli: Any, tiny: tuple[str, ...], mine: Pa
     assert cli("train", "--resume", "run", "--settings", "leak=0.5") == 2
 
 
+def test_a_checkpoint_is_of_one_rule(recipe: Recipe, mine: Path, tmp_path: Path) -> None:
+    train(f"{mine}:mine", recipe, Job(device="cpu"), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    mine.write_text(RULE.replace("0.25", "0.5"))
+    with pytest.raises(BadInputError, match="run is a run with other settings: optimizer"):
+        train(f"{mine}:mine", recipe, Job(device="cpu"), tmp_path / "run")
+
+
 # --------------------------------------------------------------------------------- refusals
 
 
@@ -208,6 +216,9 @@ REFUSED = {
     "broken.py cannot be run (SyntaxError": refused("broken.py:mine", broken="def"),
     "power.py:3, in the rule mine: ** is not there": refused("power.py:mine", power=NO_LR.replace("* m,", "* m**2,")),
     "Mine has no lr, which the schedule": refused("rate.py:mine", rate=NO_LR),
+    "the coefficients of Mine lack ['rate'], which its rule takes": refused(
+        "lacks.py:mine", lacks=NO_LR.replace("rate=0.1", "rate")
+    ),
 }
 
 

@@ -34,7 +34,7 @@ def _spec(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec
         metavar=metavar,
         instance_from_str=pairs,
         is_instance=lambda x: isinstance(x, Mapping),
-        str_from_instance=lambda given: [f"{name}={_text(value)}" for name, value in given.items()],
+        str_from_instance=lambda given: [typed({name: value}) for name, value in given.items()],
     )
 
 

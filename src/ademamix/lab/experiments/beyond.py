@@ -51,20 +51,18 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
     mixed = {"lr": times(0.5), "beta3": beta3}
     log_time = {"beta3_schedule": "log-time", "alpha": 0.5}
     # Of a sum, not an average, lr is so much smaller; the decay that it multiplies is as much larger.
-    simplified = {"betas": (0.99, b2), "beta1_warmup": "1T", "weight_decay": 1.0}
+    total = {"betas": (0.99, b2), "beta1_warmup": "1T", "weight_decay": 1.0}
     # With this power the two long averages together weigh about 4 times the short one.
     three = {"count": 3, "power": 0.75, "warmup": "1T", "beta2": b2, "weight_decay": 0.1}
-    every = (
-        Entry("AdamW", "adamw", {"lr": times(1.0), "beta2": beta2}),
-        Entry("AdEMAMix", "ademamix", mixed),
-        Entry("AdEMAMix, beta1 = 0", "ademamix", mixed, {"beta1": 0.0}),
-        Entry("AdEMAMix, log-time", "ademamix", {"lr": times(0.5), "kappa": (0.85, 0.9)}, log_time),
-        Entry("SimplifiedAdEMAMix", "simplifiedademamix", {"lr": times(0.05), "alpha": (10.0, 20.0)}, simplified),
-        Entry("ADana", "adana", {"lr": times(0.5), "kappa": (0.8, 0.85)}, {"weight_decay": 0.1}),
-        Entry("KEMA, K = 3", "kema", {"lr": times(0.5), "longest": ("0.15T", "0.3T")}, three),
-    )
-    keys = ("adamw", "ademamix", "beta1-zero", "log-time", "simplified", "adana", "kema")
-    return dict(zip(keys, every, strict=True))
+    return {
+        "adamw": Entry("AdamW", "adamw", {"lr": times(1.0), "beta2": beta2}),
+        "ademamix": Entry("AdEMAMix", "ademamix", mixed),
+        "beta1-zero": Entry("AdEMAMix, beta1 = 0", "ademamix", mixed, {"beta1": 0.0}),
+        "log-time": Entry("AdEMAMix, log-time", "ademamix", {"lr": times(0.5), "kappa": (0.85, 0.9)}, log_time),
+        "simplified": Entry("SimplifiedAdEMAMix", "simplifiedademamix", {"lr": times(0.05), "alpha": (10, 20)}, total),
+        "adana": Entry("ADana", "adana", {"lr": times(0.5), "kappa": (0.8, 0.85)}, {"weight_decay": 0.1}),
+        "kema": Entry("KEMA, K = 3", "kema", {"lr": times(0.5), "longest": ("0.15T", "0.3T")}, three),
+    }
 
 
 @dataclass(frozen=True)
