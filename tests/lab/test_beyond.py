@@ -11,6 +11,7 @@ import pytest
 from ademamix.lab.experiments import beyond, common
 from ademamix.lab.experiments.beyond import Entry, Found
 from ademamix.lab.optimizers import arguments_of
+from ademamix.lab.pictures import Line
 from ademamix.lab.train import Result
 from ademamix.lab.trials import Trials
 
@@ -146,6 +147,11 @@ def test_a_best_learning_rate_at_an_end_is_named() -> None:
     assert beyond._ends(entries, {"a": {"lr": 2.0}, "b": {"lr": 2.0}}) == []
     (said,) = beyond._ends(entries, {"a": {"lr": 2.0}, "b": {"lr": 3.0}})
     assert said.endswith("tried: B")
+
+
+def test_a_chart_of_logarithms_leaves_out_what_is_a_millionth_of_its_largest_weight() -> None:
+    lines = [Line("a", [1.0, 2.0, 3.0], [4.0, 5e-6, 0.0]), Line("b", [1.0, 2.0], [3e-6, -1.0])]
+    assert beyond._strong(lines) == [Line("a", [1.0, 2.0], [4.0, 5e-6]), Line("b", [], [])]
 
 
 # --------------------------------------------------------------------------------- the user's own
