@@ -45,4 +45,4 @@ def test_samples_for_people():
 
 
 def test_every_claim_is_decided_by_an_experiment_that_there_is():
-    assert {claim.experiment for claim in CLAIMS.values()} == set(NAMES)
+    assert {claim.experiment for claim in CLAIMS.values()} == set(NAMES) - {"beyond"}  # which is not the paper's

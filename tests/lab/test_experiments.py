@@ -16,8 +16,9 @@ import pytest
 
 from ademamix.lab.claims import CLAIMS
 from ademamix.lab.config import Job
-from ademamix.lab.experiments import EXPERIMENTS, forgetting, horizon, lm, sweep, valley
+from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, horizon, lm, sweep, valley
 from ademamix.lab.experiments.common import Tuning
+from ademamix.lab.optimizers import arguments_of
 from ademamix.lab.pictures import HeatMap
 from ademamix.lab.train import Result, train
 from ademamix.lab.trials import Grid, Trials
@@ -33,6 +34,11 @@ TINY = {  # of each experiment its settings, after those of a tiny language mode
     "vit": (*IMAGES, "--size", "8", "--patch", "4", "--layers", "1", "--width", "32"),
     "mamba": ("--tuning.adamw-lr", "0.01", "--tuning.ademamix-lr", "0.01"),
     "valley": ("--steps", "50"),
+    "beyond": (
+        *(word for key in beyond.PRESETS["cpu"].entries for word in (f"--entries.{key}.tried", "lr=1e-3")),
+        *("--entries.kema.settings", "longest=1T", "warmup=1T"),
+        *("--fractions", "0.5", "1", "--budgets", "1.5"),
+    ),
 }
 
 
@@ -78,13 +84,9 @@ def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inlin
     assert all(finding["verdict"] in ("reproduced", "not reproduced") for finding in outcome["findings"])
     assert all(finding["ours"] in said for finding in outcome["findings"])
     page, markdown = Path("out/report.html").read_text(), Path("out/report.md").read_text()
-    assert (
-        page.index("class=picture")
-        < page.index("class=verdict")
-        < page.index("<h2>Results")
-        < page.index("<h2>Command")
-        < page.index("Settings<")
-    )
+    marks = ["class=picture", *["class=verdict"] * bool(claims), "<h2>Results", "<h2>Command", "Settings<"]
+    places = [page.index(mark) for mark in marks]
+    assert places == sorted(places)
     assert all(f"ademamix run {name} --" in text for text in (page, markdown))
     assert "nan" not in markdown.replace("Finance", "")
     assert Path("out/pictures.png").read_bytes().startswith(b"\x89PNG")
@@ -125,6 +127,22 @@ BAD = {
     "no such folder of images: nowhere": ("vit", "--data", "nowhere"),
     "cannot use the device abacus": ("lm", "--device", "abacus"),
     "betas[0] must be a number in [0, 1), got 2.0": ("valley", "--large", "2"),
+    "fractions must have 1, that of T steps, got (0.5, 2.0)": ("beyond", "--fractions", "0.5", "2"),
+    "fractions must be growing numbers above 0, got (1.0, 0.5)": ("beyond", "--fractions", "1", "0.5"),
+    "budgets must be growing numbers above 1, got (0.5,)": ("beyond", "--budgets", "0.5"),
+    "warmup must be in [0, steps), got 100 with 60 steps": ("beyond", "--fractions", "0.03", "1"),
+    "all must have as many trials, lr among what is tried: 2 of adamw, 6 of ademamix": (
+        *("beyond", "--entries.adamw.tried", "lr=0.1,0.2"),
+    ),
+    "kema: longest must be a number of steps >= shortest (10.0), got 9.0": ("beyond", "--steps", "60", "--warmup", "3"),
+    "log-time: AdEMAMix has no setting kapa; it has lr, beta1,": (
+        *("beyond", "--entries.log-time.settings", "kapa=0.5"),
+    ),
+    "adana: kappa must be a number in (0, 1], got 1.5": (
+        *("beyond", "--entries.adana.tried", "lr=0.1,0.2,0.3", "kappa=0.5,1.5"),
+    ),
+    "no such file: nowhere.py": ("beyond", "--own", "nowhere.py:mine"),
+    "is for other optimizers": ("lm", "--settings", "kappa=0.5"),
     "out already exists": ("valley", "--out", "out"),
     "nothing to resume in nowhere": ("lm", "--resume", "nowhere"),
     "holds no reports": (),
@@ -212,12 +230,10 @@ def test_a_drop_is_the_twins_loss_minus_the_runs_at_the_times_that_all_batches_s
 
 
 def test_warmups_are_off_or_a_part_of_the_run(recipe, tmp_path):
-    from ademamix.lab.train import _hyperparameters
-
     def warmups(**changes: float) -> list[float | None]:
         settings = dataclasses.replace(recipe.ademamix, warmup=changes.get("warmup", 1.0))
         switched = dataclasses.replace(recipe, ademamix=settings, switch_at=int(changes.get("switch_at", 0)))
-        _, given = _hyperparameters("ademamix", switched)
+        _, given = arguments_of("ademamix", switched)
         return [given["alpha_warmup"], given["beta3_warmup"]]
 
     assert warmups() == [40, 40]
@@ -338,7 +354,7 @@ def reports(tokens, tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ademamix.lab.trials.ProcessPoolExecutor", Inline)
-        for name in ("sweep", "valley", "switch"):
+        for name in ("sweep", "valley", "beyond"):
             patch.setattr(sys, "argv", ["ademamix", *arguments(name, tiny), "--out", str(folder / name)])
             cli.main()
         patch.setattr(sys, "argv", ["ademamix", "report", str(folder)])
@@ -349,16 +365,17 @@ def reports(tokens, tiny, tmp_path_factory) -> Path:
 def test_the_index_shows_every_claim_with_the_papers_figure_and_ours(reports):
     page = (reports / "index.html").read_text()
     assert all(html.escape(claim.paper) in page for claim in CLAIMS.values())
-    for name in ("sweep", "valley", "switch"):
-        for finding in json.loads((reports / name / "outcome.json").read_text())["findings"]:
-            assert html.escape(finding["ours"]) in page
+    for name in ("sweep", "valley", "beyond"):
+        outcome = json.loads((reports / name / "outcome.json").read_text())
+        assert all(html.escape(finding["ours"]) in page for finding in outcome["findings"])
+        assert html.escape(outcome["headlines"][0]) in page
     assert "<code>ademamix run lm</code> tests it" in page
     assert page.count("<section class=claim>") == len(CLAIMS)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("page", ["sweep/report.html", "valley/report.html", "index.html"])
+@pytest.mark.parametrize("page", ["sweep/report.html", "valley/report.html", "beyond/report.html", "index.html"])
 def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, reports, browse):
     with browse(reports / page, width, scheme) as browser:
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width

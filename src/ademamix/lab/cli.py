@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
     from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train
@@ -19,16 +19,16 @@ if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are k
 
 CONFIG = "config.json"
 PROGRAM = "python -m ademamix" if Path(sys.argv[0]).name == "__main__.py" else "ademamix"
-ABOUT = """AdEMAMix on your own machine: make token files, train small language models, compare it with AdamW.
+ABOUT = """AdEMAMix on your own machine: make token files, train small language models, compare optimizers with AdamW.
 
 Start with `ademamix compare`: a few minutes on two cores, no download."""
 
 WHAT = {
     "data": "turn text into token files",
-    "train": "train one model with AdEMAMix or AdamW",
-    "compare": "train with both and show the difference",
+    "train": "train one model with any optimizer",
+    "compare": "train with AdamW and with another optimizer, and show the difference",
     "plan": "the memory that a training needs, a GPU, and the time of an optimizer step",
-    "run": "one of the paper's experiments, with a report of what came out",
+    "run": "one of the paper's experiments, or one beyond them, with a report of what came out",
     "report": "an index of reports, claim by claim",
 }
 
@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> None:
         of_run: Any = tyro.extras.subcommand_type_from_defaults(experiments, about)
         run_kind: Any = dataclasses.make_dataclass("Run", [("experiment", Annotated[of_run, tyro.conf.arg(name="")])])
         run = run_kind(next(iter(experiments.values())))
-        run_kind.__doc__ = "Carry out one of the paper's experiments and write a report."
+        run_kind.__doc__ = "Carry out an experiment and write a report."
         defaults = {"data": Data((), Path()), "train": train, "compare": compare, "plan": PlanFor()}
         defaults |= {"run": run, "report": ReportOn(Path())}
         commands: Any = tyro.extras.subcommand_type_from_defaults(defaults, WHAT)
@@ -94,7 +94,7 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
         raise BadInputError(f"unknown preset {preset}; there are {', '.join(presets)}")
     recipe = Recipe() if running else PRESETS[preset]
     own = "demo" if running else preset
-    train, compare = Train(preset=own, recipe=recipe), Compare(own, recipe)
+    train, compare = Train(preset=own, recipe=recipe), Compare(preset=own, recipe=recipe)
     experiments = {name: module.PRESETS[preset if running else "cpu"] for name, module in EXPERIMENTS.items()}
     if seen.resume is not None:
         stored = _stored(seen.resume)
@@ -109,7 +109,8 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
             recipe = restored(Recipe(), stored["recipe"])
             optimizer, match = stored.get("optimizer", "ademamix"), Match(**stored.get("match", {}))
             own = stored["preset"]
-            train, compare = Train(optimizer, own, recipe, Job(**job)), Compare(own, recipe, Job(**job), match)
+            train = Train(optimizer, own, recipe, Job(**job))
+            compare = Compare(optimizer, own, recipe, Job(**job), match)
     return train, compare, experiments
 
 
@@ -137,11 +138,13 @@ def _data(settings: "Data") -> None:
 
 def _train(settings: "Train") -> None:
     from ademamix.lab.console import say
+    from ademamix.lab.optimizers import title
     from ademamix.lab.train import check, train
 
+    settings = _pinned(settings)
     check((settings.optimizer,), settings.recipe, settings.job.device)
     out, _ = _claim("train", settings)
-    say(f"Trains with {settings.optimizer}; everything is written to {out}")
+    say(f"Trains with {title(settings.optimizer)}; everything is written to {out}")
     with _stoppable("train", out):
         result = train(settings.optimizer, settings.recipe, settings.job, out)
     seen = f"{result.seen:,} {settings.recipe.unit}"
@@ -150,19 +153,24 @@ def _train(settings: "Train") -> None:
 
 def _compare(settings: "Compare") -> None:
     from ademamix.lab.compare import compare, report_of
+    from ademamix.lab.config import BadInputError
     from ademamix.lab.console import say
+    from ademamix.lab.optimizers import title
     from ademamix.lab.train import check
 
-    recipe = settings.recipe
-    check(("adamw", "ademamix"), recipe, settings.job.device)
+    settings = _pinned(settings)
+    recipe, optimizer = settings.recipe, settings.optimizer
+    if optimizer == "adamw":
+        raise BadInputError("optimizer must be another one than AdamW, which it is compared with")
+    check(("adamw", optimizer), recipe, settings.job.device)
     out, typed = _claim("compare", settings)
     text = "the Python standard library's own sources" if recipe.data == "stdlib" else recipe.data
     say(
-        f"Trains one small language model twice on {text}, first with AdamW, then with AdEMAMix: the same "
+        f"Trains one small language model twice on {text}, first with AdamW, then with {title(optimizer)}: the same "
         f"initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
     )
     with _stoppable("compare", out):
-        _finish(out, typed, lambda: report_of(compare(recipe, settings.job, settings.match, out)))
+        _finish(out, typed, lambda: report_of(compare(optimizer, recipe, settings.job, settings.match, out)))
 
 
 def _plan(settings: "PlanFor") -> None:
@@ -179,6 +187,7 @@ def _experiment(settings: "Settings") -> None:
     from ademamix.lab.train import check
     from ademamix.lab.trials import Trials
 
+    settings = _pinned(settings)
     module = type(settings).__module__
     name = next(name for name, experiment in EXPERIMENTS.items() if experiment.__name__ == module)
     pick_device(settings.job.device)
@@ -215,6 +224,24 @@ def _report(settings: "ReportOn") -> None:
     from ademamix.lab.report import write_index
 
     say(f"report: {write_index(settings.folder)}")
+
+
+S = TypeVar("S", "Train", "Compare", "Settings")
+
+
+def _pinned(settings: S) -> S:
+    """The settings with optimizers named as they are recorded, so that none changes when a run is resumed."""
+    from ademamix.lab.config import BadInputError
+    from ademamix.lab.optimizers import SECTIONS, pinned
+    from ademamix.lab.values import typed
+
+    for field in ("optimizer", "own"):
+        if name := getattr(settings, field, None):
+            settings = dataclasses.replace(settings, **{field: pinned(name)})  # type: ignore[arg-type]
+    given = getattr(getattr(settings, "recipe", None), "settings", {})
+    if given and getattr(settings, "optimizer", "ademamix") in SECTIONS:
+        raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {typed(given)} is for other optimizers")
+    return settings
 
 
 def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:

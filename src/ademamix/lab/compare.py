@@ -1,4 +1,4 @@
-"""AdamW against AdEMAMix: same text, same batches, same initial weights; and AdamW's tokens to the same loss."""
+"""AdamW against AdEMAMix, or another: same text, batches and initial weights; and AdamW's tokens to the same loss."""
 
 import dataclasses
 import math
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ademamix.lab.config import Job, Match, Recipe, to_json
+from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json
+from ademamix.lab.optimizers import SECTIONS, folder_of, settings_of, title
 from ademamix.lab.pictures import Chart, Line, Picture, around
 from ademamix.lab.report import Report, Rows
 from ademamix.lab.train import Result, train
 
 RESULTS = "results.json"
-NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Matched:
     """How much more AdamW needs: its runs with growing budgets, as (factor, validation loss)."""
 
     trials: list[tuple[float, float]]
-    factor: float | None  # the budget, in AdEMAMix's, at which AdamW has AdEMAMix's loss; None: not up to the cap
+    factor: float | None  # the budget, in the other's, at which AdamW has the other's loss; None: not up to the cap
 
-    def headline(self) -> str:
+    def headline(self, other: str) -> str:
         """Say it in one sentence."""
         if self.factor is None:
-            return f"AdamW did not reach AdEMAMix's loss with up to {self.trials[-1][0]:g} times the tokens"
-        return f"AdamW needs {100 * (self.factor - 1):+.0f} % tokens to reach AdEMAMix's loss"
+            return f"AdamW did not reach {other}'s loss with up to {self.trials[-1][0]:g} times the tokens"
+        return f"AdamW needs {100 * (self.factor - 1):+.0f} % tokens to reach {other}'s loss"
 
 
 @dataclass(frozen=True)
@@ -35,48 +35,55 @@ class Comparison:
 
     recipe: Recipe
     adamw: Result
-    ademamix: Result
+    other: Result
     matched: Matched | None
 
     @property
+    def titles(self) -> tuple[str, str]:
+        """The two optimizers' names for people."""
+        return title(self.adamw.optimizer), title(self.other.optimizer)
+
+    @property
     def reached_at(self) -> float | None:
-        """The fraction of the budget after which AdEMAMix was at AdamW's final loss, or None if it never was."""
-        return reached_at(self.ademamix, self.adamw.valid_loss)
+        """The fraction of the budget after which the other was at AdamW's final loss, or None if it never was."""
+        return reached_at(self.other, self.adamw.valid_loss)
 
     def headlines(self) -> list[str]:
         """Say what came out, a sentence each."""
-        gain, at = self.adamw.valid_loss - self.ademamix.valid_loss, self.reached_at
-        lines = [f"AdEMAMix ends {abs(gain):.4f} nats a token {'below' if gain > 0 else 'above'} AdamW"]
+        gain, at, (_, other) = self.adamw.valid_loss - self.other.valid_loss, self.reached_at, self.titles
+        lines = [f"{other} ends {abs(gain):.4f} nats a token {'below' if gain > 0 else 'above'} AdamW"]
         if at is not None:
             lines[0] += f" and was at AdamW's final loss after {100 * at:.1f} % of the budget"
-        return lines if self.matched is None else [*lines, self.matched.headline()]
+        return lines if self.matched is None else [*lines, self.matched.headline(other)]
 
 
-def compare(recipe: Recipe, job: Job, match: Match, out: Path) -> Comparison:
-    """Run or go on with the comparison in the folder `out`; finished runs are not done again.
+def compare(optimizer: Optimizer, recipe: Recipe, job: Job, match: Match, out: Path) -> Comparison:
+    """Run or go on with the comparison of AdamW with another in the folder `out`; finished runs are not done again.
 
     Raises:
         BadInputError, StoppedError, DivergedError: as `train` does.
     """
     adamw = train("adamw", recipe, job, out / "adamw")
-    ademamix = train("ademamix", recipe, job, out / "ademamix")
-    if adamw.initial_weights != ademamix.initial_weights:
+    folder = folder_of(optimizer)
+    other = train(optimizer, recipe, job, out / folder)
+    if adamw.initial_weights != other.initial_weights:
         raise RuntimeError("the two runs did not start from the same weights")
-    matched = _match(recipe, job, match, out, adamw, ademamix) if match.match else None
-    comparison = Comparison(recipe, adamw, ademamix, matched)
-    to_json(out / RESULTS, dataclasses.asdict(comparison))
+    matched = _match(recipe, job, match, out, adamw, other) if match.match else None
+    comparison = Comparison(recipe, adamw, other, matched)
+    found = dataclasses.asdict(comparison)
+    to_json(out / RESULTS, {folder if key == "other" else key: value for key, value in found.items()})
     return comparison
 
 
-def _match(recipe: Recipe, job: Job, match: Match, out: Path, adamw: Result, ademamix: Result) -> Matched:
-    """Train AdamW with growing budgets, each a full schedule of its own, until it has AdEMAMix's loss."""
+def _match(recipe: Recipe, job: Job, match: Match, out: Path, adamw: Result, other: Result) -> Matched:
+    """Train AdamW with growing budgets, each a full schedule of its own, until it has the other's loss."""
     trials = [(1.0, adamw.valid_loss)]
-    while trials[-1][1] > ademamix.valid_loss and trials[-1][0] + match.match_step <= match.match_cap:
+    while trials[-1][1] > other.valid_loss and trials[-1][0] + match.match_step <= match.match_cap:
         factor = trials[-1][0] + match.match_step
         longer = dataclasses.replace(recipe, steps=round(factor * recipe.steps))
-        result = train("adamw", longer, job, out / f"adamw-{factor:g}x", label=f"adamw {factor:g}x")
+        result = train("adamw", longer, job, out / f"adamw-{factor:g}x", label=f"AdamW {factor:g}x")
         trials.append((factor, result.valid_loss))
-    return Matched(trials, crossing(trials, ademamix.valid_loss))
+    return Matched(trials, crossing(trials, other.valid_loss))
 
 
 def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float | None:
@@ -108,57 +115,59 @@ def reached_at(run: Result, loss: float) -> float | None:
 
 def report_of(c: Comparison) -> Report:
     """The comparison's report."""
-    recipe = {key: value for key, value in dataclasses.asdict(c.recipe).items() if key not in NAMES}
+    recipe = {key: v for key, v in dataclasses.asdict(c.recipe).items() if key not in (*SECTIONS, "settings")}
     about = {"parameters": f"{c.adamw.parameters:,}", "initial weights, SHA-256": c.adamw.initial_weights[:16]}
-    adamw, ademamix = (dataclasses.asdict(getattr(c.recipe, name)) for name in NAMES)
-    optimizers = [(key, adamw.get(key, ""), value) for key, value in ademamix.items()]
+    adamw, other = (settings_of(run.optimizer, c.recipe) for run in (c.adamw, c.other))
+    optimizers = [(key, adamw.get(key, ""), other.get(key, "")) for key in adamw | other]
     return Report(
-        "AdamW against AdEMAMix",
+        f"AdamW against {c.titles[1]}",
         c.headlines(),
         _pictures(c),
         [table for table in (_results(c), _matches(c)) if table],
-        [[("run", ""), *about.items(), *recipe.items()], [("optimizer", *NAMES.values()), *optimizers]],
+        [[("run", ""), *about.items(), *recipe.items()], [("optimizer", *c.titles), *optimizers]],
     )
 
 
 def _pictures(c: Comparison) -> list[Picture]:
     """The loss against tokens, seconds and, with --match, AdamW's budget."""
-    runs = (c.adamw, c.ademamix)
+    runs = dict(zip(c.titles, (c.adamw, c.other), strict=True))
     # Without the steep start, a tenth of the budget: the ends of the curves are what one wants to tell apart.
-    ends = around([point["valid_loss"] for run in runs for point in run.curve if 10 * point["step"] >= run.steps])
+    ends = around(
+        [point["valid_loss"] for run in runs.values() for point in run.curve if 10 * point["step"] >= run.steps]
+    )
     label = "validation loss, nats a token"
     shown: list[Picture] = [
         Chart(
-            title,
+            text,
             x_label,
             label,
-            [Line(NAMES[r.optimizer], [p[key] for p in r.curve], [p["valid_loss"] for p in r.curve]) for r in runs],
+            [Line(name, [p[key] for p in r.curve], [p["valid_loss"] for p in r.curve]) for name, r in runs.items()],
             ends,
         )
-        for key, title, x_label in (
+        for key, text, x_label in (
             ("tokens", "Validation loss against tokens", "training tokens"),
             ("seconds", "Validation loss against seconds", "seconds of training"),
         )
     ]
     if c.matched is not None:
         budgets, losses = [x for x, _ in c.matched.trials], [y for _, y in c.matched.trials]
-        goal = c.ademamix.valid_loss
+        goal, other = c.other.valid_loss, c.titles[1]
         lines = [
             Line("AdamW", budgets, losses, mode="lines+markers"),
-            Line("AdEMAMix", [budgets[0], budgets[-1]], [goal, goal]),
+            Line(other, [budgets[0], budgets[-1]], [goal, goal]),
         ]
-        title = "AdamW's tokens to AdEMAMix's loss"
-        shown.append(Chart(title, "AdamW's budget (AdEMAMix = 1)", label, lines, around([*losses, goal])))
+        text = f"AdamW's tokens to {other}'s loss"
+        shown.append(Chart(text, f"AdamW's budget ({other} = 1)", label, lines, around([*losses, goal])))
     return shown
 
 
 def _results(c: Comparison) -> Rows:
     def row(what: str, form: str, key: str) -> tuple[str, ...]:
-        return (what, *(format(getattr(run, key), form) for run in (c.adamw, c.ademamix)))
+        return (what, *(format(getattr(run, key), form) for run in (c.adamw, c.other)))
 
     at = c.reached_at
     return [
-        ("", *NAMES.values()),
+        ("", *c.titles),
         row("final validation loss, nats a token", ".4f", "valid_loss"),
         ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
         row("optimizer, median ms a step", ".2f", "optimizer_ms"),
@@ -173,4 +182,4 @@ def _matches(c: Comparison) -> Rows:
     if c.matched is None:
         return []
     tried = [(f"AdamW, {factor:g} x the tokens", f"{loss:.4f}") for factor, loss in c.matched.trials]
-    return [("run", "final loss"), *tried, ("AdEMAMix", f"{c.ademamix.valid_loss:.4f}")]
+    return [("run", "final loss"), *tried, (c.titles[1], f"{c.other.valid_loss:.4f}")]

@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tyro
 
 from ademamix.lab.schedule import Shape
+from ademamix.lab.values import Values
 
-Optimizer = Literal["adamw", "ademamix"]
+Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (optimizers.py)
 State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -49,6 +50,12 @@ class AdEMAMixSettings(AdamWSettings):
     """Weight of the slow average at the end of its warmup."""
     warmup: float = 1.0
     """The part of the run over which alpha and beta3 grow to their values; 0 for both from the first step on."""
+    beta3_schedule: Literal["half-life", "log-time"] = "half-life"
+    """log-time: the slow average's horizon is a share of the steps so far; neither beta3 nor warmup is used."""
+    delta: float = 8.0
+    """Of log-time: the horizon is about 1 / delta of the steps so far."""
+    kappa: float = 0.85
+    """Of log-time: alpha is multiplied by (1 + step) to the power 1 - kappa."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,16 @@ class Training:
     """Steps between two looks at the validation loss; the last step always has one."""
     switch_at: int = 0
     """Train with AdamW for so many steps before AdEMAMix, its slow average zero, takes over; 0: AdEMAMix alone."""
+    planned: int = 0
+    """Steps that an optimizer's own schedules are made for, where the run is stopped earlier or extended; 0: steps."""
     held_out: tuple[int, ...] = ()
     """Steps at each of which a batch of validation text takes the place of the step's own; its loss is followed."""
     insert: bool = True
     """False: the batches of held_out are followed but never trained on, for comparison."""
     adamw: AdamWSettings = AdamWSettings(lr=8e-3, beta2=0.99)
     ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=2e-3, beta2=0.99, beta3=0.998)
+    settings: Values = field(default_factory=dict)
+    """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps."""
 
     def __post_init__(self) -> None:
         self._at_least_1("batch", "accumulate", "steps", "eval_every")
@@ -98,6 +109,8 @@ class Training:
             raise BadInputError(f"clip must be positive, got {self.clip}")
         if self.seed < 0:
             raise BadInputError(f"seed must not be negative, got {self.seed}")
+        if self.planned < 0:
+            raise BadInputError(f"planned must not be negative, got {self.planned}")
         if not 0 <= self.switch_at < self.steps:
             raise BadInputError(f"switch_at must be in [0, steps), got {self.switch_at} with {self.steps} steps")
         if not 0 <= self.ademamix.warmup <= 1:
@@ -200,10 +213,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Match:
-    """How long AdamW may try to reach AdEMAMix's loss."""
+    """How long AdamW may try to reach the other's loss."""
 
     match: bool = False
-    """Also train AdamW with growing budgets, each with a full schedule of its own, until it has AdEMAMix's loss."""
+    """Also train AdamW with growing budgets, each with a full schedule of its own, until it has the other's loss."""
     match_step: float = 0.25
     """By how much the budget grows each time, in budgets of the comparison."""
     match_cap: float = 3.0
@@ -216,13 +229,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a small language model with AdEMAMix or AdamW.
+    """Train a small language model with any optimizer.
 
     Writes metrics.jsonl, TensorBoard events and checkpoints to a folder. Ctrl-C saves and says how to go on.
     """
 
     optimizer: Optimizer = "ademamix"
-    """The optimizer; its settings are those of its own section below."""
+    """adamw or ademamix, with sections of settings below; another class of the library's, or FILE.py:NAME for a rule
+    (or a class made from one) of your own, with `--settings`."""
     preset: str = "demo"
     """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -231,11 +245,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Compare:
-    """Train with AdamW and with AdEMAMix on the same text from the same weights, and show the difference.
+    """Train with AdamW and with AdEMAMix (or another) on the same text from the same weights; show the difference.
 
     Writes report.html (one file, opens without a network), pictures.png, results.json and both runs to a folder.
     """
 
+    optimizer: Optimizer = "ademamix"
+    """What AdamW is compared with, as in `ademamix train`."""
     preset: str = "demo"
     """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -374,16 +390,25 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
     Raises:
         BadInputError: the fields are not those of this version's class.
     """
-    known = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}  # type: ignore[arg-type]
+    parts = isinstance(like, Mapping)  # settings by name
+    known: Any = like if parts else {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}  # type: ignore[arg-type]
     if known.keys() != value.keys():
         names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
         raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
     changes = {
-        key: restored(known[key], given, f"{name}{key}.") if dataclasses.is_dataclass(known[key]) else _frozen(given)
+        key: restored(known[key], given, f"{name}{key}.") if is_settings(known[key]) else _frozen(given)
         for key, given in value.items()
     }
-    return dataclasses.replace(like, **changes)  # type: ignore[type-var]
+    return changes if parts else dataclasses.replace(like, **changes)  # type: ignore
+
+
+def is_settings(value: Any) -> bool:
+    """Whether a value is settings of their own, or several of them by name."""
+    several = isinstance(value, Mapping) and all(map(dataclasses.is_dataclass, value.values()))
+    return dataclasses.is_dataclass(value) or (several and len(value) > 0)
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _frozen(given) for key, given in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

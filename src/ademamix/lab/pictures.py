@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ STYLES = {
     4: ("#5B6570", "#A0A9B3", "longdash"),
     5: ("#8C6D00", "#F0E442", "solid"),
     6: ("#117733", "#88CCAA", "dash"),
+    7: ("#882255", "#E59AB6", "dot"),
 }
+OTHERS = len(STYLES) - 2
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}  # matplotlib's
 MAP = "Cividis"  # of heat maps: even and readable for all eyes
 
@@ -47,12 +50,13 @@ class Chart:
     y_range: tuple[float, float] | None = None
     x_range: tuple[float, float] | None = None
     log_x: bool = False
+    log_y: bool = False
     field: "Field | None" = None
 
     def styles(self) -> list[tuple[str, str, str]]:
         """Colours and dash of each line: AdamW and AdEMAMix have theirs everywhere."""
-        others = iter(range(2, 100))
-        return [STYLES[n] if n in STYLES else STYLES[2 + (next(others) - 2) % 5] for n in (s.name for s in self.lines)]
+        others = count()
+        return [STYLES[s.name if s.name in STYLES else 2 + next(others) % OTHERS] for s in self.lines]
 
     def traces(self) -> list[dict[str, Any]]:
         """What Plotly draws; colours are pairs, for light and for dark, of which the page takes one."""
@@ -67,7 +71,7 @@ class Chart:
                 "colors": style[:2],
                 "line": {"dash": style[2], "width": 2.5},
                 "marker": {"size": 8},
-                "hovertemplate": "%{y:.4f}",
+                "hovertemplate": "%{y:.3g}" if self.log_y else "%{y:.4f}",
                 **({} if line.bars is None else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}),
             }
             for line, style in zip(self.lines, self.styles(), strict=True)
@@ -76,12 +80,13 @@ class Chart:
     def layout(self) -> dict[str, Any]:
         """Plotly's layout, but for colours."""
         x = {"title": {"text": self.x_label}, "type": "log" if self.log_x else "linear", "range": self.x_range}
-        y = {"title": {"text": self.y_label}, "range": self.y_range}
+        y = {"title": {"text": self.y_label}, "type": "log" if self.log_y else "linear", "range": self.y_range}
         return {"xaxis": x, "yaxis": y, "hovermode": "x unified" if self.field is None else "closest"}
 
     def draw(self, axis: Any) -> None:
         """Draw on an axis of matplotlib's."""
         axis.set_xscale("log" if self.log_x else "linear")
+        axis.set_yscale("log" if self.log_y else "linear")
         if self.field is not None:
             axis.contourf(self.field.x, self.field.y, self.field.z, levels=24, cmap=MAP.lower(), alpha=0.55)
         for line, (colour, _, dash) in zip(self.lines, self.styles(), strict=True):

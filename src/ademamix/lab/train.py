@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix import RuleOptimizer
 from ademamix.convert import from_adamw
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training, to_json
 from ademamix.lab.console import Show
 from ademamix.lab.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.model import checksum
+from ademamix.lab.optimizers import arguments_of, pinned, title
 from ademamix.lab.schedule import lr_factor
 from ademamix.lab.tasks import Batch, task_of
 
@@ -72,38 +73,12 @@ class Result:
         return Result(**{**stored, "held_out": held_out})
 
 
-def _hyperparameters(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer], dict[str, Any]]:
-    """Return the recipe's optimizer class and its arguments.
-
-    Raises:
-        BadInputError: a setting is out of its range.
-    """
-    s, m = recipe.adamw, recipe.ademamix
-    kind: type[RuleOptimizer]
-    settings: dict[str, Any]
-    if name == "adamw":
-        given, kind, settings = (
-            s,
-            AdamW,
-            {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay},
-        )
-    else:
-        warmup = max(1.0, m.warmup * (recipe.steps - recipe.switch_at)) if m.warmup else None
-        given, kind, settings = m, AdEMAMix, {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps}
-        settings |= {"weight_decay": m.weight_decay, "alpha": m.alpha, "alpha_warmup": warmup, "beta3_warmup": warmup}
-    try:
-        kind([torch.zeros(())], **settings)
-    except ValueError as error:
-        raise BadInputError(str(error)) from error
-    return kind, {**settings, "state": given.state}
-
-
 def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
     """Raise BadInputError for whatever would end such runs at once, before anything is written."""
     pick_device(device)
     task_of(recipe)
     for name in names:
-        _hyperparameters(name, recipe)
+        arguments_of(name, recipe)
 
 
 def train(
@@ -129,7 +104,7 @@ def train(
     with (
         closing(_Run(name, recipe, job, out)) as run,
         _stop_on_signals() as stop,
-        Show(label or name, recipe, run.step, quiet=quiet) as show,
+        Show(label or title(name), recipe, run.step, quiet=quiet) as show,
     ):
         for step in range(run.step + 1, recipe.steps + 1):
             loss = run.advance()
@@ -154,7 +129,7 @@ class _Run:
     """The state of a run between two steps, on disk and in memory."""
 
     def __init__(self, name: Optimizer, recipe: Training, job: Job, out: Path) -> None:
-        self.name, self.recipe, self.out = name, recipe, out
+        self.name, self.recipe, self.out = pinned(name), recipe, out
         self.device = pick_device(job.device)
         self.task = task_of(recipe)
         self.valid = self.task.valid_batches(max(1, recipe.batch // recipe.accumulate))
@@ -163,7 +138,7 @@ class _Run:
         self.initial_weights = checksum(self.model)
         self.model.to(self.device, getattr(torch, recipe.dtype))
         self.step, self.seconds = 0, 0.0
-        self.switch_at = recipe.switch_at if name == "ademamix" else 0
+        self.switch_at = recipe.switch_at if self.name == "ademamix" else 0
         self.optimizer = self._optimizer_of(1)
         self.skipped_before = 0  # the run was resumed, or another optimizer took over
         self.sound = 0  # the last step whose loss was seen to be finite
@@ -180,8 +155,8 @@ class _Run:
 
     def _optimizer_of(self, step: int) -> RuleOptimizer:
         """A new optimizer of the kind that takes this step."""
-        kind, settings = _hyperparameters("adamw" if step <= self.switch_at else self.name, self.recipe)
-        return kind(self.model.parameters(), **settings)
+        kind, arguments = arguments_of("adamw" if step <= self.switch_at else self.name, self.recipe)
+        return kind(self.model.parameters(), **arguments)
 
     def advance(self) -> Tensor:
         """Take one training step; return its loss, still on the device."""
@@ -191,8 +166,8 @@ class _Run:
             self.skipped_before = self.skipped_steps
             before, self.optimizer = self.optimizer, self._optimizer_of(self.step)
             self.optimizer.load_state_dict(from_adamw(before.state_dict(), self.optimizer))
-        settings = recipe.adamw if isinstance(self.optimizer, AdamW) else recipe.ademamix
-        self.lr = settings.lr * lr_factor(self.step, recipe.steps, recipe.warmup, recipe.schedule, recipe.final_lr)
+        factor = lr_factor(self.step, recipe.steps, recipe.warmup, recipe.schedule, recipe.final_lr)
+        self.lr = self.optimizer.defaults["lr"] * factor
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         if recipe.insert and self.step in recipe.held_out:

@@ -1,6 +1,7 @@
 """What the experiments share: their settings, tuning, and the comparison of two tuned optimizers."""
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.config import BadInputError, Optimizer, Training
+from ademamix.lab.config import BadInputError, Optimizer, Training, is_settings
+from ademamix.lab.optimizers import SECTIONS, title
 from ademamix.lab.pictures import Chart, Line, around
 from ademamix.lab.report import Rows
 from ademamix.lab.train import Result
-from ademamix.lab.trials import Grid, Point, Trials, best
+from ademamix.lab.trials import Grid, Point, Trials, Value, best
+from ademamix.lab.values import typed
 
 Preset = Literal["cpu", "gpu", "paper"]
 TUNING_SEED = 1000  # no result comes from the seed that settings were chosen by
@@ -87,24 +90,57 @@ R = TypeVar("R", bound=Training)
 
 
 def changed(recipe: R, optimizer: Optimizer, **settings: Any) -> R:
-    """The recipe with other settings of one optimizer."""
-    return dataclasses.replace(recipe, **{optimizer: dataclasses.replace(getattr(recipe, optimizer), **settings)})
+    """The recipe with other settings of one optimizer.
+
+    Raises:
+        BadInputError: its section in the recipe has no such setting.
+    """
+    if optimizer not in SECTIONS:
+        return dataclasses.replace(recipe, settings={**recipe.settings, **settings})
+    section = getattr(recipe, optimizer)
+    names = [field.name for field in dataclasses.fields(section)]
+    for name in settings:
+        if name not in names:
+            raise BadInputError(f"{title(optimizer)} has no setting {name}; it has {', '.join(names)}")
+    return dataclasses.replace(recipe, **{optimizer: dataclasses.replace(section, **settings)})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer to be tuned."""
+
+    title: str
+    optimizer: Optimizer
+    recipe: Training  # with its other settings
+    space: Mapping[str, Sequence[Value]]  # of each setting the values to try, in all combinations
+
+    def grid(self, name: str) -> Grid:
+        base = dataclasses.replace(self.recipe, seed=TUNING_SEED, eval_every=self.recipe.steps)
+        return Grid(name, self.space, lambda **point: (self.optimizer, changed(base, self.optimizer, **point)))
+
+
+def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[str, dict[str, Value]], list[Rows]]:
+    """Try every combination; return the best of each candidate, and the trials as tables."""
+    results = trials.run(*(candidate.grid(f"tune-{key}") for key, candidate in candidates.items()))
+    found: dict[str, dict[str, Value]] = {}
+    tables: list[Rows] = []
+    for (key, candidate), losses in zip(candidates.items(), results, strict=True):
+        chosen = best(losses)
+        found[key] = dict(zip(candidate.space, chosen, strict=True))
+        points = itertools.product(*candidate.space.values())
+        rows = [(*point, f"{loss_of(losses[point])}{' (chosen)' if point == chosen else ''}") for point in points]
+        tables.append([(*(f"{candidate.title}: {name}" for name in candidate.space), "loss, tuning"), *rows])
+    return found, tables
 
 
 def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows]]:
-    """The recipe with the best settings of each optimizer, and the trials as tables."""
+    """The recipe with the best settings of AdamW and of AdEMAMix, and the trials as tables."""
     spaces = tuning.spaces()
-    base = dataclasses.replace(recipe, seed=TUNING_SEED, eval_every=recipe.steps)
-
-    def grid(name: Optimizer) -> Grid:
-        return Grid(f"tune-{name}", spaces[name], lambda **point: (name, changed(base, name, **point)))
-
-    tables: list[Rows] = []
-    for name, found in zip(spaces, trials.run(*map(grid, spaces)), strict=True):
-        chosen = best(found)
-        recipe = changed(recipe, name, **dict(zip(spaces[name], chosen, strict=True)))
-        rows = [(*point, f"{loss_of(r)}{' (chosen)' if point == chosen else ''}") for point, r in sorted(found.items())]
-        tables.append([(*(f"{NAMES[name]}: {key}" for key in spaces[name]), "loss, tuning"), *rows])
+    found, tables = search(
+        trials, {name: Candidate(NAMES[name], name, recipe, space) for name, space in spaces.items()}
+    )
+    for name, chosen in found.items():
+        recipe = changed(recipe, name, **chosen)
     return recipe, tables
 
 
@@ -146,7 +182,23 @@ def curves(title: str, lines: list[Line], unit: str) -> Chart:
 
 def settings_of(settings: Any) -> list[Rows]:
     """Settings as tables: those of the experiment, then those of each part of it."""
-    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "job"}
-    parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
-    own: Rows = [(type(settings).__name__, ""), *((k, v) for k, v in values.items() if k not in parts)]
-    return [own, *(rows for part in parts.values() for rows in settings_of(part))]
+    values = _values(settings)
+    parts = {name: value for name, value in values.items() if is_settings(value)}
+    own: Rows = [(type(settings).__name__, ""), *((k, _cell(v)) for k, v in values.items() if k not in parts)]
+    return [own, *(rows for part in parts.values() for rows in _tables(part))]
+
+
+def _tables(part: Any) -> list[Rows]:
+    if not isinstance(part, Mapping):
+        return settings_of(part)
+    rows = [(key, *map(_cell, _values(value).values())) for key, value in part.items()]
+    first = next(iter(part.values()))
+    return [[(type(first).__name__, *_values(first)), *rows]]
+
+
+def _values(settings: Any) -> dict[str, Any]:
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "job"}
+
+
+def _cell(value: Any) -> Any:
+    return typed(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,181 @@
+"""Which optimizer a name stands for, and the arguments that a recipe gives to it."""
+
+import dataclasses
+import hashlib
+import inspect
+import re
+import sys
+import types
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ademamix
+from ademamix import RuleOptimizer, optimizer_from
+from ademamix.lab.config import BadInputError, Optimizer, Training
+
+SECTIONS = ("adamw", "ademamix")  # whose settings are a section of their own in a recipe; all others share `settings`
+
+
+def pinned(name: Optimizer) -> Optimizer:
+    """The name as runs record it: in one spelling, and with a digest of the rule if that is the user's own.
+
+    Raises:
+        BadInputError: there is no such optimizer, or its rule is not the one that the name was pinned to.
+    """
+    kind, (path, attribute, _) = kind_of(name), _split(name)
+    return f"{path}:{attribute}@{_digest(kind)}" if path else kind.__name__.lower()
+
+
+def title(name: Optimizer) -> str:
+    """The optimizer's name for people: that of its class."""
+    return kind_of(name).__name__
+
+
+def folder_of(name: Optimizer) -> str:
+    """A name for its runs' folder: no rule of the user's own shares one with an optimizer of the library's."""
+    path, attribute, _ = _split(name)
+    return f"{Path(path).stem}-{attribute}" if path else name
+
+
+def settings_of(name: Optimizer, recipe: Training) -> dict[str, Any]:
+    """All settings that the recipe gives the optimizer, as people know them."""
+    if name in SECTIONS:
+        return dataclasses.asdict(getattr(recipe, name))
+    kind, given = arguments_of(name, recipe)
+    return _defaults(kind, given) | given
+
+
+def buffers_of(name: Optimizer, recipe: Training) -> tuple[str, ...]:
+    """What the optimizer remembers of each parameter, by name, with the recipe's settings."""
+    kind, given = arguments_of(name, recipe)
+    return kind.stored(_defaults(kind, given))
+
+
+def kind_of(name: Optimizer) -> type[RuleOptimizer]:
+    """The class that is meant: one that the library exports, in any case, or NAME in FILE.py:NAME.
+
+    Args:
+        name: NAME is a rule as :func:`ademamix.optimizer_from` takes it, or an optimizer class; a digest may follow.
+
+    Raises:
+        BadInputError: see :func:`pinned`; or the rule has a mistake, which the library's message names.
+    """
+    path, attribute, digest = _split(name)
+    if not path:
+        library = _library()
+        if _folded(name) not in library:
+            there = ", ".join(kind.__name__ for kind in library.values())
+            raise BadInputError(f"unknown optimizer {name}; there are {there}, and FILE.py:NAME for a rule of your own")
+        return library[_folded(name)]
+    kind = _own(Path(path), attribute)
+    if digest and digest != _digest(kind):
+        raise BadInputError(f"{path}:{attribute} has changed since: its digest was {digest} and is {_digest(kind)}")
+    return kind
+
+
+def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer], dict[str, Any]]:
+    """The recipe's optimizer class and its arguments.
+
+    Raises:
+        BadInputError: there is no such optimizer or setting, or a setting is out of its range.
+    """
+    kind, planned = kind_of(name), recipe.planned or recipe.steps
+    given: dict[str, Any]
+    s, m = recipe.adamw, recipe.ademamix
+    if _folded(name) == "adamw":
+        given = {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay}
+        given |= {"state": s.state}
+    elif _folded(name) == "ademamix":
+        over_run = m.warmup and m.beta3_schedule != "log-time"
+        warmup = max(1.0, m.warmup * (planned - recipe.switch_at)) if over_run else None
+        given = {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps, "weight_decay": m.weight_decay}
+        given |= {"alpha": m.alpha, "alpha_warmup": warmup, "beta3_warmup": warmup, "state": m.state}
+        given |= {"beta3_schedule": m.beta3_schedule, "delta": m.delta, "kappa": m.kappa}
+    else:
+        given = {key: _in_steps(value, planned) for key, value in recipe.settings.items()}
+        _check_names(kind, given)
+    if "lr" not in _defaults(kind, given):
+        raise BadInputError(f"{kind.__name__} has no lr, which the schedule of the learning rate would set")
+    return kind, given
+
+
+def _defaults(kind: type[RuleOptimizer], given: dict[str, Any]) -> dict[str, Any]:
+    """What the class makes of its arguments, unless it refuses them."""
+    try:
+        defaults: dict[str, Any] = kind([torch.zeros(())], **given).defaults
+    except (TypeError, ValueError) as error:
+        raise BadInputError(str(error)) from error
+    return defaults
+
+
+def _in_steps(value: Any, planned: int) -> Any:
+    """0.5T stands for half of the planned steps."""
+    part = re.fullmatch(r"(\d+\.?\d*|\.\d+|)T", value) if isinstance(value, str) else None
+    return float(part[1] or 1) * planned if part else value
+
+
+def _check_names(kind: type[RuleOptimizer], given: Mapping[str, Any]) -> None:
+    taken = dict(inspect.signature(kind).parameters)
+    if any(q.kind is q.VAR_KEYWORD for q in taken.values()):
+        taken |= inspect.signature(RuleOptimizer).parameters
+    names = [q.name for q in taken.values() if q.kind is not q.VAR_KEYWORD and q.name not in ("params", "defaults")]
+    for name in given:
+        if name not in names:
+            raise BadInputError(f"{kind.__name__} has no setting {name}; it has {', '.join(names)}")
+
+
+def _split(name: Optimizer) -> tuple[str, str, str]:
+    """The file, what is meant in it, and its digest; no file for an optimizer of the library's."""
+    path, _, rest = name.rpartition(":")
+    attribute, _, digest = rest.partition("@")
+    return path, attribute, digest
+
+
+def _folded(name: Optimizer) -> str:
+    return re.sub("[-_]", "", name).lower()
+
+
+def _library() -> dict[str, type[RuleOptimizer]]:
+    exported = [getattr(ademamix, name) for name in ademamix.__all__]
+    kinds = [x for x in exported if isinstance(x, type) and issubclass(x, RuleOptimizer) and x is not RuleOptimizer]
+    return {kind.__name__.lower(): kind for kind in kinds}
+
+
+def _own(path: Path, attribute: str) -> type[RuleOptimizer]:
+    if not path.is_file():
+        raise BadInputError(f"no such file: {path}")
+    scope = _run(path, path.read_bytes())
+    found = scope.get(attribute)
+    if isinstance(found, type) and issubclass(found, RuleOptimizer):
+        return found
+    if not isinstance(found, types.FunctionType):
+        own = [n for n, x in scope.items() if getattr(x, "__module__", None) == scope["__name__"]]
+        raise BadInputError(f"{path} has no rule or optimizer {attribute}; it defines {', '.join(own) or 'nothing'}")
+    try:
+        return optimizer_from(found)
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
+
+
+@cache  # as long as the text is the same, so is the rule, and what was compiled for it
+def _run(path: Path, text: bytes) -> dict[str, Any]:
+    module = sys.modules[f"ademamix_own_{path.stem}"] = types.ModuleType(f"ademamix_own_{path.stem}")
+    module.__file__ = str(path)
+    try:
+        exec(compile(text, str(path), "exec"), module.__dict__)
+    except Exception as error:  # whatever a file of the user's raises
+        raise BadInputError(f"{path} cannot be run ({type(error).__name__}: {error})") from error
+    return module.__dict__
+
+
+def _digest(kind: type[RuleOptimizer]) -> str:
+    """Of all that decides what an optimizer computes, its settings aside."""
+    from ademamix.backends.cpu import fingerprint
+
+    coefficients: Any = kind.coefficients
+    computed = fingerprint(kind.rule_of(_defaults(kind, {}))) + fingerprint(coefficients)
+    return hashlib.sha256(computed.encode()).hexdigest()[:8]
