@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ademamix.lab.config import BadInputError
+from ademamix.lab.processes import local_rank
 
 
 class Stopwatch:
@@ -38,12 +39,17 @@ class Stopwatch:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the named device, or for "auto" the accelerator that is there, else the CPU."""
+    """Return the named device, or for "auto" the accelerator that is there, else the CPU.
+
+    Of the devices of a machine, each process that torchrun starts there takes its own.
+    """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        name = str(found or "cpu")
     try:
         device = torch.device(name)
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error
