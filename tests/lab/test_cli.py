@@ -94,7 +94,7 @@ BAD_TRAIN = {
     "betas[2] must be": ("--ademamix.beta3", "1"),
     "cannot use the device abacus": ("--device", "abacus"),
     "out already exists": ("--out", "out"),
-    "Not a directory": ("--out", "file/run"),
+    "file: File exists": ("--out", "file/run"),
     "nothing to resume in nowhere": ("--resume", "nowhere"),
 }
 

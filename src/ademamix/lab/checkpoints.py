@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ class Checkpoints:
         return next(filter(None, self.processes.everywhere(lambda: _fault_in(path, share))), None)
 
     def close(self) -> None:
-        """Wait for the thread, whatever becomes of what it writes."""
+        """Wait as well, but say nothing: the run has ended, or by another error."""
+        with suppress(SaveError):
+            self.wait()
         self.thread.shutdown()
 
 
@@ -251,10 +254,13 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _reason(error: BaseException) -> str:
-    """The first process's error in one line."""
+    """What was at fault, on the first process where something was, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__context__  # torch.save complains, after the disk did, that its file is too short
+    said = cause.strerror if isinstance(cause, OSError) else str(error)
     return (said or type(error).__name__).splitlines()[0]
 
 

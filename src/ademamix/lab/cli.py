@@ -266,7 +266,8 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _stoppable(command: str, out: Path) -> Iterator[None]:
-    """Say how to go on when the run is stopped, and what happened when it diverged; all processes know, one says it."""
+    """Say how to go on when the run is stopped or cannot write, and what happened when it diverged: once for all
+    processes."""
     from ademamix.lab.checkpoints import SaveError
     from ademamix.lab.train import DivergedError, StoppedError
 
@@ -277,7 +278,7 @@ def _stoppable(command: str, out: Path) -> Iterator[None]:
         line, code = f"{str(error) or 'stopped'}; {how}", 128 + getattr(error, "signum", SIGINT)
     except DivergedError as error:
         line, code = f"{error}; a smaller learning rate may help", 1
-    except SaveError as error:
+    except (SaveError, OSError) as error:
         line, code = f"{error}; {how}", 1
     else:
         return

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -51,10 +52,24 @@ def joined(device: torch.device) -> Iterator["Processes"]:
             except ValueError as error:
                 raise BadInputError(f"torch.distributed cannot use the device {device}; try --device cpu") from error
             torch.accelerator.set_device_index(device)
-        dist.init_process_group(backend)
+        _start(backend)
     yield Processes()
     if launched():  # after an error the others may be gone, and this would wait for them
         dist.destroy_process_group()
+
+
+def _start(backend: str) -> None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    # Torch (2.13) would look for the others in the whole store, and there find the addresses of those that were killed.
+    store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", _store())
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=launched())
+
+
+def _store() -> TCPStore:
+    """Of torchrun: it outlives the processes that torchrun starts."""
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 class Processes:
@@ -122,9 +137,7 @@ def agreed_name(name: str) -> str:
     """Return what the first process to ask proposed: the same on all processes, also after torchrun's restarts."""
     if not launched():
         return name
-    # torchrun's own store outlives the processes that it starts.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    agreed: str = store.compare_set("ademamix/name", "", name).decode()
+    agreed: str = _store().compare_set("ademamix/name", "", name).decode()
     return agreed
 
 
