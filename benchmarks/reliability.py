@@ -71,24 +71,33 @@ def same(a: Path, b: Path) -> bool:
 # ------------------------------------------------------------------------- processes that are killed
 
 
-def _train(recipe: Recipe, job: Job, out: Path, limit: int | None) -> None:
+def _train(recipe: Recipe, job: Job, out: Path, limit: int | None, said: Path | None) -> None:
     torch.set_num_threads(1)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         train("ademamix", recipe, job, out, quiet=True)
-    except SaveError as error:
-        (out / "error").write_text(str(error))
-        os._exit(1)
+    except (SaveError, OSError) as error:
+        if said is None:
+            raise
+        said.write_text(str(error))
 
 
-def started(recipe: Recipe, job: Job, out: Path, limit: int | None = None) -> Any:
-    """A process that trains; `limit` is the size in bytes that no file may exceed. Its imports are done already."""
+def started(recipe: Recipe, job: Job, out: Path, limit: int | None = None, said: Path | None = None) -> Any:
+    """A process that trains, its imports done already.
+
+    Args:
+        recipe: what,
+        job: and how.
+        out: the run's folder.
+        limit: the size in bytes that no file may exceed.
+        said: a file for the reason, if the run cannot write.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["ademamix.lab.train", "ademamix.backends.cpu", "transformers.models.llama.modeling_llama"]
     )
-    process = context.Process(target=_train, args=(recipe, job, out, limit))
+    process = context.Process(target=_train, args=(recipe, job, out, limit, said))
     process.start()
     return process
 
@@ -296,15 +305,14 @@ def full_disk(folder: Path, recipe: Recipe, disk: str) -> Figures:
             first.kill()
             first.join()
             limit = size // 2
-        process = started(recipe, job, broken, limit)
-        process.join()
-        said, before = (broken / "error").read_text(), saved(broken)
-        kept = refusal(broken) == "" and str(before[-1]) in said
+        started(recipe, job, broken, limit, folder / "said").join()
+        before = saved(broken)
+        kept = len(before) > 0 and refusal(broken) == ""
         if disk == "tmpfs":
             subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(space)], check=True)
         started(recipe, job, broken).join()
         return {
-            "the run ended and said": said.replace(str(folder), "FOLDER"),
+            "the run ended and said": (folder / "said").read_text().replace(str(folder), "FOLDER"),
             "the checkpoint before is whole": kept,
             "once there is room it ends as one that had room, bit for bit": same(whole, broken),
         }
@@ -473,13 +481,12 @@ def main() -> None:
         f"- versions: ademamix {ademamix.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"- date: {time.strftime('%Y-%m-%d')}",
     ]
-    began = time.perf_counter()
-    for title, figures in parts(options.folder.resolve()):
-        print(f"{time.perf_counter() - began:.0f} s: {title}", file=sys.stderr)
-        lines += ["", f"### {title}", "", "| | |", "| --- | --- |"]
-        lines += [f"| {what} | {shown(value)} |" for what, value in figures.items()]
-    lines.insert(6, f"- time: {time.perf_counter() - began:.0f} s")
     print("\n".join(lines))
+    for title, figures in parts(options.folder.resolve()):
+        table = ["", f"### {title}", "", "| | |", "| --- | --- |"]
+        table += [f"| {what} | {shown(value)} |" for what, value in figures.items()]
+        print("\n".join(table), flush=True)
+        lines += table
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

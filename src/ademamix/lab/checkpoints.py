@@ -34,6 +34,7 @@ from ademamix.lab.config import BadInputError
 from ademamix.lab.processes import Processes
 
 FOLDER, MANIFEST, PARTIAL = "checkpoints", "manifest.json", ".partial"
+EARLIER = "checkpoint.pt"  # the file of version 0.1.0
 
 
 class SaveError(Exception):
@@ -129,6 +130,7 @@ class Checkpoints:
         """
         found = self.processes.on_first(lambda: complete(self.folder))
         if not found:
+            self.processes.on_first(lambda: _refuse_earlier(self.folder.parent / EARLIER))
             return None
         fault = self._fault(found[-1])
         if fault is not None:
@@ -271,6 +273,11 @@ def _expect_one_process() -> None:
 
 def _refuse(why: str) -> None:
     raise BadInputError(why)
+
+
+def _refuse_earlier(path: Path) -> None:
+    if path.exists():
+        raise BadInputError(f"{path} was written by ademamix 0.1.0, which alone can go on with this run")
 
 
 def _size_and_sum(path: Path) -> list[Any]:
