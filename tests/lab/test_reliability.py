@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import reliability
-import yaml
 from reliability import as_arguments, children, finish, losses, metrics, saved, torchrun, until
 
 from ademamix.lab.config import Recipe

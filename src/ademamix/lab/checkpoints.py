@@ -153,7 +153,8 @@ class Checkpoints:
 
 def complete(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -171,8 +172,11 @@ def weights(path: Path) -> dict[str, Tensor]:
     """Return the model's state dict from a checkpoint, whole and on the CPU.
 
     Raises:
-        BadInputError: it cannot be read.
+        BadInputError: it is damaged, or holds something else than tensors and plain values.
     """
+    fault = _fault_in(path, slice(None))
+    if fault is not None:
+        raise BadInputError(fault)
     stored = _Reader(path).read_metadata().state_dict_metadata
     model = {
         name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)

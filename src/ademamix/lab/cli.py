@@ -35,7 +35,7 @@ WHAT = {
 
 
 def main() -> None:
-    """Run the command line; the exit code is 2 for bad input, 1 for a diverged run, 128 + n after signal n."""
+    """Run the command line; the exit code is 2 for bad input, 1 for a failed run, 128 + n after signal n."""
     try:
         _run(sys.argv[1:])
     except ModuleNotFoundError as error:
@@ -282,9 +282,9 @@ def _stoppable(command: str, out: Path) -> Iterator[None]:
         line, code = f"{error}; {how}", 1
     else:
         return
-    if os.environ.get("RANK", "0") == "0":
-        _fail(line, code)
-    sys.exit(code)
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(code)
+    _fail(line, code)
 
 
 def _fail(line: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """Which device a run is on, and how long things take there."""
 
+import os
 import statistics
 import time
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from ademamix.lab.config import BadInputError
-from ademamix.lab.processes import local_rank
+from ademamix.lab.processes import launched
 
 
 class Stopwatch:
@@ -48,8 +49,8 @@ def pick_device(name: str) -> torch.device:
         name = str(found or "cpu")
     try:
         device = torch.device(name)
-        if device.type != "cpu" and device.index is None:
-            device = torch.device(device.type, local_rank())
+        if device.type != "cpu" and device.index is None and launched():
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error

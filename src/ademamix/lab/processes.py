@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ademamix.lab.config import BadInputError
@@ -25,11 +23,6 @@ class PeerError(Exception):
 def launched() -> int:
     """Return how many processes torchrun, or a program like it, has started; 0 for a process started by itself."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 0
-
-
-def local_rank() -> int | None:
-    """Return this process's number among those of its machine, or None for a process started by itself."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else None
 
 
 def restarted() -> bool:
@@ -150,6 +143,9 @@ def spread(model: nn.Module, processes: Processes, device: torch.device, *, shar
         return model
     if not shard:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # a second of import time
+
     mesh = init_device_mesh(device.type, (processes.size,))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for layer in (layer for layers in reversed(lists) for layer in layers):
@@ -160,9 +156,9 @@ def spread(model: nn.Module, processes: Processes, device: torch.device, *, shar
 
 def backward_of(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """Return the context of a part of a batch, forward and backward: only in the last do processes sum gradients."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    elif isinstance(model, DistributedDataParallel) and not last:
-        no_sync: AbstractContextManager[None] = model.no_sync()
-        return no_sync
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    set_sync: Callable[[bool], None] | None = getattr(model, "set_requires_gradient_sync", None)
+    if set_sync is not None:  # FSDP2's
+        set_sync(last)
     return nullcontext()

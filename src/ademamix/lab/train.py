@@ -168,6 +168,8 @@ class _Run:
         self.name, self.recipe, self.out, self.processes = name, recipe, out, processes
         self.device = pick_device(job.device)
         self.task = task_of(recipe)
+        if len(set(processes.everywhere(lambda: self.task.sha256))) > 1:
+            raise BadInputError("the processes have different data")
         self.part = processes.part(recipe.batch)
         self.valid, self.valid_size = self._valid_share()
         self.held_out = [self.task.held_out(number, self.part) for number in range(len(recipe.held_out))]
