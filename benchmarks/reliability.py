@@ -7,6 +7,7 @@ what came of each is compared with a training that met none. The tests carry out
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -71,35 +73,49 @@ def same(a: Path, b: Path) -> bool:
 # ------------------------------------------------------------------------- processes that are killed
 
 
-def _train(recipe: Recipe, job: Job, out: Path, limit: int | None, said: Path | None) -> None:
-    torch.set_num_threads(1)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        train("ademamix", recipe, job, out, quiet=True)
-    except (SaveError, OSError) as error:
-        if said is None:
-            raise
-        said.write_text(str(error))
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a process is to train, and under which conditions."""
+
+    recipe: Recipe
+    job: Job
+    out: Path
+    limit: int | None = None  # the size in bytes that no file may exceed
+    said: Path | None = None  # a file for the reason, if the run cannot write
+    rank: int = 0
+    size: int = 1
+
+    def begin(self) -> Any:
+        """The process, its imports done already."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["ademamix.lab.train", "ademamix.backends.cpu", "transformers.models.llama.modeling_llama"]
+        )
+        process = context.Process(target=self._train)
+        process.start()
+        return process
+
+    def _train(self) -> None:
+        torch.set_num_threads(1)
+        if self.limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+        if self.size > 1:
+            store = f"file://{self.out.with_name(self.out.name + '.store')}"
+            dist.init_process_group("gloo", init_method=store, rank=self.rank, world_size=self.size)
+        try:
+            train("ademamix", self.recipe, self.job, self.out, quiet=True)
+        except (SaveError, OSError) as error:
+            if self.said is None:
+                raise
+            self.said.write_text(str(error))
 
 
-def started(recipe: Recipe, job: Job, out: Path, limit: int | None = None, said: Path | None = None) -> Any:
-    """A process that trains, its imports done already.
-
-    Args:
-        recipe: what,
-        job: and how.
-        out: the run's folder.
-        limit: the size in bytes that no file may exceed.
-        said: a file for the reason, if the run cannot write.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["ademamix.lab.train", "ademamix.backends.cpu", "transformers.models.llama.modeling_llama"]
-    )
-    process = context.Process(target=_train, args=(recipe, job, out, limit, said))
-    process.start()
-    return process
+def carry_out(recipe: Recipe, job: Job, out: Path, processes: int = 1) -> None:
+    """Train to the end, on one process or on several."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    running = [Start(recipe, job, out, rank=rank, size=processes).begin() for rank in range(processes)]
+    for process in running:
+        process.join()
 
 
 def until(condition: Callable[[], Any], alive: Callable[[], bool], seconds: float = 300.0) -> bool:
@@ -114,29 +130,32 @@ def until(condition: Callable[[], Any], alive: Callable[[], bool], seconds: floa
     return True
 
 
-def writing(run: Path) -> bool:
-    """Whether a checkpoint is just being written."""
-    return any((run / checkpoints.FOLDER).glob(f"*{PARTIAL}/*"))
+def writing(run: Path, since: float) -> bool:
+    """Whether a checkpoint that was begun after a time is half written."""
+    with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
+        return any(path.stat().st_mtime > since for path in (run / checkpoints.FOLDER).glob(f"*{PARTIAL}"))
+    return False
 
 
 def killed_at_random(folder: Path, recipe: Recipe, kills: int) -> Figures:
     """Kill a training again and again, every third time while it writes a checkpoint, and go on each time."""
     job, chance = Job(log_every=1, save_every=10), random.Random(0)
     whole, broken = folder / "whole", folder / "broken"
-    started(recipe, job, whole).join()
+    carry_out(recipe, job, whole)
     killed = in_writing = 0
     while not (broken / "result.json").exists():
-        process = started(recipe, job, broken)
+        began = time.time()
+        process = Start(recipe, job, broken).begin()
         if killed < kills:
             if killed % 3 == 0:
-                until(lambda: writing(broken), process.is_alive)
+                until(functools.partial(writing, broken, began), process.is_alive)
                 time.sleep(chance.uniform(0.0, 0.05))
             else:
                 time.sleep(chance.uniform(0.0, 2.5))  # it begins to train after about one
             process.kill()
             killed += 1
         process.join()
-        in_writing += writing(broken)
+        in_writing += writing(broken, began)
     return {
         "kills (SIGKILL)": killed,
         "of them with a checkpoint half written": in_writing,
@@ -172,19 +191,19 @@ def children(process: "subprocess.Popen[str]") -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def rank_killed(folder: Path, recipe: Recipe) -> Figures:
-    """Kill one of two processes under torchrun, which starts both again."""
-    settings = as_arguments(recipe, log_every=1, save_every=10)
-    whole, broken = folder / "whole", folder / "broken"
-    finish(torchrun(whole, *settings))
-    process = torchrun(broken, *settings, restarts=3)
+def rank_killed(folder: Path, recipe: Recipe, processes: int) -> Figures:
+    """Kill one of several processes under torchrun, which starts all of them again."""
+    job, whole, broken = Job(log_every=1, save_every=10), folder / "whole", folder / "broken"
+    carry_out(recipe, job, whole, processes)
+    settings = as_arguments(recipe, log_every=job.log_every, save_every=job.save_every)
+    process = torchrun(broken, *settings, processes=processes, restarts=3)
     until(lambda: len(saved(broken)) > 1, lambda: process.poll() is None)
     os.kill(children(process)[1], signal.SIGKILL)
     finish(process)
     starts = len(json.loads((broken / "config.json").read_text())["typed"])
     return {
         "times that torchrun started the processes": starts,
-        "loss curve and weights are those of an unbroken run on two processes, bit for bit": same(whole, broken),
+        "loss curve and weights are those of an unbroken run on as many, bit for bit": same(whole, broken),
     }
 
 
@@ -293,24 +312,24 @@ def full_disk(folder: Path, recipe: Recipe, disk: str) -> Figures:
         disk: "tmpfs", a small one (needs root), or "limit": a file may not grow beyond a size, and is cut there.
     """
     job, whole = Job(log_every=1, save_every=20), folder / "whole"
-    started(recipe, job, whole).join()
+    carry_out(recipe, job, whole)
     size = sum(file.stat().st_size for file in saved(whole)[-1].iterdir())
     space = folder / "space"
     space.mkdir()
     broken, limit = space / "run", None
     with small_disk(space, int(2.5 * size)) if disk == "tmpfs" else contextlib.nullcontext():
         if disk == "limit":
-            first = started(recipe, job, broken)
+            first = Start(recipe, job, broken).begin()
             until(lambda: saved(broken), first.is_alive)
             first.kill()
             first.join()
             limit = size // 2
-        started(recipe, job, broken, limit, folder / "said").join()
+        Start(recipe, job, broken, limit, folder / "said").begin().join()
         before = saved(broken)
         kept = len(before) > 0 and refusal(broken) == ""
         if disk == "tmpfs":
             subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(space)], check=True)
-        started(recipe, job, broken).join()
+        carry_out(recipe, job, broken)
         return {
             "the run ended and said": (folder / "said").read_text().replace(str(folder), "FOLDER"),
             "the checkpoint before is whole": kept,
@@ -420,12 +439,12 @@ def any_number(folder: Path, recipe: Recipe) -> Figures:
     No step is clipped: two processes with FSDP2 add up the norm of the gradients in another order.
     """
     recipe = dataclasses.replace(recipe, clip=1e9)
-    settings, job = as_arguments(recipe, log_every=1), Job(log_every=1)
+    job = Job(log_every=1)
     one, cut_in_two, ddp, fsdp = (folder / name for name in ("one", "cut", "ddp", "fsdp"))
-    finish(torchrun(ddp, *settings))
-    finish(torchrun(fsdp, *settings, "--shard"))
-    started(recipe, job, one).join()
-    started(dataclasses.replace(recipe, accumulate=2), job, cut_in_two).join()
+    carry_out(recipe, job, one)
+    carry_out(dataclasses.replace(recipe, accumulate=2), job, cut_in_two)
+    carry_out(recipe, job, ddp, 2)
+    carry_out(recipe, dataclasses.replace(job, shard=True), fsdp, 2)
     away = [abs(a - b) / b for a, b in zip(losses(ddp), losses(one), strict=True)]
     weights = [checkpoints.weights(saved(run)[-1]) for run in (cut_in_two, ddp, fsdp)]
     return {
@@ -435,8 +454,8 @@ def any_number(folder: Path, recipe: Recipe) -> Figures:
         "weights at the end, all three": all(
             torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in weights[0]
         ),
-        "2 processes and 1 with an uncut batch: first loss is away by, relative": away[0],
-        "any loss, at most": max(away),
+        "2 processes and 1 with an uncut batch: the first loss is away by, relative": away[0],
+        "any of the losses, at most: training amplifies the rounding of sums in another order": max(away),
     }
 
 
@@ -450,7 +469,10 @@ def short(steps: int) -> Recipe:
 def parts(folder: Path) -> Iterator[tuple[str, Figures]]:
     """Carry everything out."""
     yield "Killed at random", killed_at_random(folder / "killed", short(3000), 20)
-    yield "One of two processes killed under torchrun", rank_killed(folder / "rank", short(1000))
+    for number, batch in ((2, 4), (3, 6)):
+        recipe = dataclasses.replace(short(1000), batch=batch)
+        title = f"One of {number} processes killed under torchrun"
+        yield title, rank_killed(folder / f"rank-{number}", recipe, number)
     for state in ("float32", "compact"):
         yield f"Bad gradients, {state} state", bad_gradients(10_000, state)
     yield "Damaged checkpoints", damaged(folder / "damaged", short(200))
