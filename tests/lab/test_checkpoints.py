@@ -195,10 +195,9 @@ def _of(rank: int, size: int) -> Processes:
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(recipe, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("ademamix.lab.train.Processes", lambda: _of(0, 4))
     check(("adamw",), recipe, "cpu")
-    message = r"accumulate x processes must divide batch, got 2 x 4 with 4"
+    message = r"accumulate x processes must divide batch, got 2 x 4 with a batch of 4"
     with pytest.raises(BadInputError, match=message):
         check(("adamw",), dataclasses.replace(recipe, accumulate=2), "cpu")
 

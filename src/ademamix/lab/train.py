@@ -106,11 +106,14 @@ def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
     task_of(recipe)
     for name in names:
         _hyperparameters(name, recipe)
-    parts = recipe.accumulate * max(1, launched())
-    if recipe.batch % parts:
-        raise BadInputError(
-            f"accumulate x processes must divide batch, got {recipe.accumulate} x {launched()} with {recipe.batch}"
-        )
+    _check_parts(recipe, Processes())
+
+
+def _check_parts(recipe: Training, processes: Processes) -> None:
+    """Raise BadInputError if the processes, or the parts of a batch, would not all get as many examples."""
+    if recipe.batch % (recipe.accumulate * processes.size):
+        got = f"{recipe.accumulate} x {processes.size} with a batch of {recipe.batch}"
+        raise BadInputError(f"accumulate x processes must divide batch, got {got}")
 
 
 def train(
@@ -167,6 +170,7 @@ class _Run:
     def __init__(self, name: Optimizer, recipe: Training, job: Job, out: Path, processes: Processes) -> None:
         self.name, self.recipe, self.out, self.processes = name, recipe, out, processes
         self.device = pick_device(job.device)
+        _check_parts(recipe, processes)
         self.task = task_of(recipe)
         if len(set(processes.everywhere(lambda: self.task.sha256))) > 1:
             raise BadInputError("the processes have different data")
