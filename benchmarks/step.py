@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import ademamix
-from ademamix import AdamW, AdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.optimizer import STATES
 
 Step = Callable[[], Any]
@@ -123,6 +123,43 @@ def launches(step: Step) -> int:
     return sum(not e.name.startswith("Mem") for e in profile.events())
 
 
+def timed(contenders: dict[str, Program], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Seconds of each program in each round."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, program in contenders.items():
+            times[name].append(seconds(program.step, device))
+    return {name: np.array(values[1:]) for name, values in times.items()}  # in the first round caches are cold
+
+
+def rules(rounds: int, device: torch.device) -> list[str]:
+    """Our optimizers against each other, and against what their bytes would cost at the speed of our AdamW."""
+    title, shapes = SHAPES["gpt2"]
+    torch.manual_seed(0)
+    params = [torch.randn(s, device=device).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "AdamW": AdamW(params),
+        "AdEMAMix": AdEMAMix(params),
+        "AdEMAMix, beta1 = 0": AdEMAMix(params, betas=(0.0, 0.999, 0.9999)),
+        "AdEMAMix, log-time": AdEMAMix(params, beta3_schedule="log-time"),
+        "SimplifiedAdEMAMix": SimplifiedAdEMAMix(params),
+        "ADana": ADana(params),
+        **{f"KEMA, K = {k}": KEMA(params, count=k) for k in (2, 3, 4)},
+    }
+    contenders = {name: Program.of(optimizer) for name, optimizer in optimizers.items()}
+    every = timed(contenders, rounds, device)
+    heads = ["rule", "ms a step, median", "min to max", "to AdamW", "bytes to AdamW's", "time for its bytes"]
+    rows = [f"### Rules, {title}", "", f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    for name, taken in every.items():
+        ms, ratio = 1e3 * taken, np.median(taken / every["AdamW"])
+        share = contenders[name].bytes / contenders["AdamW"].bytes
+        cells = [f"{np.median(ms):.1f}", f"{ms.min():.1f} to {ms.max():.1f}", f"{ratio:.2f}", f"{share:.2f}"]
+        rows.append(f"| {name} | {' | '.join(cells)} | {ratio / share:.2f} |")
+    return rows
+
+
 def steps(which: str, rounds: int, device: torch.device, states: Sequence[str]) -> list[str]:
     title, shapes = SHAPES[which]
     torch.manual_seed(0)
@@ -131,14 +168,10 @@ def steps(which: str, rounds: int, device: torch.device, states: Sequence[str]) 
     for p in chain(*params.values()):
         p.grad = torch.randn_like(p)
     contenders = dict(programs(params, states))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        for name, program in contenders.items():
-            times[name].append(seconds(program.step, device))
+    every = timed(contenders, rounds, device)
     heads = ["program", "ms a step, median", "min to max", "to torch, float32", "to torch, bfloat16", "GB/s", "of copy"]
     heads += ["launches"] * (device.type == "cuda")
     rows = [f"### {title}", "", f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
-    every = {name: np.array(values[1:]) for name, values in times.items()}  # in the first round caches are cold
     speeds = {name: program.bytes / every[name] / 1e9 for name, program in contenders.items()}
     for name, taken in every.items():
         ms, share = 1e3 * taken, np.median(speeds[name] / speeds["copy"])
@@ -249,13 +282,14 @@ def main() -> None:
         "--state", choices=STATES, nargs="+", default=STATES, help="how ours stores state; default: all"
     )
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
-    parser.add_argument("--only", choices=[*SHAPES, "start", "memory"], help="one part alone")
+    parser.add_argument("--only", choices=[*SHAPES, "rules", "start", "memory"], help="one part alone")
     parser.add_argument("--out", help="also write the tables to this file")
     options = parser.parse_args()
     rows = ["## One optimizer step", "", *machine(options.device)]
     print("\n".join(rows), flush=True)
     parts: dict[str, Callable[[int], list[str]]] = {
         "gpt2": lambda rounds: steps("gpt2", rounds, options.device, options.state),
+        "rules": lambda rounds: rules(rounds, options.device),
         "small": lambda rounds: steps("small", 4 * rounds, options.device, options.state),
     }
     if options.device.type == "cpu":

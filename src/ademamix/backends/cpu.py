@@ -197,27 +197,36 @@ class _Kernel:
         prepare = [
             f"index = first + row * stride + column * {BLOCK}",
             f"lane = lanes + 4 * (index & {LANES - 1})",
-            f"wrap = uint({LANES} - (index & {LANES - 1}))",
+            f"wrap = min(n, {LANES} - (index & {LANES - 1}))",
             f"block0 = hashed(key ^ uint({OTHER}), narrow(index >> 8))",
             f"block1 = hashed(key ^ uint({OTHER}), narrow((index >> 8) + 1))",
         ]
         if not any(self._of(k).stochastic for k in self.streams):
             lanes, prepare = [], []
-        noisy = ["h = uint(uint(load_lane(lane, i)) ^ where(narrow(i) < wrap, block0, block1))"]
+
+        def each(lines: list[str], *, noisy: bool) -> list[str]:
+            """A loop over a block's elements; where they need noise, over those before and after a lane's first one."""
+            if not noisy:
+                return ["for i in range(n):", *(f"    {line}" for line in lines)]
+            return [
+                "for part in range(2):",
+                "    low, high, block_hash = (wrap, n, block1) if part else (0, wrap, block0)",
+                "    for i in range(low, high):",
+                "        h = uint(load_lane(lane, i) ^ block_hash)",
+                *(f"        {line}" for line in lines),
+            ]
+
         written = [k for k in self.streams if k != 1]
         direct = [k for k in written if k not in scale]
         results = ["r0", *(f"r{k}" for k in range(2, len(self.formats)))]
         arguments = [value(0), f"{value(1)} * factor", *(value(k) for k in range(2, len(self.formats)))]
         update = [
-            *(noisy if any(self._of(k).stochastic for k in direct) else []),
             f"{', '.join(results)}, = rule({', '.join([*arguments, *(f'c{k}' for k in range(count))])})",
             *(f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'r{k}')})" for k in direct),
             *(f"store{scratch[k]}(z{k}, i, r{k})" for k in self.scaled),
             *(f"m{k} = maximum(m{k}, uint(bits(r{k}) & uint(0x7FFFFFFF)))" for k in self.scaled),
         ]
-        finish = [*noisy] + [
-            f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled
-        ]
+        finish = [f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled]
         rescale = [
             line
             for k in self.scaled
@@ -252,11 +261,9 @@ class _Kernel:
                 "            widen()",
                 *(f"            s{k} = load{scale[k]}(b{k}, row * across + column)" for k in self.scaled),
                 *(f"            m{k} = uint(0)" for k in self.scaled),
-                "            for i in range(n):",
-                *(f"                {line}" for line in update),
+                *(f"            {line}" for line in each(update, noisy=any(self._of(k).stochastic for k in direct))),
                 *(f"            {line}" for line in rescale),
-                *(["            for i in range(n):"] if self.scaled else []),
-                *(f"                {line}" for line in finish if self.scaled),
+                *(f"            {line}" for line in each(finish, noisy=True) if self.scaled),
                 "            column += 1",
                 "            if column == across:",
                 "                column = 0",
@@ -280,7 +287,6 @@ class _Kernel:
         functions |= {
             "widen": _widen,
             "narrow": _narrow,
-            "where": _select,
             "bits": _bits,
             "from_bits": _from_bits,
             "maximum": format_xp.maximum,
