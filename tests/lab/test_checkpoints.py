@@ -4,8 +4,10 @@ What is done to whole runs - kills, full disks, several processes - is in test_r
 """
 
 import dataclasses
+import errno
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from ademamix import AdEMAMix
-from ademamix.lab.checkpoints import Checkpoints, complete, load, weights
+from ademamix.lab.checkpoints import Checkpoints, SaveError, complete, load, weights
 from ademamix.lab.config import BadInputError, Job, Recipe
 from ademamix.lab.processes import Processes
 from ademamix.lab.tasks import task_of
@@ -160,6 +162,25 @@ def test_what_is_loaded_is_what_was_saved_when_it_was_saved(state, recipe, tmp_p
     whole = weights(path)
     assert whole.keys() == model.state_dict().keys()
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in whole.items())
+    checkpoints.close()
+
+
+def test_what_became_of_a_checkpoint_is_told_at_the_latest_when_the_next_is_due(recipe, tmp_path, monkeypatch):
+    checkpoints, model = Checkpoints(tmp_path, 2, Processes()), task_of(recipe).model()
+    optimizer = AdEMAMix(model.parameters())
+    checkpoints.save(1, {}, model, optimizer)
+    checkpoints.wait()
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("ademamix.lab.checkpoints._size_and_sum", full)
+    checkpoints.save(2, {}, model, optimizer)
+    kept = tmp_path / "checkpoints" / "step-00000001"
+    why = f"the checkpoint step-00000002 could not be written (No space left on device); the one before it is {kept}"
+    with pytest.raises(SaveError, match=re.escape(why)):
+        checkpoints.save(3, {}, model, optimizer)
+    assert list(kept.parent.iterdir()) == [kept]
     checkpoints.close()
 
 
