@@ -21,6 +21,7 @@ import torch
 import ademamix
 from ademamix.lab.config import Job
 from ademamix.lab.experiments.lm import small
+from ademamix.lab.processes import Processes
 from ademamix.lab.report import machine
 from ademamix.lab.train import _Run
 from ademamix.lab.trials import Grid, Trials
@@ -51,7 +52,7 @@ def overhead(steps: int, folder: Path) -> list[tuple[str, ...]]:
     """Time `steps` steps as `train` takes them; on one thread, as in a sweep."""
     torch.set_num_threads(1)
     recipe, job = small(steps + 20), Job()
-    run = _Run("ademamix", recipe, job, folder / "run")
+    run = _Run("ademamix", recipe, job, folder / "run", Processes())
     backward = torch.autograd.backward
     clocks = {name: Clock() for name in ("forward", "backward", "optimizer")}
     clocks["forward"].watch(run, "_loss")

@@ -36,7 +36,7 @@ def compared(tiny, tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "ademamix", "compare"]
     longer = [*tiny, "--steps", "600", "--save-every", "20", "--eval-every", "60"]
     process = subprocess.Popen([*command, *longer, "--out", str(out)], stdout=subprocess.DEVNULL)
-    while not (out / "ademamix" / "checkpoint.pt").exists():
+    while not list((out / "ademamix" / "checkpoints").glob("step-*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ademamix.lab import checkpoints
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
 from ademamix.lab.model import checksum, language_model
 from ademamix.lab.tasks import Batch, task_of
@@ -30,7 +31,11 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    return checkpoints.weights(newest(run))
+
+
+def newest(run: Path) -> Path:
+    return checkpoints.complete(run / "checkpoints")[-1]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -70,7 +75,7 @@ def test_stopped_killed_and_resumed_is_the_unbroken_run_bit_for_bit(optimizer, t
     assert process.returncode == 128 + signal.SIGINT, errors
     assert f"go on with: python -m ademamix train --resume {broken}" in errors
     assert "Traceback" not in errors
-    stopped_at = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
+    stopped_at = int(newest(broken).name.removeprefix("step-"))
     assert 60 <= stopped_at < 1500
 
     process = start("train", "--resume", str(broken))
@@ -94,14 +99,14 @@ def test_sigterm_saves_too(tiny, tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped and saved at step" in errors
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert newest(tmp_path / "run").is_dir()
 
 
 def test_a_finished_run_is_not_done_again(recipe, tmp_path):
     first = train("ademamix", recipe, Job(), tmp_path)
-    before = os.stat(tmp_path / "checkpoint.pt").st_mtime_ns
+    before = os.stat(newest(tmp_path)).st_mtime_ns
     assert train("ademamix", recipe, Job(), tmp_path) == first
-    assert os.stat(tmp_path / "checkpoint.pt").st_mtime_ns == before
+    assert os.stat(newest(tmp_path)).st_mtime_ns == before
 
 
 def test_training_learns_and_its_result_says_what_the_metrics_say(recipe, tmp_path):
@@ -158,7 +163,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(rec
     wild = dataclasses.replace(recipe, ademamix=AdEMAMixSettings(lr=1e300))
     with pytest.raises(DivergedError, match=r"the validation loss is (nan|inf) at step \d+ with ademamix at lr"):
         train("ademamix", wild, Job(log_every=1, save_every=1), tmp_path)
-    assert (tmp_path / "checkpoint.pt").exists()  # of the first step, before the loss was seen
+    assert newest(tmp_path).is_dir()  # of the first step, before the loss was seen
     assert not (tmp_path / "result.json").exists()
 
 

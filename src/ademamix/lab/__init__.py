@@ -10,7 +10,9 @@ model.py       the models
 tasks.py       what is learned: model, batches and loss of a recipe
 schedule.py    the learning rate over a run
 devices.py     which device, and how long things take there
-train.py       the one training loop, with checkpoints and exact resume
+processes.py   the processes of a training under torchrun
+checkpoints.py checkpoints: complete, checked, without code in them
+train.py       the one training loop, exact to the bit across stops
 trials.py      many runs at a time: grids of them, kept by Optuna
 compare.py     AdamW against AdEMAMix, or another, on equal terms
 kernels.py     what an optimizer remembers, measured

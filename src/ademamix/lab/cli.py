@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
@@ -34,7 +35,7 @@ WHAT = {
 
 
 def main() -> None:
-    """Run the command line; the exit code is 2 for bad input, 1 for a diverged run, 128 + n after signal n."""
+    """Run the command line; the exit code is 2 for bad input, 1 for a failed run, 128 + n after signal n."""
     try:
         _run(sys.argv[1:])
     except ModuleNotFoundError as error:
@@ -48,6 +49,7 @@ def _run(argv: list[str]) -> None:
 
     from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train
     from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.processes import PeerError, launched
 
     try:
         train, compare, experiments = _defaults(argv)
@@ -67,12 +69,16 @@ def _run(argv: list[str]) -> None:
             PlanFor: _plan,
             ReportOn: _report,
         }
+        if launched() > 1 and not isinstance(chosen, Train):
+            raise BadInputError("torchrun is for `ademamix train`; the other commands run in one process")
         if isinstance(chosen, run_kind):
             _experiment(chosen.experiment)
         else:
             carry_out[type(chosen)](chosen)
     except BadInputError as error:
         _fail(str(error), 2)
+    except PeerError:
+        sys.exit(2)  # another process says why
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
 
@@ -138,17 +144,22 @@ def _data(settings: "Data") -> None:
 
 def _train(settings: "Train") -> None:
     from ademamix.lab.console import say
+    from ademamix.lab.devices import pick_device
     from ademamix.lab.optimizers import title
+    from ademamix.lab.processes import joined
     from ademamix.lab.train import check, train
 
-    settings = _pinned(settings)
-    check((settings.optimizer,), settings.recipe, settings.job.device)
-    out, _ = _claim("train", settings)
-    say(f"Trains with {title(settings.optimizer)}; everything is written to {out}")
-    with _stoppable("train", out):
-        result = train(settings.optimizer, settings.recipe, settings.job, out)
-    seen = f"{result.seen:,} {settings.recipe.unit}"
-    say(f"validation loss {result.valid_loss:.4f} after {seen} in {result.seconds:,.0f} s; see {out}")
+    with joined(pick_device(settings.job.device)) as processes:
+        settings = processes.everywhere(lambda: _pinned(settings))[0]
+        processes.everywhere(lambda: check((settings.optimizer,), settings.recipe, settings.job.device))
+        out, _ = processes.on_first(lambda: _claim("train", settings))
+        if processes.first:
+            say(f"Trains with {title(settings.optimizer)}; everything is written to {out}")
+        with _stoppable("train", out):
+            result = train(settings.optimizer, settings.recipe, settings.job, out)
+        if processes.first:
+            seen = f"{result.seen:,} {settings.recipe.unit}"
+            say(f"validation loss {result.valid_loss:.4f} after {seen} in {result.seconds:,.0f} s; see {out}")
 
 
 def _compare(settings: "Compare") -> None:
@@ -247,28 +258,31 @@ def _pinned(settings: S) -> S:
 def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:
     """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume."""
     from ademamix.lab.config import BadInputError, to_json
+    from ademamix.lab.files import written_aside
+    from ademamix.lab.processes import agreed_name, restarted
     from ademamix.lab.train import differing, refuse_other
 
     now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    out, resume = settings.job.out, settings.job.resume
+    given, resume = settings.job.out, settings.job.resume
     del now["job"]["out"], now["job"]["resume"]
-    if resume is None:
-        name = f"{command.replace(' ', '-')}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = out or Path("runs") / name
-        if out.exists():
-            raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
-        out.mkdir(parents=True)
-        earlier = []
-    else:
-        if out is not None:
-            raise BadInputError("give --out for a new run or --resume for an old one, not both")
-        out, stored = resume, _stored(resume)
+    if resume is not None and given is not None:
+        raise BadInputError("give --out for a new run or --resume for an old one, not both")
+    name = f"{command.replace(' ', '-')}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = resume or given or Path("runs") / agreed_name(name)
+    typed = [f"{PROGRAM} {shlex.join(sys.argv[1:])}"]
+    started_before = restarted() or getattr(settings.job, "go_on", False)
+    if resume is not None or (started_before and out.exists()):
+        stored = _stored(out)
         if stored["command"] != command:
             raise BadInputError(f"{out} was made by `ademamix {stored['command']}`, not by `ademamix {command}`")
         refuse_other(out, differing(_settled(stored), _settled(now)))
-        earlier = stored["typed"]
-    typed = [*earlier, f"{PROGRAM} {shlex.join(sys.argv[1:])}"]
-    to_json(out / CONFIG, {"command": command, "typed": typed} | now)
+        typed = stored["typed"] + typed
+        to_json(out / CONFIG, {"command": command, "typed": typed} | now)
+        return out, typed
+    if out.exists():
+        raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
+    with written_aside(out) as aside:
+        to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
     return out, typed
 
 
@@ -279,16 +293,25 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _stoppable(command: str, out: Path) -> Iterator[None]:
-    """Say how to go on when the run is stopped, and what happened when it diverged."""
+    """Say how to go on when the run is stopped or cannot write, and what happened when it diverged: once for all
+    processes."""
+    from ademamix.lab.checkpoints import SaveError
     from ademamix.lab.train import DivergedError, StoppedError
 
+    how = f"go on with: {PROGRAM} {command} --resume {shlex.quote(str(out))}"
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as error:
-        how = f"go on with: {PROGRAM} {command} --resume {shlex.quote(str(out))}"
-        _fail(f"{str(error) or 'stopped'}; {how}", 128 + getattr(error, "signum", SIGINT))
+        line, code = f"{str(error) or 'stopped'}; {how}", 128 + getattr(error, "signum", SIGINT)
     except DivergedError as error:
-        _fail(f"{error}; a smaller learning rate may help", 1)
+        line, code = f"{error}; a smaller learning rate may help", 1
+    except (SaveError, OSError) as error:
+        line, code = f"{error}; {how}", 1
+    else:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(code)
+    _fail(line, code)
 
 
 def _fail(line: str, code: int) -> NoReturn:

@@ -204,9 +204,15 @@ class Job:
     """Steps between two lines of metrics."""
     save_every: int = 1000
     """Steps between two checkpoints; the end and Ctrl-C always write one."""
+    keep: int = 2
+    """Checkpoints to keep: the last so many."""
+    shard: bool = False
+    """Give each process of torchrun a part of parameters, gradients and optimizer state (FSDP2), not all (DDP)."""
+    go_on: bool = False
+    """Go on with the run if --out holds it already: for queues that start the same command again."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every"):
+        for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
 

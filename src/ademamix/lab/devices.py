@@ -1,5 +1,6 @@
 """Which device a run is on, and how long things take there."""
 
+import os
 import statistics
 import time
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from ademamix.lab.config import BadInputError
+from ademamix.lab.processes import launched
 
 
 class Stopwatch:
@@ -38,12 +40,17 @@ class Stopwatch:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the named device, or for "auto" the accelerator that is there, else the CPU."""
+    """Return the named device, or for "auto" the accelerator that is there, else the CPU.
+
+    Of the devices of a machine, each process that torchrun starts there takes its own.
+    """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        name = str(found or "cpu")
     try:
         device = torch.device(name)
+        if device.type != "cpu" and device.index is None and launched():
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error

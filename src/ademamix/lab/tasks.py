@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from ademamix.lab import images, model
 from ademamix.lab.config import ImageRecipe, Recipe, Training
 from ademamix.lab.corpus import stdlib_tokens
-from ademamix.lab.tokens import Tokens
+from ademamix.lab.tokens import WHOLE, Tokens
 
 Batch = tuple[Tensor, ...]  # the first dimension of each is the batch's
 
@@ -23,11 +23,11 @@ class Task(Protocol):
     def model(self) -> torch.nn.Module:
         """A new model, whose weights the recipe's seed alone decides (float32, on the CPU)."""
 
-    def batch(self, step: int) -> Batch:
-        """The training batch of a step."""
+    def batch(self, step: int, part: slice = WHOLE) -> Batch:
+        """The training batch of a step, or a part of it."""
 
-    def held_out(self, number: int) -> Batch:
-        """A batch that is never drawn for training."""
+    def held_out(self, number: int, part: slice = WHOLE) -> Batch:
+        """A batch that is never drawn for training, or a part of it."""
 
     def valid_batches(self, size: int) -> list[Batch]:
         """The validation set, always the same, `size` examples at a time."""
@@ -48,11 +48,11 @@ class Text:
     def model(self) -> torch.nn.Module:
         return model.language_model(self.recipe, self.tokens.vocab_size)
 
-    def batch(self, step: int) -> Batch:
-        return (self.tokens.batch(self.recipe.seed, step, self.recipe.batch, self.recipe.context),)
+    def batch(self, step: int, part: slice = WHOLE) -> Batch:
+        return (self.tokens.batch(self.recipe.seed, step, self.recipe.batch, self.recipe.context, part),)
 
-    def held_out(self, number: int) -> Batch:
-        return (self.tokens.held_out(self.recipe.seed, number, self.recipe.batch, self.recipe.context),)
+    def held_out(self, number: int, part: slice = WHOLE) -> Batch:
+        return (self.tokens.held_out(self.recipe.seed, number, self.recipe.batch, self.recipe.context, part),)
 
     def valid_batches(self, size: int) -> list[Batch]:
         return [(batch,) for batch in self.tokens.valid_batches(self.recipe.eval_sequences, size, self.recipe.context)]
@@ -74,11 +74,13 @@ class Pictures:
     def model(self) -> torch.nn.Module:
         return model.vision_model(self.recipe, self.images.channels, self.images.classes)
 
-    def batch(self, step: int) -> Batch:
-        return self.images.batch("train", self.recipe.seed, step, self.recipe.batch, self.recipe.examples)
+    def batch(self, step: int, part: slice = WHOLE) -> Batch:
+        pixels, labels = self.images.batch("train", self.recipe.seed, step, self.recipe.batch, self.recipe.examples)
+        return pixels[part], labels[part]
 
-    def held_out(self, number: int) -> Batch:
-        return self.images.batch("valid", self.recipe.seed, number, self.recipe.batch)
+    def held_out(self, number: int, part: slice = WHOLE) -> Batch:
+        pixels, labels = self.images.batch("valid", self.recipe.seed, number, self.recipe.batch)
+        return pixels[part], labels[part]
 
     def valid_batches(self, size: int) -> list[Batch]:
         return [*self.images.first("valid", self.recipe.eval_images, size)]

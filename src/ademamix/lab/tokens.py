@@ -15,6 +15,7 @@ from ademamix.lab.config import BadInputError
 
 META = "data.json"
 SPLITS = ("train", "valid")
+WHOLE = slice(None)  # all of a batch
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -61,13 +62,16 @@ class Tokens:
                 need = f"a context of {context} needs at least {context + 1}"
                 raise BadInputError(f"the corpus is too small: {len(split)} tokens for {name}, {need}")
 
-    def batch(self, seed: int, step: int, sequences: int, context: int) -> Tensor:
-        """Return training batch number `step`, int64 [sequences, context + 1]: a pure function of the arguments."""
-        return _drawn(self.train, seed, step, sequences, context)
+    def batch(self, seed: int, step: int, sequences: int, context: int, part: slice = WHOLE) -> Tensor:
+        """Return training batch number `step`, int64 [sequences, context + 1]: a pure function of the arguments.
 
-    def held_out(self, seed: int, number: int, sequences: int, context: int) -> Tensor:
+        Of all that is drawn, `part` alone is read and returned.
+        """
+        return _drawn(self.train, seed, step, sequences, context, part)
+
+    def held_out(self, seed: int, number: int, sequences: int, context: int, part: slice = WHOLE) -> Tensor:
         """Return a batch drawn from the validation text like those of training from theirs."""
-        return _drawn(self.valid, seed, number, sequences, context)
+        return _drawn(self.valid, seed, number, sequences, context, part)
 
     def valid_batches(self, sequences: int, batch: int, context: int) -> list[Tensor]:
         """Return the fixed validation batches: up to `sequences` windows spread evenly, `batch` at a time."""
@@ -76,8 +80,10 @@ class Tokens:
         return list(torch.split(_windows(self.valid, starts, context), batch))
 
 
-def _drawn(tokens: NDArray[np.unsignedinteger[Any]], seed: int, number: int, sequences: int, context: int) -> Tensor:
-    return _windows(tokens, drawn(seed, number, len(tokens) - context, sequences), context)
+def _drawn(
+    tokens: NDArray[np.unsignedinteger[Any]], seed: int, number: int, sequences: int, context: int, part: slice
+) -> Tensor:
+    return _windows(tokens, drawn(seed, number, len(tokens) - context, sequences)[part], context)
 
 
 def drawn(seed: int, number: int, below: int, count: int) -> NDArray[np.int64]:

@@ -19,15 +19,17 @@ from torch import Tensor
 
 from ademamix import RuleOptimizer
 from ademamix.convert import from_adamw
+from ademamix.lab.checkpoints import Checkpoints, load
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training, to_json
 from ademamix.lab.console import Show
 from ademamix.lab.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.model import checksum
 from ademamix.lab.optimizers import arguments_of, pinned, title
+from ademamix.lab.processes import Processes, backward_of, launched, spread
 from ademamix.lab.schedule import lr_factor
 from ademamix.lab.tasks import Batch, task_of
 
-CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
+METRICS, RESULT = "metrics.jsonl", "result.json"
 HELD_OUT = "held_out_loss/"  # names the metric of a held-out batch, before its number
 PATIENCE = 100  # steps: a few bad gradients are skipped, but a loss that stays bad has diverged
 
@@ -79,6 +81,14 @@ def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
     task_of(recipe)
     for name in names:
         arguments_of(name, recipe)
+    _check_parts(recipe, Processes())
+
+
+def _check_parts(recipe: Training, processes: Processes) -> None:
+    """Raise BadInputError if the processes, or the parts of a batch, would not all get as many examples."""
+    if recipe.batch % (recipe.accumulate * processes.size):
+        got = f"{recipe.accumulate} x {processes.size} with a batch of {recipe.batch}"
+        raise BadInputError(f"accumulate x processes must divide batch, got {got}")
 
 
 def train(
@@ -98,17 +108,21 @@ def train(
         BadInputError: data or settings cannot be used.
         StoppedError: SIGINT or SIGTERM came; a checkpoint was written.
         DivergedError: the loss is not finite.
+        SaveError: a checkpoint could not be written.
     """
-    if (out / RESULT).exists():
-        return Result.read(out)
+    processes = Processes()
+    done = processes.on_first(lambda: Result.read(out) if (out / RESULT).exists() else None)
+    if done:
+        return done
     with (
-        closing(_Run(name, recipe, job, out)) as run,
-        _stop_on_signals() as stop,
-        Show(label or title(name), recipe, run.step, quiet=quiet) as show,
+        closing(_Run(name, recipe, job, out, processes)) as run,
+        _stop_on_signals() as came,
+        Show(label or title(name), recipe, run.step, quiet=quiet or not processes.first) as show,
     ):
         for step in range(run.step + 1, recipe.steps + 1):
             loss = run.advance()
             last = step == recipe.steps
+            stop = processes.largest(came[0] if came else 0)
             if step % job.log_every == 0 or last:
                 run.log(loss)
                 show.update(step, loss.item())
@@ -119,24 +133,29 @@ def train(
             if step % job.save_every == 0 or last or stop:
                 run.save(loss)
             if stop and not last:
-                raise StoppedError(step, stop[0])
-        result = run.result()
-    to_json(out / RESULT, dataclasses.asdict(result))
-    return result
+                run.checkpoints.wait()
+                raise StoppedError(step, stop)
+        run.checkpoints.wait()
+        return processes.on_first(run.finish)
 
 
 class _Run:
     """The state of a run between two steps, on disk and in memory."""
 
-    def __init__(self, name: Optimizer, recipe: Training, job: Job, out: Path) -> None:
-        self.name, self.recipe, self.out = pinned(name), recipe, out
+    def __init__(self, name: Optimizer, recipe: Training, job: Job, out: Path, processes: Processes) -> None:
+        self.name, self.recipe, self.out, self.processes = pinned(name), recipe, out, processes
         self.device = pick_device(job.device)
+        _check_parts(recipe, processes)
         self.task = task_of(recipe)
-        self.valid = self.task.valid_batches(max(1, recipe.batch // recipe.accumulate))
-        self.held_out = [self.task.held_out(number) for number in range(len(recipe.held_out))]
+        if len(set(processes.everywhere(lambda: self.task.sha256))) > 1:
+            raise BadInputError("the processes have different data")
+        self.part = processes.part(recipe.batch)
+        self.valid, self.valid_size = self._valid_share()
+        self.held_out = [self.task.held_out(number, self.part) for number in range(len(recipe.held_out))]
         self.model = self.task.model()
         self.initial_weights = checksum(self.model)
         self.model.to(self.device, getattr(torch, recipe.dtype))
+        self.spread = spread(self.model, processes, self.device, shard=job.shard)
         self.step, self.seconds = 0, 0.0
         self.switch_at = recipe.switch_at if self.name == "ademamix" else 0
         self.optimizer = self._optimizer_of(1)
@@ -144,14 +163,39 @@ class _Run:
         self.sound = 0  # the last step whose loss was seen to be finite
         self.stopwatch = Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
-        if (out / CHECKPOINT).exists():
-            self._load()
-        _keep_until(out / METRICS, self.step)
-        self.metrics = (out / METRICS).open("a")
+        self.checkpoints = Checkpoints(out, job.keep, processes)
+        saved = self.checkpoints.newest()
+        if saved is not None:
+            self._load(*saved)
+        if self.spread is not self.model:
+            self._order_sums()
+        if processes.first:
+            self._open_metrics()
+        self.began = time.perf_counter()
+
+    def _valid_share(self) -> tuple[list[tuple[Batch, int]], int]:
+        """The validation batches of this process, as many as every other's, and what each counts; what all count."""
+        size = self.processes.size
+        batches = self.task.valid_batches(max(1, self.recipe.batch // self.recipe.accumulate // size))
+        counted = [(batch, len(batch[0])) for batch in batches]
+        filled = counted + [(batches[0], 0)] * (-len(batches) % size)
+        return filled[self.processes.rank :: size], sum(count for _, count in counted)
+
+    def _order_sums(self) -> None:
+        """Take a backward pass for nothing: DDP orders its buckets after the first, and sums are rounded by that order.
+
+        So a resumed run sums as one does that goes on.
+        """
+        batch, _ = self.valid[0]
+        torch.autograd.backward(self._loss(batch))
+        self.optimizer.zero_grad()
+
+    def _open_metrics(self) -> None:
+        _keep_until(self.out / METRICS, self.step)
+        self.metrics = (self.out / METRICS).open("a")
         from torch.utils.tensorboard import SummaryWriter  # a second of import time
 
-        self.board = SummaryWriter(out / "tensorboard", purge_step=self.step + 1)
-        self.began = time.perf_counter()
+        self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
 
     def _optimizer_of(self, step: int) -> RuleOptimizer:
         """A new optimizer of the kind that takes this step."""
@@ -159,7 +203,7 @@ class _Run:
         return kind(self.model.parameters(), **arguments)
 
     def advance(self) -> Tensor:
-        """Take one training step; return its loss, still on the device."""
+        """Take one training step; return its loss over all processes, still on the device."""
         recipe = self.recipe
         self.step += 1
         if self.switch_at and self.step == self.switch_at + 1:
@@ -173,26 +217,28 @@ class _Run:
         if recipe.insert and self.step in recipe.held_out:
             batch = self.held_out[recipe.held_out.index(self.step)]
         else:
-            batch = self.task.batch(self.step)
+            batch = self.task.batch(self.step, self.part)
         if recipe.accumulate == 1:
             total = self._loss(batch)
             torch.autograd.backward(total)
         else:
             total = torch.zeros((), device=self.device)
-            for part in zip(*(t.chunk(recipe.accumulate) for t in batch), strict=True):
-                loss = self._loss(part) / recipe.accumulate
-                torch.autograd.backward(loss)
+            parts = list(zip(*(t.chunk(recipe.accumulate) for t in batch), strict=True))
+            for part in parts:
+                with backward_of(self.spread, last=part is parts[-1]):
+                    loss = self._loss(part) / recipe.accumulate
+                    torch.autograd.backward(loss)
                 total += loss.detach()
         self.norm = self.optimizer.clip_grad_norm_(recipe.clip)
         with self.stopwatch:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return total.detach()
+        return self.processes.mean(total.detach())
 
     def _loss(self, batch: Batch) -> Tensor:
         kind = self.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
-            return self.task.loss(self.model, tuple(t.to(self.device, non_blocking=True) for t in batch))
+            return self.task.loss(self.spread, tuple(t.to(self.device, non_blocking=True) for t in batch))
 
     def log(self, loss: Tensor) -> None:
         """Write the step's metrics."""
@@ -211,8 +257,8 @@ class _Run:
         self._lap(loss)
         with torch.no_grad():
             # Examples are alike, batches are not equally large: weight each by its size.
-            losses = torch.stack([self._loss(batch) * len(batch[0]) for batch in self.valid])
-        value: float = losses.sum().item() / sum(len(batch[0]) for batch in self.valid)
+            losses = torch.stack([self._loss(batch) * count for batch, count in self.valid])
+        value = self.processes.total(losses.sum()).item() / self.valid_size
         if not math.isfinite(value):
             raise DivergedError(self._diverged("validation loss", value))
         self._write(valid_loss=value)
@@ -226,8 +272,8 @@ class _Run:
         if due:
             self._lap(loss)
             with torch.no_grad():
-                losses = torch.stack([self._loss(self.held_out[number]) for number in due]).tolist()
-            self._write(**{f"{HELD_OUT}{number}": value for number, value in zip(due, losses, strict=True)})
+                losses = self.processes.mean(torch.stack([self._loss(self.held_out[number]) for number in due]))
+            self._write(**{f"{HELD_OUT}{number}": loss for number, loss in zip(due, losses.tolist(), strict=True)})
             self.began = time.perf_counter()
 
     def _lap(self, loss: Tensor) -> None:
@@ -249,6 +295,8 @@ class _Run:
         return self.skipped_before + self.optimizer.skipped_steps
 
     def _write(self, **values: float) -> None:
+        if not self.processes.first:
+            return
         where = {"step": self.step, self.recipe.unit: self.step * self.recipe.units_per_step, "seconds": self.seconds}
         self.metrics.write(json.dumps(where | values) + "\n")
         self.metrics.flush()
@@ -256,45 +304,41 @@ class _Run:
             self.board.add_scalar(key, value, self.step)
 
     def save(self, loss: Tensor) -> None:
-        """Write the checkpoint: whole or not at all, also when the machine goes down."""
+        """Begin to write a checkpoint; what was logged before is on the disk by then."""
         self._lap(loss)
-        aside = self.out / (CHECKPOINT + ".partial")
-        state = {
-            "optimizer_name": self.name,
-            "recipe": dataclasses.asdict(self.recipe),
-            "data": self.task.sha256,
-            "step": self.step,
-            "seconds": self.seconds,
-            "skipped_steps": self.skipped_steps,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.out / CHECKPOINT)
+        if self.processes.first:
+            os.fsync(self.metrics.fileno())
+        about = {**self._identity(), "step": self.step, "seconds": self.seconds, "skipped_steps": self.skipped_steps}
+        self.checkpoints.save(self.step, about, self.model, self.optimizer)
         self.began = time.perf_counter()
 
-    def _load(self) -> None:
-        path = self.out / CHECKPOINT
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # a damaged file raises whatever its damage leads to
-            raise BadInputError(f"{path} cannot be read, it is damaged ({type(error).__name__})") from error
-        differ = differing(state["recipe"], dataclasses.asdict(self.recipe))
-        differ += ["optimizer"] * (state["optimizer_name"] != self.name)
-        differ += ["the data"] * (state["data"] != self.task.sha256)
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {"optimizer": self.name, "recipe": recipe, "data": self.task.sha256}
+
+    def _load(self, path: Path, about: dict[str, Any]) -> None:
+        own = self._identity()
+        differ = differing(about["recipe"], own["recipe"])
+        differ += ["optimizer"] * (about["optimizer"] != own["optimizer"])
+        differ += ["the data"] * (about["data"] != own["data"])
         refuse_other(self.out, differ)
-        self.model.load_state_dict(state["model"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds = about["step"], about["seconds"]
         self.optimizer = self._optimizer_of(self.step)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped_before, self.sound = state["skipped_steps"], state["step"]
+        load(path, self.model, self.optimizer)
+        self.skipped_before, self.sound = about["skipped_steps"], about["step"]
 
     def close(self) -> None:
-        self.metrics.close()
-        self.board.close()
+        self.checkpoints.close()
+        if self.processes.first:
+            self.metrics.close()
+            self.board.close()
+
+    def finish(self) -> Result:
+        """Write and return what the run came to."""
+        result = self.result()
+        to_json(self.out / RESULT, dataclasses.asdict(result))
+        return result
 
     def result(self) -> Result:
         lines = [json.loads(line) for line in (self.out / METRICS).read_text().splitlines()]
@@ -358,7 +402,8 @@ def _stop_on_signals() -> Iterator[list[int]]:
 
     def note(signum: int, _: object) -> None:
         came.append(signum)
-        signal.signal(signum, before[signal.Signals(signum)])
+        if not launched():  # torchrun passes on what the machine's own program has sent already
+            signal.signal(signum, before[signal.Signals(signum)])
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
