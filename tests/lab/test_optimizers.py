@@ -13,6 +13,7 @@ import torch
 
 import ademamix
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
+from ademamix.lab.checkpoints import FOLDER, complete, weights
 from ademamix.lab.config import AdEMAMixSettings, BadInputError, Job, Recipe
 from ademamix.lab.optimizers import arguments_of, buffers_of, kind_of, pinned, settings_of, title
 from ademamix.lab.schedule import lr_factor
@@ -81,8 +82,8 @@ def test_a_run_has_the_settings_of_its_recipe(name: str, recipe: Recipe, tmp_pat
     recipe = dataclasses.replace(recipe, settings=settings)
     result = train(name, recipe, Job(device="cpu"), tmp_path)
     expected = by_hand(recipe, optimizer_of, peak)
-    weights = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    stored = weights(complete(tmp_path / FOLDER)[-1])
+    assert all(torch.equal(stored[key], expected[key]) for key in expected)
     assert result.optimizer == pinned(name)
 
 
@@ -92,8 +93,8 @@ def test_a_rule_of_the_users_trains_like_its_class(recipe: Recipe, mine: Path, t
     expected = by_hand(recipe, lambda p: kind(p, leak=0.25), 0.1)
     for name in ("mine", "Mine"):
         result = train(f"{mine}:{name}", recipe, Job(device="cpu"), tmp_path / name)
-        weights = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
-        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+        stored = weights(complete(tmp_path / name / FOLDER)[-1])
+        assert all(torch.equal(stored[key], expected[key]) for key in expected)
         assert result.state_bytes_per_parameter == pytest.approx(4, rel=0.01)
     assert title(f"{mine}:mine") == "Mine"
 
