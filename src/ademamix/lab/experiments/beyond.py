@@ -60,7 +60,7 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
         "beta1-zero": Entry("AdEMAMix, beta1 = 0", "ademamix", mixed, {"beta1": 0.0}),
         "log-time": Entry("AdEMAMix, log-time", "ademamix", {"lr": times(0.5), "kappa": (0.85, 0.9)}, log_time),
         "simplified": Entry("SimplifiedAdEMAMix", "simplifiedademamix", {"lr": times(0.05), "alpha": (10, 20)}, total),
-        "adana": Entry("ADana", "adana", {"lr": times(0.5), "kappa": (0.8, 0.85)}, {"weight_decay": 0.1}),
+        "adana": Entry("ADana", "adana", {"lr": times(0.5), "kappa": (0.85, 0.9)}, {"weight_decay": 0.1}),
         "kema": Entry("KEMA, K = 3", "kema", {"lr": times(0.5), "longest": ("0.15T", "0.3T")}, three),
     }
 
