@@ -100,7 +100,7 @@ class Start:
         if self.limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
         if self.size > 1:
-            store = f"file://{self.out.with_name(self.out.name + '.store')}"
+            store = f"file://{_store(self.out)}"
             dist.init_process_group("gloo", init_method=store, rank=self.rank, world_size=self.size)
         try:
             train("ademamix", self.recipe, self.job, self.out, quiet=True)
@@ -113,9 +113,17 @@ class Start:
 def carry_out(recipe: Recipe, job: Job, out: Path, processes: int = 1) -> None:
     """Train to the end, on one process or on several."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    _store(out).unlink(missing_ok=True)
     running = [Start(recipe, job, out, rank=rank, size=processes).begin() for rank in range(processes)]
     for process in running:
         process.join()
+    if any(process.exitcode for process in running):
+        raise RuntimeError(f"the run in {out} has failed")
+
+
+def _store(out: Path) -> Path:
+    """Where the processes of a run find each other."""
+    return out.with_name(f"{out.name}.store")
 
 
 def until(condition: Callable[[], Any], alive: Callable[[], bool], seconds: float = 300.0) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import reliability
 from reliability import as_arguments, children, finish, losses, metrics, saved, torchrun, until
 
-from ademamix.lab.config import Recipe
+from ademamix.lab.config import Job, Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes of torchrun in /proc")
@@ -75,6 +75,17 @@ def test_one_and_two_processes_have_the_same_loss_curve(recipe, tmp_path):
     # The first loss is a mean over 64 tokens: 63 additions, each rounded by at most 2^-24 of the sum, in either order.
     assert first <= 2 * 63 * 2**-24
     assert [line["step"] for line in metrics(tmp_path / "fsdp") if "loss" in line] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("state", ["float32", "compact"])
+def test_parts_and_copies_are_switched_to_another_optimizer_alike(state, recipe, tmp_path):
+    """Right after an evaluation, which has put some parameters together; and with batches cut in two."""
+    settings = dataclasses.replace(recipe.ademamix, state=state)
+    switched = dataclasses.replace(recipe, ademamix=settings, width=64, switch_at=20, held_out=(30,), clip=1e9)
+    for shard in (False, True):
+        run = tmp_path / f"{shard}"
+        reliability.carry_out(dataclasses.replace(switched, accumulate=2), Job(log_every=1, shard=shard), run, 2)
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
 
 
 @linux

@@ -162,3 +162,13 @@ def backward_of(model: nn.Module, *, last: bool) -> AbstractContextManager[None]
     if set_sync is not None:  # FSDP2's
         set_sync(last)
     return nullcontext()
+
+
+def put_away(model: nn.Module) -> None:
+    """Split what a forward pass alone has put together.
+
+    FSDP2 leaves the outermost parameters whole for a backward pass, and `model.parameters()` would be those.
+    """
+    reshard: Callable[[], None] | None = getattr(model, "reshard", None)
+    if reshard is not None:
+        reshard()

@@ -25,7 +25,7 @@ from ademamix.lab.console import Show
 from ademamix.lab.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.model import checksum
 from ademamix.lab.optimizers import arguments_of, pinned, title
-from ademamix.lab.processes import Processes, backward_of, launched, spread
+from ademamix.lab.processes import Processes, backward_of, launched, put_away, spread
 from ademamix.lab.schedule import lr_factor
 from ademamix.lab.tasks import Batch, task_of
 
@@ -255,9 +255,9 @@ class _Run:
     def evaluate(self, loss: Tensor) -> float:
         """Return and write the validation loss; `loss` is the step's own."""
         self._lap(loss)
-        with torch.no_grad():
-            # Examples are alike, batches are not equally large: weight each by its size.
-            losses = torch.stack([self._loss(batch) * count for batch, count in self.valid])
+        # Examples are alike, batches are not equally large: weight each by its size.
+        counts = torch.tensor([count for _, count in self.valid], device=self.device)
+        losses = self._losses([batch for batch, _ in self.valid]) * counts
         value = self.processes.total(losses.sum()).item() / self.valid_size
         if not math.isfinite(value):
             raise DivergedError(self._diverged("validation loss", value))
@@ -271,10 +271,16 @@ class _Run:
         due = [number for number, n in since if n >= -1 and n & (n - 1) <= 0]  # -1, 0, 1, 2, 4, 8, ...
         if due:
             self._lap(loss)
-            with torch.no_grad():
-                losses = self.processes.mean(torch.stack([self._loss(self.held_out[number]) for number in due]))
+            losses = self.processes.mean(self._losses([self.held_out[number] for number in due]))
             self._write(**{f"{HELD_OUT}{number}": loss for number, loss in zip(due, losses.tolist(), strict=True)})
             self.began = time.perf_counter()
+
+    def _losses(self, batches: list[Batch]) -> Tensor:
+        """The losses of batches that are not trained on."""
+        with torch.no_grad():
+            losses = torch.stack([self._loss(batch) for batch in batches])
+        put_away(self.spread)
+        return losses
 
     def _lap(self, loss: Tensor) -> None:
         """Stop the clock, once the device has caught up, and refuse to go on from a loss that is no number."""
