@@ -331,7 +331,7 @@ def _kernels(
             kernel(key, part, f"{every[key].title}, {at}") for key in growing for part, at in parts.items()
         ],
     }
-    label = "its weight, times the learning rate"
+    label = "weight x learning rate"
     return [
         Chart(text, "age of the gradient, 1 for the newest", label, _strong(lines), log_x=True, log_y=True)
         for text, lines in charts.items()
