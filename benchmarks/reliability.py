@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,15 +358,11 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 def may_mount() -> bool:
     """Whether this process may mount a file system."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        place = Path(f"/tmp/reliability-{os.getpid()}")
-        place.mkdir()
-        try:
-            with small_disk(place, 1 << 20):
-                return True
-        finally:
-            place.rmdir()
-    return False
+    try:
+        with tempfile.TemporaryDirectory() as place, small_disk(Path(place), 1 << 20):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 # ------------------------------------------------------------------------------------ planted pickles

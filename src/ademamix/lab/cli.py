@@ -14,7 +14,7 @@ from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
-    from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train
+    from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train, Training
     from ademamix.lab.experiments.common import Settings
     from ademamix.lab.report import Report
 
@@ -198,12 +198,12 @@ def _experiment(settings: "Settings") -> None:
     from ademamix.lab.train import check
     from ademamix.lab.trials import Trials
 
-    settings = _pinned(settings)
     module = type(settings).__module__
     name = next(name for name, experiment in EXPERIMENTS.items() if experiment.__name__ == module)
     pick_device(settings.job.device)
     recipe = getattr(settings, "recipe", None)
     if recipe is not None:
+        _refuse_unused(recipe, "ademamix")
         check(("adamw", "ademamix"), recipe, settings.job.device)
     out, typed = _claim(f"run {name}", settings)
     say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
@@ -237,22 +237,27 @@ def _report(settings: "ReportOn") -> None:
     say(f"report: {write_index(settings.folder)}")
 
 
-S = TypeVar("S", "Train", "Compare", "Settings")
+P = TypeVar("P", "Train", "Compare")
 
 
-def _pinned(settings: S) -> S:
-    """The settings with optimizers named as they are recorded, so that none changes when a run is resumed."""
+def _pinned(settings: P) -> P:
+    """The settings with the optimizer named as it is recorded, so that it does not change when a run is resumed."""
+    from ademamix.lab.optimizers import pinned
+
+    name = pinned(settings.optimizer)
+    _refuse_unused(settings.recipe, name)
+    return dataclasses.replace(settings, optimizer=name)
+
+
+def _refuse_unused(recipe: "Training", optimizer: str) -> None:
+    """Raise BadInputError for settings that are not this optimizer's."""
     from ademamix.lab.config import BadInputError
-    from ademamix.lab.optimizers import SECTIONS, pinned
+    from ademamix.lab.optimizers import SECTIONS
     from ademamix.lab.values import typed
 
-    for field in ("optimizer", "own"):
-        if name := getattr(settings, field, None):
-            settings = dataclasses.replace(settings, **{field: pinned(name)})  # type: ignore[arg-type]
-    given = getattr(getattr(settings, "recipe", None), "settings", {})
-    if given and getattr(settings, "optimizer", "ademamix") in SECTIONS:
-        raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {typed(given)} is for other optimizers")
-    return settings
+    if recipe.settings and optimizer in SECTIONS:
+        given = typed(recipe.settings)
+        raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {given} is for other optimizers")
 
 
 def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:

@@ -128,6 +128,11 @@ class Training:
     def units_per_step(self) -> int:
         return self.batch
 
+    @property
+    def horizon(self) -> int:
+        """The steps that an optimizer's own schedules are made for."""
+        return self.planned or self.steps
+
 
 @dataclass(frozen=True)
 class Recipe(Training):

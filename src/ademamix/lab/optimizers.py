@@ -83,7 +83,7 @@ def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer]
     Raises:
         BadInputError: there is no such optimizer or setting, or a setting is out of its range.
     """
-    kind, planned = kind_of(name), recipe.planned or recipe.steps
+    kind, planned = kind_of(name), recipe.horizon
     given: dict[str, Any]
     s, m = recipe.adamw, recipe.ademamix
     if _folded(name) == "adamw":

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ademamix import RuleOptimizer
 from ademamix.convert import from_adamw
-from ademamix.lab.checkpoints import Checkpoints, load
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training, to_json
 from ademamix.lab.console import Show
 from ademamix.lab.devices import Stopwatch, device_name, pick_device
@@ -163,6 +162,8 @@ class _Run:
         self.sound = 0  # the last step whose loss was seen to be finite
         self.stopwatch = Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
+        from ademamix.lab.checkpoints import Checkpoints  # nearly a second of import time
+
         self.checkpoints = Checkpoints(out, job.keep, processes)
         saved = self.checkpoints.newest()
         if saved is not None:
@@ -324,6 +325,8 @@ class _Run:
         return {"optimizer": self.name, "recipe": recipe, "data": self.task.sha256}
 
     def _load(self, path: Path, about: dict[str, Any]) -> None:
+        from ademamix.lab.checkpoints import load
+
         own = self._identity()
         differ = differing(about["recipe"], own["recipe"])
         differ += ["optimizer"] * (about["optimizer"] != own["optimizer"])

@@ -18,7 +18,7 @@ from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Candidate, Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.kernels import ages, memory
-from ademamix.lab.optimizers import arguments_of, buffers_of, title
+from ademamix.lab.optimizers import arguments_of, buffers_of, pinned, title
 from ademamix.lab.pictures import Chart, Line, Picture
 from ademamix.lab.report import Report, Rows
 from ademamix.lab.train import Result
@@ -88,6 +88,8 @@ class Beyond(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.own is not None:  # as it is recorded, so that it does not change when a run is resumed
+            object.__setattr__(self, "own", pinned(self.own))
         for name, least in (("fractions", 0.0), ("budgets", 1.0)):
             values = getattr(self, name)
             if list(values) != sorted({x for x in values if x > least}):
@@ -118,8 +120,7 @@ class Beyond(Settings):
 
     def base(self, entry: Entry) -> Recipe:
         """The recipe of an entry, before it is tuned."""
-        planned = self.recipe.planned or self.recipe.steps
-        return changed(dataclasses.replace(self.recipe, planned=planned), entry.optimizer, **entry.settings)
+        return changed(dataclasses.replace(self.recipe, planned=self.recipe.horizon), entry.optimizer, **entry.settings)
 
     def of_length(self, recipe: Recipe, fraction: float, seed: int) -> Recipe:
         """A run of some length; the loss is followed in those of T steps."""
