@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -139,12 +140,14 @@ def launch(
     return made
 
 
+@cache
 def slot_names(rule: Rule) -> tuple[str, ...]:
     """Names of a rule's state slots: its positional arguments after ``p`` and ``g``."""
     parameters = inspect.signature(rule).parameters.values()
     return tuple(q.name for q in parameters if q.kind is q.POSITIONAL_OR_KEYWORD)[2:]
 
 
+@cache
 def coefficient_names(rule: Rule) -> tuple[str, ...]:
     """Names of a rule's coefficients: its keyword-only arguments."""
     return tuple(q.name for q in inspect.signature(rule).parameters.values() if q.kind is q.KEYWORD_ONLY)
