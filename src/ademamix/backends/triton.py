@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ademamix.backends import Batch, Rule, bind, coefficient_names
+from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 from ademamix.table import sent_to
 
 ROWS = 4  # blocks in a tile, each of them in one warp: 8 elements a thread, 16 or 32 bytes of each wide stream
 OPTIONS = {"num_warps": ROWS, "enable_fp_fusion": False}  # eager has no fused multiply-add either
 ALIGNMENT = 16  # bytes of the widest access, and elements: of codes of one byte
+STAGED = 8  # host buffers of tables that are made at a time
 
 STORAGES = {  # in memory, and as which integers codes are decoded
     "float64": ("float64", None),
@@ -266,35 +267,36 @@ class Launch:
         own = [all(address % ALIGNMENT == 0 for address in each) for each in pointers]
         self.even = np.array(own) & (rest % ALIGNMENT == 0)
         self.sent: tuple[list[int], list[int]] | None = None  # the pointers and rows that the table has
-        self.staged: Tensor | None = self._stage()
-        self.captured: list[Tensor] = []
+        self.staged: list[Tensor] = []
+        self.captured: list[Tensor] = []  # the host buffers that graphs send again whenever they are replayed
         self.never = torch.zeros((), dtype=torch.uint8, device=self.device)
         self._send([each[1] for each in pointers], [0] * len(pointers))
         with self._on_device():
             self.kernel.warmup(*self._arguments(self.never.double(), self.never), grid=(1,), **OPTIONS)
 
-    def _stage(self) -> Tensor:
-        return torch.empty(self.entries.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+    def _stage(self) -> list[Tensor]:
+        pinned = self.device.type == "cuda"
+        return [*torch.empty((STAGED, *self.entries.shape), dtype=torch.int64, pin_memory=pinned)]
 
     def _send(self, grads: list[int], rows: list[int]) -> None:
         """Send the table. Its host buffer is written only once: the copy may be under way for long, and a captured
-        graph repeats it. Graphs must not allocate pinned memory, so a buffer is kept ready."""
+        graph repeats it. Graphs must not allocate pinned memory, so some buffers are kept ready."""
         self.entries[:, 1], self.entries[:, -2] = grads, rows
         self.entries[:, -1] = self.even & (np.array(grads) % ALIGNMENT == 0)
-        host = self._stage() if self.staged is None else self.staged
+        captured = capturing(self.device)
+        if len(self.staged) < (1 if captured else STAGED // 2):
+            self.staged += self._stage()
+        host = self.staged.pop()
         self.table = host.copy_(torch.from_numpy(self.entries)).to(self.device, non_blocking=True)
-        self.sent = (grads, rows)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        self.sent = None if captured else (grads, rows)  # a graph's table holds nothing before it is replayed
+        if captured:
             self.captured.append(host)
-            self.staged = None
-        else:
-            self.staged = self._stage()
 
     def __call__(self, grads: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor, skip: Tensor | None) -> None:
         if not self.tiles:
             return
         pointers = [g.data_ptr() for g in grads]
-        if self.sent != (pointers, list(rows)):
+        if self.sent != (pointers, list(rows)) or capturing(self.device):  # a graph keeps no table of others alive
             self._send(pointers, list(rows))
         if coefficients.device != self.device:
             coefficients = sent_to(self.device, coefficients)
