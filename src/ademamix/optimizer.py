@@ -285,8 +285,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if plan is None or not plan.serves(self, updated, grads, of_group, settings, with_tensors):
             if captured:  # each replay would set new state to zero
                 raise RuntimeError(
-                    "a CUDA graph cannot capture the first step, nor the first with these parameters, gradients' dtypes "
-                    "or settings: take such a step before the capture"
+                    "a CUDA graph cannot capture the first step, nor the first with these parameters, settings or "
+                    "dtypes of gradients: take such a step before the capture"
                 )
             saved = [self.state.get(p) for p in params]
             if self.offload:
