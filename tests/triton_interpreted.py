@@ -26,8 +26,10 @@ SCALE = 0.5
 
 def clipped(p: torch.Tensor, g: Any, momentum: Any, *, lr: Any, bound: Any) -> Any:
     """A user's rule: with a helper, a global number, annotations that Triton does not know and functions of xp."""
-    momentum = smaller(momentum + SCALE * (g - momentum), bound)
-    return p - lr * xp.where(momentum > 0.0, momentum, 0.5 * momentum), momentum
+    momentum = smaller(momentum + SCALE / 1.0 * (g - momentum), bound)
+    slow = momentum
+    slow /= 2.0
+    return p - lr * xp.where(momentum > 0.0, momentum, slow), momentum
 
 
 def smaller(x: Any, bound: Any) -> Any:
