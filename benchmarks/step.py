@@ -307,6 +307,8 @@ def main() -> None:
     parser.add_argument("--only", choices=[*SHAPES, "rules", "start", "memory"], help="one part alone")
     parser.add_argument("--out", help="also write the tables to this file")
     options = parser.parse_args()
+    if options.device.index is not None and options.device.type == "cuda":
+        torch.cuda.set_device(options.device)  # events are recorded on the current one
     rows = ["## One optimizer step", "", *machine(options.device)]
     print("\n".join(rows), flush=True)
     parts: dict[str, Callable[[int], list[str]]] = {
