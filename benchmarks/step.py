@@ -2,10 +2,14 @@
 
     python benchmarks/step.py [--device cuda] [--state compact] [--rounds 15] [--only gpt2] [--out FILE]
 
-Programs take turns, one step each round, on the same parameters and gradients. Reported are medians over the rounds;
-ratios are medians of the round-by-round ratios to torch's fused AdamW, so a machine that gets slower does not favour
-anyone. ``copy`` moves the float32 parameters and gradients from one place to another: the speed of the memory. Each
-program's bytes are those of the parameters and the state, read and written, and of the gradients, read.
+Each program takes turns with ``copy`` and torch's fused AdamW, one step each round, on the same parameters and
+gradients; only its own state and theirs are in memory then. Reported are medians over the rounds; ratios are medians of
+the round-by-round ratios to torch's fused AdamW, so a machine that gets slower does not favour anyone. ``copy`` moves
+the float32 parameters and gradients from one place to another: the speed of the memory. Each program's bytes are those
+of the parameters and the state, read and written, and of the gradients, read.
+
+On a GPU a step begins when the device is idle, so that its time includes what the host does before the first launch,
+which a training hides; ``ms in kernels`` is what the GPU itself works in one step, as torch's profiler sees it.
 """
 
 import argparse
@@ -20,11 +24,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 
 import ademamix
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
@@ -83,8 +88,8 @@ def programs(params: dict[torch.dtype, list[torch.Tensor]], states: Sequence[str
     for state in states:
         yield f"ademamix AdamW, state {state}", Program.of(AdamW(single, state=state))
         yield f"ademamix AdEMAMix, state {state}", Program.of(AdEMAMix(single, state=state))
-        optimizer = AdEMAMix(params[torch.bfloat16], state=state)
-        yield f"ademamix AdEMAMix, state {state}, bfloat16 parameters", Program.of(optimizer)
+        low = params[torch.bfloat16]
+        yield f"ademamix AdEMAMix, state {state}, bfloat16 parameters", Program.of(AdEMAMix(low, state=state))
     if "float32" in states:
         yield "ademamix AdEMAMix, beta1 = 0", Program.of(AdEMAMix(single, betas=(0.0, 0.999, 0.9999)))
     try:
@@ -115,12 +120,15 @@ def seconds(step: Step, device: torch.device) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def launches(step: Step) -> int:
-    """Kernels that a step starts on the GPU."""
+def kernels(step: Step) -> tuple[int, float]:
+    """How many kernels a step starts on the GPU, and the milliseconds that they take together."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(not e.name.startswith("Mem") for e in profile.events())
+    # Beside these there are the calls that start them, on the CPU, and what is marked on the GPU's time line.
+    on_gpu = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    taken = [e.time_range.elapsed_us() / 1e3 for e in on_gpu if not e.name.startswith("Mem")]
+    return len(taken), sum(taken)
 
 
 def timed(contenders: dict[str, Program], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
@@ -130,6 +138,12 @@ def timed(contenders: dict[str, Program], rounds: int, device: torch.device) -> 
         for name, program in contenders.items():
             times[name].append(seconds(program.step, device))
     return {name: np.array(values[1:]) for name, values in times.items()}  # in the first round caches are cold
+
+
+def milliseconds(taken: np.ndarray, device: torch.device) -> list[str]:
+    """Median and range, as cells; a GPU's steps are short."""
+    least, median, most = (f"{1e3 * x:.{1 if device.type == 'cpu' else 3}f}" for x in np.quantile(taken, (0, 0.5, 1)))
+    return [median, f"{least} to {most}"]
 
 
 def rules(rounds: int, device: torch.device) -> list[str]:
@@ -153,9 +167,9 @@ def rules(rounds: int, device: torch.device) -> list[str]:
     heads = ["rule", "ms a step, median", "min to max", "to AdamW", "bytes to AdamW's", "time for its bytes"]
     rows = [f"### Rules, {title}", "", f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, taken in every.items():
-        ms, ratio = 1e3 * taken, np.median(taken / every["AdamW"])
+        ratio = np.median(taken / every["AdamW"])
         share = contenders[name].bytes / contenders["AdamW"].bytes
-        cells = [f"{np.median(ms):.1f}", f"{ms.min():.1f} to {ms.max():.1f}", f"{ratio:.2f}", f"{share:.2f}"]
+        cells = [*milliseconds(taken, device), f"{ratio:.2f}", f"{share:.2f}"]
         rows.append(f"| {name} | {' | '.join(cells)} | {ratio / share:.2f} |")
     return rows
 
@@ -167,20 +181,28 @@ def steps(which: str, rounds: int, device: torch.device, states: Sequence[str]) 
     params[torch.bfloat16] = [p.detach().bfloat16().requires_grad_() for p in params[torch.float32]]
     for p in chain(*params.values()):
         p.grad = torch.randn_like(p)
-    contenders = dict(programs(params, states))
-    every = timed(contenders, rounds, device)
+    contenders = programs(params, states)
+    references = dict(islice(contenders, 1 + len(FUSED)))
     heads = ["program", "ms a step, median", "min to max", "to torch, float32", "to torch, bfloat16", "GB/s", "of copy"]
-    heads += ["launches"] * (device.type == "cuda")
+    heads += ["launches", "ms in kernels"] * (device.type == "cuda")
     rows = [f"### {title}", "", f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
-    speeds = {name: program.bytes / every[name] / 1e9 for name, program in contenders.items()}
-    for name, taken in every.items():
-        ms, share = 1e3 * taken, np.median(speeds[name] / speeds["copy"])
-        ratios = [f"{np.median(taken / every[reference]):.2f}" for reference in FUSED.values()]
-        cells = [f"{np.median(ms):.1f}", f"{ms.min():.1f} to {ms.max():.1f}", *ratios]
-        cells += [f"{np.median(speeds[name]):.0f}", f"{share:.0%}"]
+
+    def add(name: str, program: Program, every: dict[str, np.ndarray]) -> None:
+        speed, memory = program.bytes / every[name], references["copy"].bytes / every["copy"]
+        ratios = [f"{np.median(every[name] / every[reference]):.2f}" for reference in FUSED.values()]
+        cells = [*milliseconds(every[name], device), *ratios]
+        cells += [f"{np.median(speed) / 1e9:.0f}", f"{np.median(speed / memory):.0%}"]
         if device.type == "cuda":
-            cells.append(str(launches(contenders[name].step)))
+            count, busy = kernels(program.step)
+            cells += [str(count), f"{busy:.3f}"]
         rows.append(f"| {name} | {' | '.join(cells)} |")
+
+    every = timed(references, rounds, device)
+    for name, program in references.items():
+        add(name, program, every)
+    for name, program in contenders:
+        add(name, program, timed({**references, name: program}, rounds, device))
+        del program  # its state, before that of the next is made
     return rows
 
 
@@ -285,6 +307,8 @@ def main() -> None:
     parser.add_argument("--only", choices=[*SHAPES, "rules", "start", "memory"], help="one part alone")
     parser.add_argument("--out", help="also write the tables to this file")
     options = parser.parse_args()
+    if options.device.index is not None and options.device.type == "cuda":
+        torch.cuda.set_device(options.device)  # events are recorded on the current one
     rows = ["## One optimizer step", "", *machine(options.device)]
     print("\n".join(rows), flush=True)
     parts: dict[str, Callable[[int], list[str]]] = {
@@ -300,11 +324,15 @@ def main() -> None:
         parser.error(f"--only {options.only} is not measured on {options.device}; there are {', '.join(parts)}")
     for name, part in parts.items():
         if options.only in (None, name):
-            rows += (table := ["", *part(options.rounds)])
+            try:
+                table = part(options.rounds)
+            except torch.OutOfMemoryError as error:
+                table = [f"{name}: {str(error).splitlines()[0]}"]
+            rows += (table := ["", *table])
             print("\n".join(table), flush=True)
-    if options.out:
-        with open(options.out, "w") as file:
-            file.write("\n".join(rows) + "\n")
+            if options.out:  # after each part: what is measured is not lost with a later one
+                with open(options.out, "w") as file:
+                    file.write("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

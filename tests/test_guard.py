@@ -1,15 +1,17 @@
 """Clipping, gradient scaling, steps that are skipped, and steps whose coefficients are computed on the device."""
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix, backends
 from ademamix.backends import Batch, Rows, eager
 from ademamix.formats import FORMATS
 
@@ -290,3 +292,39 @@ def test_a_step_skipped_on_the_device_changes_and_counts_nothing() -> None:
         plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
         assert equal(before, snapshot(params, optimizer)) is not changed
     assert optimizer.state[params[0]]["step"] == 2.0
+
+
+# --------------------------------------------------------------------------------- as if a CUDA graph were captured
+
+
+def test_a_graph_captures_no_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = AdEMAMix(params, capturable=True)
+    for before in range(2):
+        give_gradients(params, before)
+        params[1].grad = None if before == 1 else params[1].grad
+        monkeypatch.setattr(backends, "capturing", lambda device: True)
+        untouched = snapshot(params, optimizer)
+        with pytest.raises(RuntimeError, match="a CUDA graph cannot capture the first step, nor the first with these"):
+            optimizer.step()
+        assert equal(untouched, snapshot(params, optimizer))
+        monkeypatch.undo()
+        optimizer.step()
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    optimizer.step()  # of a kind that there was
+
+
+def test_what_a_graph_reads_lives_on_when_other_steps_need_other_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = AdEMAMix(params, capturable=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    captured = weakref.ref(optimizer._plan)
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    optimizer.step()
+    monkeypatch.undo()
+    params[1].grad = None
+    optimizer.step()
+    gc.collect()
+    assert captured() is not None
+    assert optimizer._plan is not captured()

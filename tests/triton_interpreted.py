@@ -26,8 +26,10 @@ SCALE = 0.5
 
 def clipped(p: torch.Tensor, g: Any, momentum: Any, *, lr: Any, bound: Any) -> Any:
     """A user's rule: with a helper, a global number, annotations that Triton does not know and functions of xp."""
-    momentum = smaller(momentum + SCALE * (g - momentum), bound)
-    return p - lr * xp.where(momentum > 0.0, momentum, 0.5 * momentum), momentum
+    momentum = smaller(momentum + SCALE / 1.0 * (g - momentum), bound)
+    slow = momentum
+    slow /= 2.0
+    return p - lr * xp.where(momentum > 0.0, momentum, slow), momentum
 
 
 def smaller(x: Any, bound: Any) -> Any:
@@ -197,3 +199,33 @@ def test_one_launch_a_batch_and_none_where_the_device_says_skip(monkeypatch: pyt
         plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
     assert calls == 2 * [launch for launch, *_ in plan.launches]
+
+
+def test_graphs_and_other_steps_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured copy is carried out by replays alone; here, what it would write shows which tables it writes."""
+    p = torch.zeros(8, 512, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdEMAMix([p], backend="triton", capturable=True)
+    optimizer.step()
+    ((launch, *_),) = optimizer._plan.launches  # type: ignore[union-attr]
+    tables = [launch.table]
+
+    def step(captured: bool) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(backends, "capturing", lambda device: captured)
+            patched.setattr(triton, "capturing", lambda device: captured)
+            optimizer.step()
+        tables.append(launch.table)
+
+    for captured in (False, True, True, False, False):
+        step(captured)
+    assert tables[1] is tables[0]  # the gradients are where they were
+    assert len({t.data_ptr() for t in tables}) == 4  # a table a capture, and one for the step after it
+    assert tables[5] is tables[4]
+    hosts = [t.data_ptr() for t in launch.captured]
+    for _ in range(20):
+        p.grad = torch.ones_like(p)
+        step(False)
+    assert [t.data_ptr() for t in launch.captured] == hosts
+    assert len(hosts) == 2
+    assert not {t.data_ptr() for t in launch.staged} & set(hosts)

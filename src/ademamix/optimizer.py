@@ -90,6 +90,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._skipped: int | Tensor = 0
         self._norm: Norm | None = None
         self._plan: Plan | None = None
+        self._captured: list[Plan] = []  # CUDA graphs read their tables whenever they are replayed
         super().__init__(params, defaults)
 
     @staticmethod
@@ -245,7 +246,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             RuntimeError: a gradient is sparse, a dtype is not served, a state tensor does not fit its parameter, the
                 gradients were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
-                ``capturable``; nothing has been changed then.
+                ``capturable`` or the first of its kind; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -256,7 +257,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         params = list(chain.from_iterable(active))
         if not params:
             return loss
-        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        captured = backends.capturing(params[0].device)
+        if captured:
             missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
             if missing:
                 raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
@@ -281,10 +283,17 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             grads = trip.arriving()
         plan = self._plan
         if plan is None or not plan.serves(self, updated, grads, of_group, settings, with_tensors):
+            if captured:  # each replay would set new state to zero
+                raise RuntimeError(
+                    "a CUDA graph cannot capture the first step, nor the first with these parameters, settings or "
+                    "dtypes of gradients: take such a step before the capture"
+                )
             saved = [self.state.get(p) for p in params]
             if self.offload:
                 saved = list(map(with_master, saved, params, updated))
             self._plan = plan = Plan(self, updated, grads, saved, of_group, settings, with_tensors)
+        if captured and plan not in self._captured:
+            self._captured.append(plan)
         plan.run(self, grads, factor, skip, trip)
         if plan.fresh:
             self.state.update(zip(params, plan.states, strict=True))
@@ -349,6 +358,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         super().__setstate__(state)
         self.rule = self.rule_of(self.defaults)
         self._plan = self._norm = None
+        self._captured = []
         self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
             for name, value in defaults.items():

@@ -223,8 +223,11 @@ class Plan:
             counter[()] += 1.0
         if self.on_device:
             for (device, _), members in self.places.items():
-                taken = 1.0 if skip is None else 1.0 - skip.to(device, torch.float32, non_blocking=True)
-                torch._foreach_add_([self.steps[m] for m in members], taken)
+                steps = [self.steps[m] for m in members]
+                if skip is None:
+                    torch._foreach_add_(steps, 1.0)
+                else:  # without alpha, torch would take the tensor for a number and wait for it
+                    torch._foreach_add_(steps, 1.0 - skip.to(device, torch.float32, non_blocking=True), alpha=1.0)
 
 
 def _cut(t: Tensor, cut: slice | None) -> Tensor:

@@ -83,7 +83,8 @@ def on_device(
 
 
 def sent_to(device: torch.device, t: Tensor) -> Tensor:
-    """A copy on the device, under way: pinned memory, which nobody writes again, needs no waiting."""
-    if device.type == "cuda":
+    """The tensor on the device, copied if it is not there; from pinned memory, which nobody writes again, and which
+    needs no waiting."""
+    if device.type == "cuda" and t.device.type == "cpu":
         t = t.pin_memory()
     return t.to(device, non_blocking=True)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -209,3 +211,15 @@ def test_low_precision_runs_learn(recipe, tmp_path, state, dtype, least, most):
     assert least < result.state_bytes_per_parameter < most
     assert {t.dtype for t in weights(tmp_path).values()} == {getattr(torch, dtype)}
     assert result.valid_loss == pytest.approx(train("ademamix", recipe, Job(), tmp_path / "f32").valid_loss, rel=0.01)
+
+
+def test_the_clock_stops_when_the_device_of_the_run_has_caught_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of `ademamix run` is on cuda:1, say, while its process has cuda:0 as the current device."""
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    device = torch.device("cuda:1")
+    run = SimpleNamespace(device=device, seconds=0.0, began=0.0, step=3, sound=2)
+    _Run._lap(run, torch.tensor(1.0))  # type: ignore[arg-type]
+    assert waited == [device]
+    assert run.seconds > 0.0
+    assert run.sound == 3

@@ -108,6 +108,11 @@ def storage_dtype(format: Format) -> torch.dtype:
     return torch.bfloat16 if format.storage == "bits16" else getattr(torch, format.storage)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is started on the device is not carried out but recorded, in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def choose(backend: str, device: torch.device) -> str:
     """Name of the backend module that serves tensors on ``device``; ValueError where the asked one cannot."""
     fused = {"cpu": "cpu", "cuda": "triton"}.get(device.type)  # "cuda" is torch's name for ROCm too

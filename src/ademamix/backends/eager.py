@@ -47,8 +47,11 @@ def _foreach(name: str) -> Callable[..., Tensors]:
     def apply(*args: Any) -> Tensors:
         if not isinstance(args[0], Tensors):
             args = args[::-1]
-        if any(isinstance(a, Tensor) for a in args) and name not in ("add", "mul", "div"):
-            return each(*args)  # torch has no such foreach kernel with a tensor for a number
+        if any(isinstance(a, Tensor) for a in args):
+            if name not in ("add", "mul", "div"):
+                return each(*args)  # torch has no such foreach kernel with a tensor for a number
+            if name == "add":  # without alpha, torch would take the tensor for a number and wait for it
+                return Tensors(function(args[0].tensors, args[1], alpha=1.0))
         return Tensors(function(*(a.tensors if isinstance(a, Tensors) else a for a in args)))
 
     each = _each(getattr(torch, name))

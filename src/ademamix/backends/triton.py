@@ -6,9 +6,12 @@ calls the rule and the formats themselves.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import ast
 import contextlib
 import hashlib
+import inspect
 import linecache
+import textwrap
 import types
 from collections.abc import Sequence
 from functools import cache
@@ -20,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ademamix.backends import Batch, Rule, bind, coefficient_names
+from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 from ademamix.table import sent_to
 
 ROWS = 4  # blocks in a tile, each of them in one warp: 8 elements a thread, 16 or 32 bytes of each wide stream
 OPTIONS = {"num_warps": ROWS, "enable_fp_fusion": False}  # eager has no fused multiply-add either
 ALIGNMENT = 16  # bytes of the widest access, and elements: of codes of one byte
+STAGED = 8  # host buffers of tables that are made at a time
 
 STORAGES = {  # in memory, and as which integers codes are decoded
     "float64": ("float64", None),
@@ -52,6 +56,9 @@ def _namespace(**functions: Any) -> types.ModuleType:
 @triton.jit
 def _sqrt(x):
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)  # float32's plain one is approximate
+@triton.jit
+def _divide(x, y):
+    return x / y if (x + y).dtype == tl.float64 else tl.div_rn(x, y)  # here float32's plain one is approximate too
 @triton.jit
 def _abs(x): return tl.abs(x)
 @triton.jit
@@ -91,14 +98,53 @@ format_xp = _namespace(
 )
 
 
+class _Divisions(ast.NodeTransformer):
+    """Writes x / y as a call of _divide, if any of these variables is in it: constants alone stay as they are."""
+
+    def __init__(self, variables: Sequence[str]) -> None:
+        self.variables = set(variables)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        if not isinstance(node.op, ast.Div) or self.variables.isdisjoint(names):
+            return node
+        return ast.Call(ast.Name("_triton_divide", ast.Load()), [node.left, node.right], [])
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        assert isinstance(node.target, ast.Name)
+        before = ast.Name(node.target.id, ast.Load())
+        assigned: ast.stmt = self.visit(ast.Assign([node.target], ast.BinOp(before, node.op, node.value)))
+        return assigned
+
+
 def _jit(function: Rule) -> Any:
     """A function for Triton, which reads globals, also those in annotations, only if they are declared constant."""
     scope = function.__globals__
+    scope |= inspect.getclosurevars(function).nonlocals
     for name, value in scope.items():
         if not isinstance(value, types.ModuleType | triton.JITFunction) and not name.startswith("__"):
             scope[name] = tl.constexpr(value)
     scope["_triton_language"] = tl  # the interpreter looks for it among a function's globals
-    return triton.jit(function)
+    scope["_triton_divide"] = _divide
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list.clear()
+    _Divisions(function.__code__.co_varnames).visit(definition)
+    text = ast.unparse(ast.fix_missing_locations(tree))
+    _define(f"{function.__name__}_{_digest(text)}", text, scope)
+    return triton.jit(scope[function.__name__])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _define(name: str, text: str, scope: dict[str, Any]) -> None:
+    """Carry out a text of functions; Triton reads it once more, where Python looks for it."""
+    linecache.cache[f"<{name}>"] = (len(text), None, text.splitlines(keepends=True), f"<{name}>")
+    exec(compile(text, f"<{name}>", "exec"), scope)
 
 
 def _of(format: Format | None) -> Format:
@@ -214,9 +260,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool) -> str:
 def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool) -> Any:
     """The kernel for a rule and the formats of parameter, gradient and slots, not compiled yet."""
     text = source(rule, formats, in_rows)
-    name = f"{rule.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    # Triton reads the text of functions where Python looks for it.
-    linecache.cache[f"<{name}>"] = (len(text), None, text.splitlines(keepends=True), f"<{name}>")
+    name = f"{rule.__name__}_{_digest(text)}"
     scope: dict[str, Any] = {"__name__": name, "tl": tl, "bits": _bits, "from_bits": _from_bits, "uint": _uint}
     scope |= {
         "rule": bind(rule, xp, _jit),
@@ -228,7 +272,7 @@ def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool) -> Any
             scope |= {f"encode{k}": bind(f.encode, format_xp, _jit), f"decode{k}": bind(f.decode, format_xp, _jit)}
             if f.scale is not None:
                 scope[f"scale{k}"] = bind(f.scale, format_xp, _jit)
-    exec(compile(text, f"<{name}>", "exec"), scope)
+    _define(name, text, scope)
     for function in ("start_of", "update", "kernel"):
         scope[function] = triton.jit(scope[function])
     return scope["kernel"]
@@ -266,35 +310,36 @@ class Launch:
         own = [all(address % ALIGNMENT == 0 for address in each) for each in pointers]
         self.even = np.array(own) & (rest % ALIGNMENT == 0)
         self.sent: tuple[list[int], list[int]] | None = None  # the pointers and rows that the table has
-        self.staged: Tensor | None = self._stage()
-        self.captured: list[Tensor] = []
+        self.staged: list[Tensor] = []
+        self.captured: list[Tensor] = []  # the host buffers that graphs send again whenever they are replayed
         self.never = torch.zeros((), dtype=torch.uint8, device=self.device)
         self._send([each[1] for each in pointers], [0] * len(pointers))
         with self._on_device():
             self.kernel.warmup(*self._arguments(self.never.double(), self.never), grid=(1,), **OPTIONS)
 
-    def _stage(self) -> Tensor:
-        return torch.empty(self.entries.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+    def _stage(self) -> list[Tensor]:
+        pinned = self.device.type == "cuda"
+        return [*torch.empty((STAGED, *self.entries.shape), dtype=torch.int64, pin_memory=pinned)]
 
     def _send(self, grads: list[int], rows: list[int]) -> None:
         """Send the table. Its host buffer is written only once: the copy may be under way for long, and a captured
-        graph repeats it. Graphs must not allocate pinned memory, so a buffer is kept ready."""
+        graph repeats it. Graphs must not allocate pinned memory, so some buffers are kept ready."""
         self.entries[:, 1], self.entries[:, -2] = grads, rows
         self.entries[:, -1] = self.even & (np.array(grads) % ALIGNMENT == 0)
-        host = self._stage() if self.staged is None else self.staged
+        captured = capturing(self.device)
+        if len(self.staged) < (1 if captured else STAGED // 2):
+            self.staged += self._stage()
+        host = self.staged.pop()
         self.table = host.copy_(torch.from_numpy(self.entries)).to(self.device, non_blocking=True)
-        self.sent = (grads, rows)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        self.sent = None if captured else (grads, rows)  # a graph's table holds nothing before it is replayed
+        if captured:
             self.captured.append(host)
-            self.staged = None
-        else:
-            self.staged = self._stage()
 
     def __call__(self, grads: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor, skip: Tensor | None) -> None:
         if not self.tiles:
             return
         pointers = [g.data_ptr() for g in grads]
-        if self.sent != (pointers, list(rows)):
+        if self.sent != (pointers, list(rows)) or capturing(self.device):  # a graph keeps no table of others alive
             self._send(pointers, list(rows))
         if coefficients.device != self.device:
             coefficients = sent_to(self.device, coefficients)

@@ -287,7 +287,7 @@ class _Run:
         """Stop the clock, once the device has caught up, and refuse to go on from a loss that is no number."""
         value = loss.item()  # waits for the forward pass ...
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()  # ... and this for the rest of the step
+            torch.accelerator.synchronize(self.device)  # ... and this for the rest of the step
         self.seconds += time.perf_counter() - self.began
         if math.isfinite(value):
             self.sound = self.step
