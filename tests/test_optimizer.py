@@ -198,6 +198,30 @@ def test_hooks_run() -> None:
     assert calls == ["pre", "post", "loaded"]
 
 
+@EVERY
+def test_a_compiled_training_step_does_what_a_plain_one_does(make: Any) -> None:
+    """torch.compile of all of it, as users write it: it once died of an internal error of torch's compiler."""
+    plain, compiled = model(), model()
+    torch._dynamo.reset()
+
+    def train(net: nn.Module, optimizer: RuleOptimizer, x: torch.Tensor) -> torch.Tensor:
+        loss = net(x).square().mean()
+        loss.backward()
+        norm = optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    optimizers = [make(net.parameters()) for net in (plain, compiled)]
+    train_compiled = torch.compile(train, backend="eager")  # of the compiler, the part that reads Python
+    for t in range(4):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(t))
+        norms = train(plain, optimizers[0], x), train_compiled(compiled, optimizers[1], x)
+        assert same(*norms)
+        assert same(list(plain.parameters()), list(compiled.parameters()))
+    assert same(*(o.state_dict() for o in optimizers))
+
+
 # --------------------------------------------------------------------------------- saving and resuming
 
 

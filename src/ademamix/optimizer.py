@@ -178,6 +178,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._norm = None
         super().zero_grad(set_to_none)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | None = None) -> Tensor:
         """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
@@ -232,6 +233,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # torch.compile has nothing to gain in a step, and its tracing of one fails
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
