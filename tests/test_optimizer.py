@@ -403,6 +403,33 @@ def test_complex_parameters_are_pairs_of_real_ones(make: Any, backend: str) -> N
 
 
 @EVERY
+@BACKENDS
+def test_lazily_negated_tensors_count_as_what_they_are(make: Any, backend: str) -> None:
+    """The imaginary part of a conjugate is a view that says "minus" of its memory; a backward leaves such gradients."""
+    torch.manual_seed(0)
+    z = torch.randn(5, dtype=torch.complex64)
+    lazy = [z.clone().conj().imag.requires_grad_(), torch._neg_view(torch.randn(3, 4)).requires_grad_()]
+    plain = [p.detach().clone().resolve_neg().requires_grad_() for p in lazy]
+    small = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    optimizers = [make([*ps, s], backend=backend) for ps, s in zip((lazy, plain), small, strict=True)]
+    for t in range(3):
+        for p, q in zip(lazy, plain, strict=True):
+            p.grad = torch._neg_view(torch.randn(p.shape, generator=torch.Generator().manual_seed(t)))
+            q.grad = p.grad.resolve_neg()
+        small[0].grad = None
+        (torch.complex(torch.ones(1), small[0]).conj() * (1.0 + 2.0j)).real.sum().backward()
+        small[1].grad = torch.full((1,), 2.0)
+        norms = [o.clip_grad_norm_(1.0) for o in optimizers]
+        assert norms[0] == norms[1]
+        for o in optimizers:
+            o.step()
+        assert all(p.is_neg() for p in lazy)
+        assert small[0].grad.is_neg()
+        for p, q in zip([*lazy, small[0]], [*plain, small[1]], strict=True):
+            torch.testing.assert_close(p.resolve_neg(), q, rtol=0, atol=0)
+
+
+@EVERY
 def test_state_is_float32_for_low_precision_and_float64_for_double(make: Any) -> None:
     for dtype, expected in (
         (torch.float64, torch.float64),

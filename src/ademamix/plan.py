@@ -171,6 +171,8 @@ class Plan:
             grads = list(map(local, grads))
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
+        if any(map(Tensor.is_neg, grads)):  # as the backward of a complex conjugate's imaginary part leaves them
+            grads = [g.resolve_neg() for g in grads]
         strides = list(map(Tensor.stride, grads))
         if strides != self.layouts:
             for i, (stride, layout) in enumerate(zip(strides, self.layouts, strict=True)):

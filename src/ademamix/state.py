@@ -37,9 +37,12 @@ def _is_dense(p: Tensor) -> bool:
 
 
 def fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
-    """Whether a backend can work on p itself: blocks, and a part's noise, lie along rows of a contiguous tensor."""
+    """Whether a backend can work on p itself: blocks, and a part's noise, lie along rows of a contiguous tensor.
+
+    A lazily negated tensor (``z.conj().imag``) is the negative of what lies in its memory.
+    """
     ordered = is_sharded(p) or any(f.scale is not None for f in formats.values())
-    return local(p).is_contiguous() if ordered else _is_dense(p)
+    return not p.is_neg() and (local(p).is_contiguous() if ordered else _is_dense(p))
 
 
 def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
