@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends import cpu
@@ -491,6 +493,26 @@ def test_state_exchanged_by_the_user_is_used(backend: str) -> None:
 
 
 @BACKENDS
+def test_a_parameter_given_another_view_of_its_memory_is_that_view(backend: str) -> None:
+    """Where it begins stays the same: a transposed one was taken for the old one, a pruned one for all of it."""
+    p, q = (nn.Parameter(torch.arange(9.0).view(3, 3)) for _ in range(2))
+    ours, reference = AdamW([p], lr=0.1, backend=backend), torch.optim.AdamW([q], lr=0.1)
+    for t in range(4):
+        for w, optimizer in ((p, ours), (q, reference)):
+            if t == 2:
+                w.data = w.data.t()
+            w.grad = torch.arange(9.0).view(3, 3)
+            optimizer.step()
+        torch.testing.assert_close(p, q, rtol=0, atol=4e-6)  # a few units in the last place of numbers up to 8
+    p.data = p.data[:2]
+    p.grad = torch.ones(2, 3)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=r"'exp_avg' has shape \(3, 3\); a parameter of shape \(2, 3\) needs"):
+        ours.step()
+    assert torch.equal(p, before)
+
+
+@BACKENDS
 def test_a_stale_backward_is_caught(backend: str) -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = AdEMAMix([w], backend=backend)
@@ -610,6 +632,39 @@ def test_a_step_that_fails_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     optimizer.step()
     assert optimizer.state[p]["step"].item() == 1.0
+
+
+def test_tensors_made_of_other_tensors() -> None:
+    """There is nothing where such a tensor's pointer leads to: fused backends once wrote there."""
+
+    def pair(value: float) -> TwoTensor:
+        return TwoTensor(torch.full((3,), value), torch.full((3,), 2.0 * value))
+
+    p, wrapped = nn.Parameter(torch.ones(3)), nn.Parameter(pair(1.0))
+    optimizer = AdEMAMix([p, wrapped], lr=0.0)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    for q in (p, wrapped):
+        q.grad = pair(1.0)
+        with pytest.raises(RuntimeError, match=r"in group 0 is a TwoTensor.*; allowed with backend='eager' alone"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(3))
+        assert optimizer.state[p]["step"] == 1.0
+        q.grad = None
+    p.grad = AsyncCollectiveTensor(torch.ones(3))  # a sum under way: waited for
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2.0
+
+    eager = AdEMAMix([wrapped], lr=0.1, backend="eager")
+    plain = [nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+    reference = AdEMAMix(plain, lr=0.1, backend="eager")
+    for t in range(3):
+        wrapped.grad = pair(t + 1.0)
+        for k, q in enumerate(plain):
+            q.grad = torch.full((3,), (k + 1) * (t + 1.0))
+        eager.step()
+        reference.step()
+    assert same([wrapped.data.a, wrapped.data.b], [q.data for q in plain])
 
 
 # --------------------------------------------------------------------------------- memory

@@ -41,7 +41,9 @@ def gradients(params: Sequence[Any]) -> list[Tensor]:
     if set(map(type, grads)) == {Tensor}:  # the common case, at no cost
         return grads
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if is_sharded(g) and is_sharded(p) and g.placements != p.placements:
+        if not is_sharded(g):
+            grads[i] = local(g)
+        elif is_sharded(p) and g.placements != p.placements:
             grads[i] = g.redistribute(placements=p.placements)
     return grads
 

@@ -245,9 +245,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             closure: reevaluates the model and returns the loss, which ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a dtype is not served, a state tensor does not fit its parameter, the
-                gradients were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
+            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory of its own, the gradients
+                were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
                 ``capturable``; nothing has been changed then.
+            ValueError: a state tensor does not fit its parameter; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -277,7 +278,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         updated, trip = params, None
         if self.offload:
             for i, p, g in zip(of_group, params, grads, strict=True):
-                check_tensors(type(self).__name__, i, p, g)
+                check_tensors(self, i, p, g)
             updated = self._host.stand_ins(params, self.state)
             trip = Trip(self._host, params, grads)
             grads = trip.arriving()
