@@ -1,6 +1,7 @@
 """The fused CPU backend against the eager one, and what surrounds a compiled backend: caches, threads, processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -286,6 +287,48 @@ def test_a_cache_folder_that_is_a_file(tmp_path: Path) -> None:
     result = python(STEP.format(backend="cpu"), ADEMAMIX_CACHE=str(tmp_path / "file"))
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "file").read_text() == "the user's own"
+
+
+def test_a_user_without_a_home() -> None:
+    """As in containers that run under a number that no account has."""
+    code = f"""
+    import os, pwd
+    def getpwuid(uid):
+        raise KeyError(uid)
+    pwd.getpwuid = getpwuid
+    for name in ("HOME", "XDG_CACHE_HOME", "ADEMAMIX_CACHE"):
+        os.environ.pop(name, None)
+    {STEP.format(backend="cpu")}"""
+    result = python(code)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_cache_that_others_have_filled_and_nobody_may_write(tmp_path: Path) -> None:
+    """Here its __pycache__ is a file, where Numba can as little make one of its own."""
+    cache, home = str(tmp_path / "cache"), str(tmp_path / "nowhere")
+    (tmp_path / "nowhere").write_text("")
+    environment = {"ADEMAMIX_CACHE": cache, "HOME": home, "XDG_CACHE_HOME": home}
+    first = python(STEP.format(backend="cpu"), **environment)
+    made = tmp_path / "cache" / "kernels" / "__pycache__"
+    shutil.rmtree(made)
+    made.write_text("")
+    second = python(STEP.format(backend="cpu"), **environment)
+    assert (second.stdout, second.returncode, second.stderr) == (first.stdout, 0, "")
+
+
+def test_damaged_machine_code_is_compiled_anew(tmp_path: Path) -> None:
+    first = python(STEP.format(backend="cpu"), ADEMAMIX_CACHE=str(tmp_path))
+    (code,) = (tmp_path / "kernels" / "__pycache__").glob("*.nbc")
+    code.write_bytes(code.read_bytes()[:1000])
+    second = python(STEP.format(backend="cpu"), ADEMAMIX_CACHE=str(tmp_path))
+    assert (second.stdout, second.returncode, second.stderr) == (first.stdout, 0, "")
+
+
+def test_with_numba_s_compiler_switched_off_auto_falls_back() -> None:
+    code = "\n    import warnings; warnings.simplefilter('default')" + STEP.format(backend="auto")
+    result = python(code, NUMBA_DISABLE_JIT="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("using 'eager' (RuntimeError: NUMBA_DISABLE_JIT is set") == 1
 
 
 def test_without_numba_auto_falls_back_with_one_warning() -> None:
