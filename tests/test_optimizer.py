@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends import cpu
@@ -330,6 +331,82 @@ def test_a_foreign_or_misshapen_checkpoint_is_refused_before_anything_changes() 
         assert same(optimizer.state_dict(), good)
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(AdEMAMix([nn.Parameter(torch.zeros(2))]).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (AdEMAMix, r"KEMA: state of parameter 0 has \['exp_avg_fast', 'exp_avg_slow'\], but no \['exp_avg_1', 'exp_"),
+        (torch.optim.AdamW, r"KEMA: state of parameter 0 has \['exp_avg'\], but no \['exp_avg_1', 'exp_avg_2', 'exp_"),
+        (torch.optim.Adagrad, r"KEMA: state of parameter 0 has \['sum'\], but no \['exp_avg_1', .*, 'exp_avg_sq'\]"),
+    ],
+)
+def test_another_optimizer_s_state_is_refused(other: Any, message: str) -> None:
+    """It was taken over without its averages, and with its steps, so that nothing corrected the bias of new ones."""
+    net = model()
+    theirs, ours = other(net.parameters()), KEMA(net.parameters())
+    set_grads(net, 0)
+    theirs.step()
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+
+
+def test_what_a_user_adds_to_a_state_is_kept() -> None:
+    net = model()
+    optimizer = AdEMAMix(net.parameters(), betas=(0.0, 0.99, 0.999))
+    set_grads(net, 0)
+    optimizer.step()
+    for p in net.parameters():
+        optimizer.state[p]["own"] = torch.ones(1)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert all(same(state["own"], torch.ones(1)) for state in optimizer.state.values())
+
+
+def test_hooks_after_loading_see_the_state_and_may_change_it() -> None:
+    net = model(torch.bfloat16)
+    optimizer = AdEMAMix(net.parameters())
+    set_grads(net, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def hook(loaded: torch.optim.Optimizer) -> None:
+        assert same(loaded.state_dict(), saved)
+        for state in loaded.state.values():
+            state["exp_avg_slow"].zero_()
+
+    optimizer.register_load_state_dict_post_hook(hook)
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    assert all(not state["exp_avg_slow"].any() and state["exp_avg_sq"].any() for state in optimizer.state.values())
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the elements of all new tensors outside of the device "meta"."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != "meta" and not result._is_view():
+            self.elements += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
+def test_loading_what_fits_copies_nothing(state: str) -> None:
+    """Low-bit state was turned into the parameters' dtype on the way, three times the memory of compact state."""
+    p = nn.Parameter(torch.ones(64, 64))
+    p.grad = torch.ones(64, 64)
+    optimizer = AdEMAMix([p], state=state, backend="eager")
+    optimizer.step()
+    saved = optimizer.state_dict()
+    again = AdEMAMix([p], state=state)
+    with Allocated() as allocated:
+        again.load_state_dict(saved)
+    assert 1 <= allocated.elements <= 2  # the step, which is the optimizer's own
+    assert again.state[p]["exp_avg_slow"] is saved["state"][0]["exp_avg_slow"]
 
 
 # --------------------------------------------------------------------------------- kinds of tensors

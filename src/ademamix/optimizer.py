@@ -311,13 +311,27 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             ValueError: groups, parameters or the shape of a state tensor do not fit; nothing has been changed then.
         """
         loaded: dict[str, Any] = {}
-        # Hooks run in the order of their registration: this one sees what the user's own have made of the dict.
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._checked(final)))
+
+        def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            self._check_loaded(final)
+            loaded.update(final)
+            # torch would make a copy of each tensor in the parameter's dtype.
+            ids = set(chain.from_iterable(group["params"] for group in final["param_groups"]))
+            return {**final, "state": {i: value for i, value in final["state"].items() if i not in ids}}
+
+        # Between the user's own hooks: these have changed the dict before, and see the whole state after.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(lambda _: self._load(loaded), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        for p, saved in self._by_parameter(loaded):
+            for hook in hooks:
+                hook.remove()
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        for p, saved in self._by_parameter(state_dict):
             kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
             master, like = kept.pop(MASTER, None), p
             if self.offload:
@@ -332,15 +346,20 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         return [(p, state_dict["state"][i]) for i, p in zip(ids, own, strict=False) if state_dict["state"].get(i)]
 
-    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            self._check_group(group)
+        known = {"step", MASTER, *chain.from_iterable((slot, f"{slot}_scale") for slot in self._formats)}
+        needed = set(self._formats).intersection(*map(self.stored, groups))
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
             if "step" not in saved:
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
             check_state(saved, p, slot_formats(p, self._formats))
-        for group in state_dict["param_groups"]:
-            self._check_group({**self.defaults, **group})
-        return state_dict
+            missing, foreign = sorted(needed - saved.keys()), sorted(saved.keys() - known)
+            if missing and foreign:  # what a user adds to a state is no reason to refuse it
+                raise ValueError(f"{name}: state of parameter {index} has {foreign}, but no {missing}")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload")
