@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -654,6 +655,17 @@ def test_bad_hyperparameters_are_named(options: dict[str, Any], message: str) ->
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], **group})
         assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, int])
+def test_numbers_may_be_numpy_s(number: Any) -> None:
+    plain, ours = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    for p, kind in ((plain, float), (ours, number)):
+        optimizer = AdEMAMix([p], lr=kind(1), weight_decay=kind(2), alpha_warmup=kind(5), beta3_warmup=kind(4))
+        p.grad = torch.arange(3.0)
+        optimizer.step()
+        optimizer.clip_grad_norm_(kind(1))
+    assert torch.equal(plain, ours)
 
 
 def test_adamw_names_bad_hyperparameters_too() -> None:

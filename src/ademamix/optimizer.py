@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
@@ -20,6 +22,7 @@ from ademamix.plan import GroupSettings, Plan, check_tensors
 from ademamix.state import CPU, MASTER, check_state, slot_formats, state_of
 
 STATES = ("float32", "bfloat16", "compact")
+NUMBERS = (int, float, np.integer, np.floating)
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
 
 
@@ -178,7 +181,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._norm = None
         super().zero_grad(set_to_none)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | None = None) -> Tensor:
         """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
@@ -233,7 +236,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo  # torch.compile has nothing to gain in a step, and its tracing of one fails
+    @_disable_dynamo  # torch.compile has nothing to gain in a step, and its tracing of one fails
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -379,11 +382,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
     """Raise ValueError unless a hyperparameter is a finite number, or a tensor of one element, that fits."""
-    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not math.isfinite(value) or not fits(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _check_bound(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not value >= 0.0:
+    if not isinstance(value, NUMBERS) or not value >= 0.0:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")

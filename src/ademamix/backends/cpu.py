@@ -381,12 +381,13 @@ def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | Non
     table, vector = nt.int64[:, ::1], nt.int64[::1]
     number = getattr(nt, made.arithmetic)
     signature = nt.void(table, table, vector, vector, number[:, ::1], nt.uint32[::1], nt.int64, nt.int64)
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         raise RuntimeError("NUMBA_DISABLE_JIT is set, so nothing can be compiled")
 
     def compiled(cached: bool) -> Callable[..., None]:
         jit = numba.njit(signature, nogil=True, error_model="numpy", cache=cached)
-        return jit(module.kernel)  # type: ignore[no-any-return]
+        result: Callable[..., None] = jit(module.kernel)
+        return result
 
     if path is not None:
         # Reading needs a folder that can be written too, the disk may be full, and files may be damaged.
