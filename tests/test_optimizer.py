@@ -673,6 +673,21 @@ def test_adamw_names_bad_hyperparameters_too() -> None:
         AdamW([P], betas=(0.9, 0.99, 0.9))
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_parameter_given_twice_is_refused(named: bool) -> None:
+    """Two threads would write it, and one of its two states would be lost."""
+    net = model()
+    params = list(net.named_parameters() if named else net.parameters())
+    with pytest.raises(ValueError, match="must have each parameter once, got number 4 a second time"):
+        AdEMAMix([*params, params[1]])
+    optimizer = AdEMAMix(params[:2])
+    with pytest.raises(ValueError, match="must have each parameter once, got number 1 a second time"):
+        optimizer.add_param_group({"params": [params[2], params[2]]})
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        optimizer.add_param_group({"params": params[1:]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_device_that_the_backend_cannot_serve() -> None:
     with pytest.raises(ValueError, match="backend='cpu' cannot serve a parameter on 'meta'"):
         AdEMAMix([nn.Parameter(torch.zeros(2, device="meta"))], backend="cpu")

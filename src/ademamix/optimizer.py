@@ -160,13 +160,17 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return backends.slot_names(cls.rule_of(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in torch.optim, after its hyperparameters and devices have been checked."""
+        """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
         self._check_group({**self.defaults, **param_group})
         given = param_group["params"]
         if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
             given = list(given)
-        for entry in [given] if isinstance(given, Tensor) else given:
-            p = entry[1] if isinstance(entry, tuple) else entry
+        entries = [given] if isinstance(given, Tensor) else given
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        if len(set(map(id, params))) < len(params):  # torch.optim warns, and updates it twice in a step
+            twice = next(i for i, p in enumerate(params) if any(p is q for q in params[:i]))
+            raise ValueError(f"a parameter group must have each parameter once, got number {twice} a second time")
+        for p in params:
             if isinstance(p, Tensor):
                 backends.choose(self.backend, CPU if self.offload else p.device)
         super().add_param_group({**param_group, "params": given})
