@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends
-from ademamix.backends import eager
+from ademamix.backends import cpu, eager
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=5)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -137,6 +139,28 @@ def test_large_tensors_are_cut_alike_by_both_backends() -> None:
     shapes = [(eager.PIECE + 77,), (3,), (1000, 1001), (64,)]
     results = [train(OPTIMIZERS["ademamix"], shapes, steps=2, backend=b) for b in ("cpu", "eager")]
     assert_same_but_for_square_roots(*results)
+
+
+def test_nothing_is_written_after_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the main thread alone; a checkpoint that is saved then must not change under the writer."""
+    calls: list[str] = []
+
+    def kernel(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        calls.append("piece")
+
+    p = torch.ones(1 << 20, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdamW([p], backend="cpu")
+    monkeypatch.setattr(cpu, "kernel", lambda *_: kernel)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    seen = len(calls)
+    time.sleep(0.3)
+    assert len(calls) == seen
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

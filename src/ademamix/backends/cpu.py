@@ -445,6 +445,8 @@ class Launch:
                 self.kernel(*arguments, begin, min(begin + piece, total))
 
         helpers = [_pool(threads).submit(work) for _ in range(min(threads, -(-total // piece)) - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        try:
+            work()
+        finally:  # also after Ctrl-C: whoever saves what there is then must not find it still changing
+            for helper in helpers:
+                helper.result()
