@@ -738,6 +738,38 @@ def test_a_step_that_fails_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatc
     assert optimizer.state[p]["step"].item() == 1.0
 
 
+@BACKENDS
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)], ids=str
+)
+def test_torch_s_default_device_and_dtype_change_nothing(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Scales were made in the default dtype: kernels, which write float32, wrote behind those of bfloat16."""
+
+    def run() -> Any:
+        optimizer = AdEMAMix(nets.pop().parameters(), state="compact", backend=backend)
+        for g in grads:
+            for p, value in zip(optimizer.param_groups[0]["params"], g, strict=True):
+                p.grad = value
+            optimizer.clip_grad_norm_(1.0, grad_scale=3.0)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        return optimizer.param_groups[0]["params"], optimizer.state_dict()["state"]
+
+    torch.manual_seed(0)
+    net = nn.Linear(600, 10)
+    nets = [net, copy.deepcopy(net)]
+    grads = [[torch.randn_like(p) for p in net.parameters()] for _ in range(2)]
+    expected = run()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            found = run()
+    finally:
+        torch.set_default_dtype(before)
+    assert same(found, expected)
+
+
 def test_tensors_made_of_other_tensors() -> None:
     """There is nothing where such a tensor's pointer leads to: fused backends once wrote there."""
 

@@ -230,7 +230,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             if self.skip_nonfinite is not False:
                 skip = ~norm.value.isfinite()
         if scale is not None:
-            inverse = torch.as_tensor(1.0 / scale)
+            inverse = 1.0 / (scale if isinstance(scale, Tensor) else _number(scale))
             factor = inverse if factor is None else factor * inverse
         if found_inf is not None:
             skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
@@ -346,7 +346,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 kept = with_master(kept, p, like)
             formats = slot_formats(like, self._formats)
             exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
-            self.state[p] = {**exact, "step": torch.tensor(float(kept["step"]))}
+            self.state[p] = {**exact, "step": _number(float(kept["step"]))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -389,6 +389,11 @@ def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bo
     number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not math.isfinite(value) or not fits(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _number(value: float) -> Tensor:
+    """On the CPU, whatever the user has made torch's default device and dtype."""
+    return torch.tensor(value, dtype=torch.float32, device=CPU)
 
 
 def _check_bound(name: str, value: Any) -> None:

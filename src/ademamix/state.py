@@ -74,7 +74,8 @@ def new_slot(name: str, p: Tensor, formats: Mapping[str, Format]) -> dict[str, T
     """Zeros as p's slot ``name``, with its scales."""
     slot = {name: joined(torch.zeros_like(_layout(p, formats[name], formats), device=p.device), p, p.shape)}
     if formats[name].scale is not None:
-        slot[f"{name}_scale"] = joined(torch.zeros(_scale_shape(local(p)), device=p.device), p, _scale_shape(p))
+        scale = torch.zeros(_scale_shape(local(p)), dtype=torch.float32, device=p.device)
+        slot[f"{name}_scale"] = joined(scale, p, _scale_shape(p))
     return slot
 
 
@@ -151,13 +152,13 @@ def state_of(
     saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], step_device: torch.device = CPU
 ) -> dict[str, Any]:
     """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
-    state: dict[str, Any] = {"step": torch.zeros((), device=step_device), **(saved or {})}
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device), **(saved or {})}
     check_state(state, p, formats)
     step = state["step"]
     if not (
         isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
     ):
-        state["step"] = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(step_device)
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=step_device).reshape(())
     for name in formats:
         value, scale = state.get(name), state.pop(f"{name}_scale", None)
         if value is not None:

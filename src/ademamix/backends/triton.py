@@ -274,7 +274,7 @@ class Launch:
             self.kernel.warmup(*self._arguments(self.never.double(), self.never), grid=(1,), **OPTIONS)
 
     def _stage(self) -> Tensor:
-        return torch.empty(self.entries.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return torch.empty(self.entries.shape, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
 
     def _send(self, grads: list[int], rows: list[int]) -> None:
         """Send the table. Its host buffer is written only once: the copy may be under way for long, and a captured
