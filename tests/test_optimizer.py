@@ -318,14 +318,16 @@ def test_a_foreign_or_misshapen_checkpoint_is_refused_before_anything_changes() 
     set_grads(net, 0)
     optimizer.step()
     good = copy.deepcopy(optimizer.state_dict())
-    bad_shape, no_step, bad_lr = (copy.deepcopy(good) for _ in range(3))
+    bad_shape, no_step, bad_lr, no_tensor = (copy.deepcopy(good) for _ in range(4))
     bad_shape["state"][2]["exp_avg_slow"] = torch.zeros(3, 9)
     del no_step["state"][1]["step"]
     bad_lr["param_groups"][0]["lr"] = float("nan")
+    no_tensor["state"][0]["exp_avg_sq"] = no_tensor["state"][0]["exp_avg_sq"].numpy()
     for bad, message in (
         (bad_shape, r"'exp_avg_slow' has shape \(3, 9\); a parameter of shape \(3, 8\) needs \(3, 8\)"),
         (no_step, "state of parameter 1 has no 'step'"),
         (bad_lr, "lr must be a finite number >= 0, got nan"),
+        (no_tensor, "state tensor 'exp_avg_sq' must be a tensor, got a ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(bad)

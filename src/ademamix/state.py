@@ -136,7 +136,9 @@ def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format])
         value = saved.get(name)
         if value is None:
             continue
-        tensors = [(name, value, tuple(p.shape))]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state tensor {name!r} must be a tensor, got a {type(value).__name__}")
+        tensors: list[tuple[str, Any, tuple[int, ...]]] = [(name, value, tuple(p.shape))]
         stored_as = STORED_AS.get(value.dtype)
         if stored_as is not None and FORMATS[stored_as].scale is not None:
             tensors.append((f"{name}_scale", saved.get(f"{name}_scale"), _scale_shape(p)))
