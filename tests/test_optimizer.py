@@ -675,6 +675,13 @@ def test_adamw_names_bad_hyperparameters_too() -> None:
         AdamW([P], betas=(0.9, 0.99, 0.9))
 
 
+@pytest.mark.parametrize("option", [{"state": "compact"}, {"backend": "eager"}, {"skip_nonfinite": True}], ids=str)
+def test_an_option_of_the_whole_optimizer_is_refused_in_a_group(option: dict[str, Any]) -> None:
+    """It would do nothing."""
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is given to the optimizer, for all groups"):
+        AdEMAMix([{"params": [P], **option}])
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_parameter_given_twice_is_refused(named: bool) -> None:
     """Two threads would write it, and one of its two states would be lost."""

@@ -22,6 +22,7 @@ from ademamix.plan import GroupSettings, Plan, check_tensors
 from ademamix.state import CPU, MASTER, check_state, slot_formats, state_of
 
 STATES = ("float32", "bfloat16", "compact")
+WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
 NUMBERS = (int, float, np.integer, np.floating)
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
 
@@ -162,6 +163,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
         self._check_group({**self.defaults, **param_group})
+        if common := [name for name in WHOLE if name in param_group]:
+            raise ValueError(f"{common[0]} is given to the optimizer, for all groups, got a group with {common}")
         given = param_group["params"]
         if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
             given = list(given)
