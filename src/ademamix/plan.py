@@ -271,7 +271,8 @@ def check_tensors(optimizer: RuleOptimizer, group: int, p: Tensor, g: Tensor) ->
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
-        part, fused = local(t), backends.choose(optimizer.backend, t.device) != "eager"
+        part, device = local(t), CPU if optimizer.offload else t.device
+        fused = backends.choose(optimizer.backend, device) != "eager"
         if fused and part.numel() and not part.data_ptr():
             kind = f"a {what} in group {group} is a {type(part.data).__name__}, which has no memory of its own"
             raise RuntimeError(f"{name}: {kind}; allowed with backend='eager' alone")
