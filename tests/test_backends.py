@@ -1,9 +1,12 @@
 """The fused CPU backend against the eager one, and what surrounds a compiled backend: caches, threads, processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends
-from ademamix.backends import eager
+from ademamix.backends import cpu, eager
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=5)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -136,6 +139,28 @@ def test_large_tensors_are_cut_alike_by_both_backends() -> None:
     shapes = [(eager.PIECE + 77,), (3,), (1000, 1001), (64,)]
     results = [train(OPTIMIZERS["ademamix"], shapes, steps=2, backend=b) for b in ("cpu", "eager")]
     assert_same_but_for_square_roots(*results)
+
+
+def test_nothing_is_written_after_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the main thread alone; a checkpoint that is saved then must not change under the writer."""
+    calls: list[str] = []
+
+    def kernel(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        calls.append("piece")
+
+    p = torch.ones(1 << 20, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdamW([p], backend="cpu")
+    monkeypatch.setattr(cpu, "kernel", lambda *_: kernel)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    seen = len(calls)
+    time.sleep(0.3)
+    assert len(calls) == seen
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
@@ -286,6 +311,48 @@ def test_a_cache_folder_that_is_a_file(tmp_path: Path) -> None:
     result = python(STEP.format(backend="cpu"), ADEMAMIX_CACHE=str(tmp_path / "file"))
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "file").read_text() == "the user's own"
+
+
+def test_a_user_without_a_home() -> None:
+    """As in containers that run under a number that no account has."""
+    code = f"""
+    import os, pwd
+    def getpwuid(uid):
+        raise KeyError(uid)
+    pwd.getpwuid = getpwuid
+    for name in ("HOME", "XDG_CACHE_HOME", "ADEMAMIX_CACHE"):
+        os.environ.pop(name, None)
+    {STEP.format(backend="cpu")}"""
+    result = python(code)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_cache_that_others_have_filled_and_nobody_may_write(tmp_path: Path) -> None:
+    """Here its __pycache__ is a file, where Numba can as little make one of its own."""
+    cache, home = str(tmp_path / "cache"), str(tmp_path / "nowhere")
+    (tmp_path / "nowhere").write_text("")
+    environment = {"ADEMAMIX_CACHE": cache, "HOME": home, "XDG_CACHE_HOME": home}
+    first = python(STEP.format(backend="cpu"), **environment)
+    made = tmp_path / "cache" / "kernels" / "__pycache__"
+    shutil.rmtree(made)
+    made.write_text("")
+    second = python(STEP.format(backend="cpu"), **environment)
+    assert (second.stdout, second.returncode, second.stderr) == (first.stdout, 0, "")
+
+
+def test_damaged_machine_code_is_compiled_anew(tmp_path: Path) -> None:
+    first = python(STEP.format(backend="cpu"), ADEMAMIX_CACHE=str(tmp_path))
+    (code,) = (tmp_path / "kernels" / "__pycache__").glob("*.nbc")
+    code.write_bytes(code.read_bytes()[:1000])
+    second = python(STEP.format(backend="cpu"), ADEMAMIX_CACHE=str(tmp_path))
+    assert (second.stdout, second.returncode, second.stderr) == (first.stdout, 0, "")
+
+
+def test_with_numba_s_compiler_switched_off_auto_falls_back() -> None:
+    code = "\n    import warnings; warnings.simplefilter('default')" + STEP.format(backend="auto")
+    result = python(code, NUMBA_DISABLE_JIT="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("using 'eager' (RuntimeError: NUMBA_DISABLE_JIT is set") == 1
 
 
 def test_without_numba_auto_falls_back_with_one_warning() -> None:

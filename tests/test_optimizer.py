@@ -6,9 +6,13 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends import cpu
@@ -198,6 +202,30 @@ def test_hooks_run() -> None:
     assert calls == ["pre", "post", "loaded"]
 
 
+@EVERY
+def test_a_compiled_training_step_does_what_a_plain_one_does(make: Any) -> None:
+    """torch.compile of all of it, as users write it: it once died of an internal error of torch's compiler."""
+    plain, compiled = model(), model()
+    torch._dynamo.reset()
+
+    def train(net: nn.Module, optimizer: RuleOptimizer, x: torch.Tensor) -> torch.Tensor:
+        loss = net(x).square().mean()
+        loss.backward()
+        norm = optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    optimizers = [make(net.parameters()) for net in (plain, compiled)]
+    train_compiled = torch.compile(train, backend="eager")  # of the compiler, the part that reads Python
+    for t in range(4):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(t))
+        norms = train(plain, optimizers[0], x), train_compiled(compiled, optimizers[1], x)
+        assert same(*norms)
+        assert same(list(plain.parameters()), list(compiled.parameters()))
+    assert same(*(o.state_dict() for o in optimizers))
+
+
 # --------------------------------------------------------------------------------- saving and resuming
 
 
@@ -290,20 +318,98 @@ def test_a_foreign_or_misshapen_checkpoint_is_refused_before_anything_changes() 
     set_grads(net, 0)
     optimizer.step()
     good = copy.deepcopy(optimizer.state_dict())
-    bad_shape, no_step, bad_lr = (copy.deepcopy(good) for _ in range(3))
+    bad_shape, no_step, bad_lr, no_tensor = (copy.deepcopy(good) for _ in range(4))
     bad_shape["state"][2]["exp_avg_slow"] = torch.zeros(3, 9)
     del no_step["state"][1]["step"]
     bad_lr["param_groups"][0]["lr"] = float("nan")
+    no_tensor["state"][0]["exp_avg_sq"] = no_tensor["state"][0]["exp_avg_sq"].numpy()
     for bad, message in (
         (bad_shape, r"'exp_avg_slow' has shape \(3, 9\); a parameter of shape \(3, 8\) needs \(3, 8\)"),
         (no_step, "state of parameter 1 has no 'step'"),
         (bad_lr, "lr must be a finite number >= 0, got nan"),
+        (no_tensor, "state tensor 'exp_avg_sq' must be a tensor, got a ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(bad)
         assert same(optimizer.state_dict(), good)
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(AdEMAMix([nn.Parameter(torch.zeros(2))]).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (AdEMAMix, r"KEMA: state of parameter 0 has \['exp_avg_fast', 'exp_avg_slow'\], but no \['exp_avg_1', 'exp_"),
+        (torch.optim.AdamW, r"KEMA: state of parameter 0 has \['exp_avg'\], but no \['exp_avg_1', 'exp_avg_2', 'exp_"),
+        (torch.optim.Adagrad, r"KEMA: state of parameter 0 has \['sum'\], but no \['exp_avg_1', .*, 'exp_avg_sq'\]"),
+    ],
+)
+def test_another_optimizer_s_state_is_refused(other: Any, message: str) -> None:
+    """It was taken over without its averages, and with its steps, so that nothing corrected the bias of new ones."""
+    net = model()
+    theirs, ours = other(net.parameters()), KEMA(net.parameters())
+    set_grads(net, 0)
+    theirs.step()
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+
+
+def test_what_a_user_adds_to_a_state_is_kept() -> None:
+    net = model()
+    optimizer = AdEMAMix(net.parameters(), betas=(0.0, 0.99, 0.999))
+    set_grads(net, 0)
+    optimizer.step()
+    for p in net.parameters():
+        optimizer.state[p]["own"] = torch.ones(1)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert all(same(state["own"], torch.ones(1)) for state in optimizer.state.values())
+
+
+def test_hooks_after_loading_see_the_state_and_may_change_it() -> None:
+    net = model(torch.bfloat16)
+    optimizer = AdEMAMix(net.parameters())
+    set_grads(net, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def hook(loaded: torch.optim.Optimizer) -> None:
+        assert same(loaded.state_dict(), saved)
+        for state in loaded.state.values():
+            state["exp_avg_slow"].zero_()
+
+    optimizer.register_load_state_dict_post_hook(hook)
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    assert all(not state["exp_avg_slow"].any() and state["exp_avg_sq"].any() for state in optimizer.state.values())
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the elements of all new tensors outside of the device "meta"."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != "meta" and not result._is_view():
+            self.elements += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
+def test_loading_what_fits_copies_nothing(state: str) -> None:
+    """Low-bit state was turned into the parameters' dtype on the way, three times the memory of compact state."""
+    p = nn.Parameter(torch.ones(64, 64))
+    p.grad = torch.ones(64, 64)
+    optimizer = AdEMAMix([p], state=state, backend="eager")
+    optimizer.step()
+    saved = optimizer.state_dict()
+    again = AdEMAMix([p], state=state)
+    with Allocated() as allocated:
+        again.load_state_dict(saved)
+    assert 1 <= allocated.elements <= 2  # the step, which is the optimizer's own
+    assert again.state[p]["exp_avg_slow"] is saved["state"][0]["exp_avg_slow"]
 
 
 # --------------------------------------------------------------------------------- kinds of tensors
@@ -379,6 +485,33 @@ def test_complex_parameters_are_pairs_of_real_ones(make: Any, backend: str) -> N
 
 
 @EVERY
+@BACKENDS
+def test_lazily_negated_tensors_count_as_what_they_are(make: Any, backend: str) -> None:
+    """The imaginary part of a conjugate is a view that says "minus" of its memory; a backward leaves such gradients."""
+    torch.manual_seed(0)
+    z = torch.randn(5, dtype=torch.complex64)
+    lazy = [z.clone().conj().imag.requires_grad_(), torch._neg_view(torch.randn(3, 4)).requires_grad_()]
+    plain = [p.detach().clone().resolve_neg().requires_grad_() for p in lazy]
+    small = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    optimizers = [make([*ps, s], backend=backend) for ps, s in zip((lazy, plain), small, strict=True)]
+    for t in range(3):
+        for p, q in zip(lazy, plain, strict=True):
+            p.grad = torch._neg_view(torch.randn(p.shape, generator=torch.Generator().manual_seed(t)))
+            q.grad = p.grad.resolve_neg()
+        small[0].grad = None
+        (torch.complex(torch.ones(1), small[0]).conj() * (1.0 + 2.0j)).real.sum().backward()
+        small[1].grad = torch.full((1,), 2.0)
+        norms = [o.clip_grad_norm_(1.0) for o in optimizers]
+        assert norms[0] == norms[1]
+        for o in optimizers:
+            o.step()
+        assert all(p.is_neg() for p in lazy)
+        assert small[0].grad.is_neg()
+        for p, q in zip([*lazy, small[0]], [*plain, small[1]], strict=True):
+            torch.testing.assert_close(p.resolve_neg(), q, rtol=0, atol=0)
+
+
+@EVERY
 def test_state_is_float32_for_low_precision_and_float64_for_double(make: Any) -> None:
     for dtype, expected in (
         (torch.float64, torch.float64),
@@ -437,6 +570,26 @@ def test_state_exchanged_by_the_user_is_used(backend: str) -> None:
     ):
         two.step()
     assert same((q.detach(), two.state[q]), before)
+
+
+@BACKENDS
+def test_a_parameter_given_another_view_of_its_memory_is_that_view(backend: str) -> None:
+    """Where it begins stays the same: a transposed one was taken for the old one, a pruned one for all of it."""
+    p, q = (nn.Parameter(torch.arange(9.0).view(3, 3)) for _ in range(2))
+    ours, reference = AdamW([p], lr=0.1, backend=backend), torch.optim.AdamW([q], lr=0.1)
+    for t in range(4):
+        for w, optimizer in ((p, ours), (q, reference)):
+            if t == 2:
+                w.data = w.data.t()
+            w.grad = torch.arange(9.0).view(3, 3)
+            optimizer.step()
+        torch.testing.assert_close(p, q, rtol=0, atol=4e-6)  # a few units in the last place of numbers up to 8
+    p.data = p.data[:2]
+    p.grad = torch.ones(2, 3)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=r"'exp_avg' has shape \(3, 3\); a parameter of shape \(2, 3\) needs"):
+        ours.step()
+    assert torch.equal(p, before)
 
 
 @BACKENDS
@@ -506,9 +659,42 @@ def test_bad_hyperparameters_are_named(options: dict[str, Any], message: str) ->
         assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, int])
+def test_numbers_may_be_numpy_s(number: Any) -> None:
+    plain, ours = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    for p, kind in ((plain, float), (ours, number)):
+        optimizer = AdEMAMix([p], lr=kind(1), weight_decay=kind(2), alpha_warmup=kind(5), beta3_warmup=kind(4))
+        p.grad = torch.arange(3.0)
+        optimizer.step()
+        optimizer.clip_grad_norm_(kind(1))
+    assert torch.equal(plain, ours)
+
+
 def test_adamw_names_bad_hyperparameters_too() -> None:
     with pytest.raises(ValueError, match=r"betas must be 2 numbers in \[0, 1\), got \(0.9, 0.99, 0.9\)"):
         AdamW([P], betas=(0.9, 0.99, 0.9))
+
+
+@pytest.mark.parametrize("option", [{"state": "compact"}, {"backend": "eager"}, {"skip_nonfinite": True}], ids=str)
+def test_an_option_of_the_whole_optimizer_is_refused_in_a_group(option: dict[str, Any]) -> None:
+    """It would do nothing."""
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is given to the optimizer, for all groups"):
+        AdEMAMix([{"params": [P], **option}])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_parameter_given_twice_is_refused(named: bool) -> None:
+    """Two threads would write it, and one of its two states would be lost."""
+    net = model()
+    params = list(net.named_parameters() if named else net.parameters())
+    with pytest.raises(ValueError, match="must have each parameter once, got number 4 a second time"):
+        AdEMAMix([*params, params[1]])
+    optimizer = AdEMAMix(params[:2])
+    with pytest.raises(ValueError, match="must have each parameter once, got number 1 a second time"):
+        optimizer.add_param_group({"params": [params[2], params[2]]})
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        optimizer.add_param_group({"params": params[1:]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_a_device_that_the_backend_cannot_serve() -> None:
@@ -559,6 +745,71 @@ def test_a_step_that_fails_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     optimizer.step()
     assert optimizer.state[p]["step"].item() == 1.0
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)], ids=str
+)
+def test_torch_s_default_device_and_dtype_change_nothing(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Scales were made in the default dtype: kernels, which write float32, wrote behind those of bfloat16."""
+
+    def run() -> Any:
+        optimizer = AdEMAMix(nets.pop().parameters(), state="compact", backend=backend)
+        for g in grads:
+            for p, value in zip(optimizer.param_groups[0]["params"], g, strict=True):
+                p.grad = value
+            optimizer.clip_grad_norm_(1.0, grad_scale=3.0)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        return optimizer.param_groups[0]["params"], optimizer.state_dict()["state"]
+
+    torch.manual_seed(0)
+    net = nn.Linear(600, 10)
+    nets = [net, copy.deepcopy(net)]
+    grads = [[torch.randn_like(p) for p in net.parameters()] for _ in range(2)]
+    expected = run()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            found = run()
+    finally:
+        torch.set_default_dtype(before)
+    assert same(found, expected)
+
+
+def test_tensors_made_of_other_tensors() -> None:
+    """There is nothing where such a tensor's pointer leads to: fused backends once wrote there."""
+
+    def pair(value: float) -> TwoTensor:
+        return TwoTensor(torch.full((3,), value), torch.full((3,), 2.0 * value))
+
+    p, wrapped = nn.Parameter(torch.ones(3)), nn.Parameter(pair(1.0))
+    optimizer = AdEMAMix([p, wrapped], lr=0.0)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    for q in (p, wrapped):
+        q.grad = pair(1.0)
+        with pytest.raises(RuntimeError, match=r"in group 0 is a TwoTensor.*; allowed with backend='eager' alone"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(3))
+        assert optimizer.state[p]["step"] == 1.0
+        q.grad = None
+    p.grad = AsyncCollectiveTensor(torch.ones(3))  # a sum under way: waited for
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2.0
+
+    eager = AdEMAMix([wrapped], lr=0.1, backend="eager")
+    plain = [nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+    reference = AdEMAMix(plain, lr=0.1, backend="eager")
+    for t in range(3):
+        wrapped.grad = pair(t + 1.0)
+        for k, q in enumerate(plain):
+            q.grad = torch.full((3,), (k + 1) * (t + 1.0))
+        eager.step()
+        reference.step()
+    assert same([wrapped.data.a, wrapped.data.b], [q.data for q in plain])
 
 
 # --------------------------------------------------------------------------------- memory

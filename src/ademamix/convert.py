@@ -250,7 +250,7 @@ def _renamed(source: str, i: Any, saved: Mapping[str, Any], names: Mapping[str, 
 def _step(source: str, i: Any, kept: Mapping[str, Any]) -> Tensor:
     if "step" not in kept:
         raise ValueError(f"{source}: parameter {i!r} has a state but no 'step'")
-    return torch.tensor(float(kept["step"]))
+    return torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
 
 
 def _numbers(source: str, i: Any, slots: Mapping[str, Tensor], name: str) -> Tensor:

@@ -41,7 +41,9 @@ def gradients(params: Sequence[Any]) -> list[Tensor]:
     if set(map(type, grads)) == {Tensor}:  # the common case, at no cost
         return grads
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if is_sharded(g) and is_sharded(p) and g.placements != p.placements:
+        if not is_sharded(g):
+            grads[i] = local(g)
+        elif is_sharded(p) and g.placements != p.placements:
             grads[i] = g.redistribute(placements=p.placements)
     return grads
 
@@ -129,9 +131,9 @@ def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
     if levels[-1][1] != 1:
         levels.append((1, 1))
     *outer, (number, stride), (length, _) = levels
-    starts = torch.full((1,), first)
+    starts = torch.full((1,), first, device="cpu")
     for size, distance in outer:
-        starts = (starts[:, None] + distance * torch.arange(size)).flatten()
+        starts = (starts[:, None] + distance * torch.arange(size, device="cpu")).flatten()
     if len(starts) == 1:
         return [(None, Rows(number, first, stride))]
     size = number * length
@@ -156,7 +158,7 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
     norms = _norms(plain)
     norms += [_norm_over(mesh, members) for mesh, members in sharded.items()]
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     together = torch.stack([n.float().to(norms[0].device, non_blocking=True) for n in norms])
     norm: Tensor = torch.linalg.vector_norm(together)
     return norm

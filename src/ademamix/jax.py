@@ -262,7 +262,9 @@ def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, leaves in columns.items():
         for i, leaf in enumerate(leaves):
-            tensors = states.setdefault(i, {"step": torch.tensor(float(state.count))})
+            tensors = states.setdefault(
+                i, {"step": torch.tensor(float(state.count), dtype=torch.float32, device="cpu")}
+            )
             codes, scale = leaf if isinstance(leaf, Blocks) else (leaf, None)
             tensors[name] = _tensor(codes)
             if scale is not None:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
@@ -20,6 +22,8 @@ from ademamix.plan import GroupSettings, Plan, check_tensors
 from ademamix.state import CPU, MASTER, check_state, slot_formats, state_of
 
 STATES = ("float32", "bfloat16", "compact")
+WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
+NUMBERS = (int, float, np.integer, np.floating)
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
 
 
@@ -158,13 +162,19 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return backends.slot_names(cls.rule_of(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in torch.optim, after its hyperparameters and devices have been checked."""
+        """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
         self._check_group({**self.defaults, **param_group})
+        if common := [name for name in WHOLE if name in param_group]:
+            raise ValueError(f"{common[0]} is given to the optimizer, for all groups, got a group with {common}")
         given = param_group["params"]
         if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
             given = list(given)
-        for entry in [given] if isinstance(given, Tensor) else given:
-            p = entry[1] if isinstance(entry, tuple) else entry
+        entries = [given] if isinstance(given, Tensor) else given
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        if len(set(map(id, params))) < len(params):  # torch.optim warns, and updates it twice in a step
+            twice = next(i for i, p in enumerate(params) if any(p is q for q in params[:i]))
+            raise ValueError(f"a parameter group must have each parameter once, got number {twice} a second time")
+        for p in params:
             if isinstance(p, Tensor):
                 backends.choose(self.backend, CPU if self.offload else p.device)
         super().add_param_group({**param_group, "params": given})
@@ -179,6 +189,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._norm = None
         super().zero_grad(set_to_none)
 
+    @_disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | None = None) -> Tensor:
         """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
@@ -223,7 +234,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             if self.skip_nonfinite is not False:
                 skip = ~norm.value.isfinite()
         if scale is not None:
-            inverse = torch.as_tensor(1.0 / scale)
+            inverse = 1.0 / (scale if isinstance(scale, Tensor) else _number(scale))
             factor = inverse if factor is None else factor * inverse
         if found_inf is not None:
             skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
@@ -233,6 +244,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # torch.compile has nothing to gain in a step, and its tracing of one fails
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -244,9 +256,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             closure: reevaluates the model and returns the loss, which ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a dtype is not served, a state tensor does not fit its parameter, the
-                gradients were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
+            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory of its own, the gradients
+                were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
                 ``capturable`` or the first of its kind; nothing has been changed then.
+            ValueError: a state tensor does not fit its parameter; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -277,7 +290,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         updated, trip = params, None
         if self.offload:
             for i, p, g in zip(of_group, params, grads, strict=True):
-                check_tensors(type(self).__name__, i, p, g)
+                check_tensors(self, i, p, g)
             updated = self._host.stand_ins(params, self.state)
             trip = Trip(self._host, params, grads)
             grads = trip.arriving()
@@ -317,13 +330,27 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             ValueError: groups, parameters or the shape of a state tensor do not fit; nothing has been changed then.
         """
         loaded: dict[str, Any] = {}
-        # Hooks run in the order of their registration: this one sees what the user's own have made of the dict.
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._checked(final)))
+
+        def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            self._check_loaded(final)
+            loaded.update(final)
+            # torch would make a copy of each tensor in the parameter's dtype.
+            ids = set(chain.from_iterable(group["params"] for group in final["param_groups"]))
+            return {**final, "state": {i: value for i, value in final["state"].items() if i not in ids}}
+
+        # Between the user's own hooks: these have changed the dict before, and see the whole state after.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(lambda _: self._load(loaded), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        for p, saved in self._by_parameter(loaded):
+            for hook in hooks:
+                hook.remove()
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        for p, saved in self._by_parameter(state_dict):
             kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
             master, like = kept.pop(MASTER, None), p
             if self.offload:
@@ -331,22 +358,27 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 kept = with_master(kept, p, like)
             formats = slot_formats(like, self._formats)
             exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
-            self.state[p] = {**exact, "step": torch.tensor(float(kept["step"]))}
+            self.state[p] = {**exact, "step": _number(float(kept["step"]))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         return [(p, state_dict["state"][i]) for i, p in zip(ids, own, strict=False) if state_dict["state"].get(i)]
 
-    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            self._check_group(group)
+        known = {"step", MASTER, *chain.from_iterable((slot, f"{slot}_scale") for slot in self._formats)}
+        needed = set(self._formats).intersection(*map(self.stored, groups))
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
             if "step" not in saved:
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
             check_state(saved, p, slot_formats(p, self._formats))
-        for group in state_dict["param_groups"]:
-            self._check_group({**self.defaults, **group})
-        return state_dict
+            missing, foreign = sorted(needed - saved.keys()), sorted(saved.keys() - known)
+            if missing and foreign:  # what a user adds to a state is no reason to refuse it
+                raise ValueError(f"{name}: state of parameter {index} has {foreign}, but no {missing}")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload")
@@ -367,11 +399,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
     """Raise ValueError unless a hyperparameter is a finite number, or a tensor of one element, that fits."""
-    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not math.isfinite(value) or not fits(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
+def _number(value: float) -> Tensor:
+    """On the CPU, whatever the user has made torch's default device and dtype."""
+    return torch.tensor(value, dtype=torch.float32, device=CPU)
+
+
 def _check_bound(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not value >= 0.0:
+    if not isinstance(value, NUMBERS) or not value >= 0.0:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")

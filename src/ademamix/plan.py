@@ -43,7 +43,7 @@ class Plan:
         # Steps that live on an accelerator stay there: reading them would wait for it.
         self.on_device = with_tensors or any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
         for i, p, g in zip(of_group, params, grads, strict=True):
-            check_tensors(type(optimizer).__name__, i, p, g)
+            check_tensors(optimizer, i, p, g)
         formats = [slot_formats(p, settings[i].formats) for i, p in zip(of_group, params, strict=True)]
         self.states = [
             state_of(s, p, f, p.device if self.on_device else CPU)
@@ -63,8 +63,8 @@ class Plan:
         ]
         self.tensors = [*params, *self.steps, *(state[name] for state, name in slots)]
         self.sharded = any(map(is_sharded, params))
-        self.pointers = self._pointers()
-        self.grad_dtypes = [g.dtype for g in grads]
+        self.pointers, self.shapes = self._pointers(), self._shapes()
+        self.grad_kinds = _kinds(grads)
 
         # Backends update real, dense tensors: views of the parameters, or a copy where a parameter is not dense.
         fit = [fits(p, f) for p, f in zip(params, formats, strict=True)]
@@ -116,6 +116,9 @@ class Plan:
     def _pointers(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
 
+    def _shapes(self) -> list[Any]:
+        return [*map(Tensor.numel, self.params), *map(Tensor.stride, self.params)]
+
     def _slot(self, member: int, name: str) -> Tensor:
         return _real(local(self.states[member][name]))
 
@@ -145,7 +148,8 @@ class Plan:
             and sum(map(len, self.states)) == len(self.entries)
             and all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.entries))
             and self._pointers() == self.pointers
-            and [g.dtype for g in grads] == self.grad_dtypes
+            and self._shapes() == self.shapes
+            and _kinds(grads) == self.grad_kinds
             and {g.layout for g in grads} == {torch.strided}
         )
 
@@ -171,6 +175,8 @@ class Plan:
             grads = list(map(local, grads))
         for i in self.complex:
             grads[i] = _real(grads[i].resolve_conj())
+        if any(map(Tensor.is_neg, grads)):  # as the backward of a complex conjugate's imaginary part leaves them
+            grads = [g.resolve_neg() for g in grads]
         strides = list(map(Tensor.stride, grads))
         if strides != self.layouts:
             for i, (stride, layout) in enumerate(zip(strides, self.layouts, strict=True)):
@@ -230,6 +236,10 @@ class Plan:
                     torch._foreach_add_(steps, 1.0 - skip.to(device, torch.float32, non_blocking=True), alpha=1.0)
 
 
+def _kinds(grads: Sequence[Tensor]) -> list[Any]:
+    return [*map(type, grads), *(g.dtype for g in grads)]
+
+
 def _cut(t: Tensor, cut: slice | None) -> Tensor:
     return t if cut is None else t.view(-1)[cut]
 
@@ -254,8 +264,9 @@ def _number_format(t: Tensor, *, stochastic: bool) -> Format:
     return FORMATS[str(t.dtype).removeprefix("torch.")]
 
 
-def check_tensors(name: str, group: int, p: Tensor, g: Tensor) -> None:
+def check_tensors(optimizer: RuleOptimizer, group: int, p: Tensor, g: Tensor) -> None:
     """Raise RuntimeError for a parameter and a gradient that cannot be served together."""
+    name = type(optimizer).__name__
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
     if g.layout != torch.strided:
         raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
@@ -263,6 +274,11 @@ def check_tensors(name: str, group: int, p: Tensor, g: Tensor) -> None:
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
+        part, device = local(t), CPU if optimizer.offload else t.device
+        fused = backends.choose(optimizer.backend, device) != "eager"
+        if fused and part.numel() and not part.data_ptr():
+            kind = f"a {what} in group {group} is a {type(part.data).__name__}, which has no memory of its own"
+            raise RuntimeError(f"{name}: {kind}; allowed with backend='eager' alone")
     if is_sharded(g) != is_sharded(p):
         raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
     if g.shape != p.shape:

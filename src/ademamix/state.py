@@ -37,9 +37,12 @@ def _is_dense(p: Tensor) -> bool:
 
 
 def fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
-    """Whether a backend can work on p itself: blocks, and a part's noise, lie along rows of a contiguous tensor."""
+    """Whether a backend can work on p itself: blocks, and a part's noise, lie along rows of a contiguous tensor.
+
+    A lazily negated tensor (``z.conj().imag``) is the negative of what lies in its memory.
+    """
     ordered = is_sharded(p) or any(f.scale is not None for f in formats.values())
-    return local(p).is_contiguous() if ordered else _is_dense(p)
+    return not p.is_neg() and (local(p).is_contiguous() if ordered else _is_dense(p))
 
 
 def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
@@ -71,7 +74,8 @@ def new_slot(name: str, p: Tensor, formats: Mapping[str, Format]) -> dict[str, T
     """Zeros as p's slot ``name``, with its scales."""
     slot = {name: joined(torch.zeros_like(_layout(p, formats[name], formats), device=p.device), p, p.shape)}
     if formats[name].scale is not None:
-        slot[f"{name}_scale"] = joined(torch.zeros(_scale_shape(local(p)), device=p.device), p, _scale_shape(p))
+        scale = torch.zeros(_scale_shape(local(p)), dtype=torch.float32, device=p.device)
+        slot[f"{name}_scale"] = joined(scale, p, _scale_shape(p))
     return slot
 
 
@@ -132,7 +136,9 @@ def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format])
         value = saved.get(name)
         if value is None:
             continue
-        tensors = [(name, value, tuple(p.shape))]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state tensor {name!r} must be a tensor, got a {type(value).__name__}")
+        tensors: list[tuple[str, Any, tuple[int, ...]]] = [(name, value, tuple(p.shape))]
         stored_as = STORED_AS.get(value.dtype)
         if stored_as is not None and FORMATS[stored_as].scale is not None:
             tensors.append((f"{name}_scale", saved.get(f"{name}_scale"), _scale_shape(p)))
@@ -148,13 +154,13 @@ def state_of(
     saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], step_device: torch.device = CPU
 ) -> dict[str, Any]:
     """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
-    state: dict[str, Any] = {"step": torch.zeros((), device=step_device), **(saved or {})}
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device), **(saved or {})}
     check_state(state, p, formats)
     step = state["step"]
     if not (
         isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
     ):
-        state["step"] = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(step_device)
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=step_device).reshape(())
     for name in formats:
         value, scale = state.get(name), state.pop(f"{name}_scale", None)
         if value is not None:

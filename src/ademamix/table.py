@@ -60,7 +60,7 @@ def on_host(
 
     def placed(device: torch.device) -> Tensor:
         if not late:
-            return torch.tensor(table)
+            return torch.tensor(table, device="cpu")
         sent = sent_to(device, torch.from_numpy(table))
         for row, column, value in late:
             sent[row, column] = value.squeeze()

@@ -5,6 +5,7 @@ rule and combination of dtypes. Its loads and stores are written as LLVM instruc
 that the tensors do not overlap (any number of state slots vectorises) and that no index is negative.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -342,8 +343,8 @@ def _stored(name: str, source: str) -> Path | None:
 
     The name holds a digest of all that goes into the kernel, so a file never changes once it is there.
     """
-    path = cache_folder() / "kernels" / f"{name}.py"
     try:
+        path = cache_folder() / "kernels" / f"{name}.py"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=path.parent)
@@ -351,7 +352,7 @@ def _stored(name: str, source: str) -> Path | None:
                 file.write(source)
             os.utime(aside, (0, 0))  # Numba's index holds the time: processes that start at once must agree on it
             os.replace(aside, path)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where the user has no home
         return None
     return path
 
@@ -380,9 +381,19 @@ def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | Non
     table, vector = nt.int64[:, ::1], nt.int64[::1]
     number = getattr(nt, made.arithmetic)
     signature = nt.void(table, table, vector, vector, number[:, ::1], nt.uint32[::1], nt.int64, nt.int64)
-    jit = numba.njit(signature, nogil=True, error_model="numpy", cache=path is not None)
-    compiled: Callable[..., None] = jit(module.kernel)
-    return compiled
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        raise RuntimeError("NUMBA_DISABLE_JIT is set, so nothing can be compiled")
+
+    def compiled(cached: bool) -> Callable[..., None]:
+        jit = numba.njit(signature, nogil=True, error_model="numpy", cache=cached)
+        result: Callable[..., None] = jit(module.kernel)
+        return result
+
+    if path is not None:
+        # Reading needs a folder that can be written too, the disk may be full, and files may be damaged.
+        with contextlib.suppress(Exception):
+            return compiled(cached=True)
+    return compiled(cached=False)
 
 
 @cache
@@ -434,6 +445,8 @@ class Launch:
                 self.kernel(*arguments, begin, min(begin + piece, total))
 
         helpers = [_pool(threads).submit(work) for _ in range(min(threads, -(-total // piece)) - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        try:
+            work()
+        finally:  # also after Ctrl-C: whoever saves what there is then must not find it still changing
+            for helper in helpers:
+                helper.result()

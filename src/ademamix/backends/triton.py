@@ -319,7 +319,7 @@ class Launch:
 
     def _stage(self) -> list[Tensor]:
         pinned = self.device.type == "cuda"
-        return [*torch.empty((STAGED, *self.entries.shape), dtype=torch.int64, pin_memory=pinned)]
+        return [*torch.empty((STAGED, *self.entries.shape), dtype=torch.int64, device="cpu", pin_memory=pinned)]
 
     def _send(self, grads: list[int], rows: list[int]) -> None:
         """Send the table. Its host buffer is written only once: the copy may be under way for long, and a captured
