@@ -399,6 +399,20 @@ def test_a_rule_that_numba_cannot_compile_falls_back_with_one_warning() -> None:
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def launch(batch: backends.Batch) -> None:
+        raise error("none left")
+
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu, "Launch", launch)
+        with pytest.raises(error, match="none left"):
+            AdEMAMix([p]).step()
+    AdEMAMix([p]).step()  # fused again: a fallback would warn, which is an error here
+
+
 # --------------------------------------------------------------------------------- processes
 
 

@@ -135,6 +135,8 @@ def launch(
         name = "eager"
     try:
         made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # says nothing of the backend
     except Exception as error:
         if backend != "auto" or name == "eager":
             raise
