@@ -103,32 +103,34 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
     train, compare = Train(preset=own, recipe=recipe), Compare(preset=own, recipe=recipe)
     experiments = {name: module.PRESETS[preset if running else "cpu"] for name, module in EXPERIMENTS.items()}
     if seen.resume is not None:
-        stored = _stored(seen.resume)
-        command, name = stored.pop("command"), argv[1] if running and len(argv) > 1 else None
-        stored.pop("typed")
-        job = {"resume": seen.resume, **stored.pop("job")}
-        if command == f"run {name}":
-            like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
-            stored["job"] = dataclasses.asdict(like.job)
-            experiments[str(name)] = dataclasses.replace(restored(like, stored), job=Workplace(**job))
-        elif command in ("train", "compare"):
-            recipe = restored(Recipe(), stored["recipe"])
-            optimizer, match = stored.get("optimizer", "ademamix"), Match(**stored.get("match", {}))
-            own = stored["preset"]
-            train = Train(optimizer, own, recipe, Job(**job))
-            compare = Compare(optimizer, own, recipe, Job(**job), match)
+        stored, name = _stored(seen.resume), argv[1] if running and len(argv) > 1 else None
+        try:
+            command = stored.pop("command")
+            stored.pop("typed")
+            job = {"resume": seen.resume, **stored.pop("job")}
+            if command == f"run {name}":
+                like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
+                stored["job"] = dataclasses.asdict(like.job)
+                experiments[str(name)] = dataclasses.replace(restored(like, stored), job=Workplace(**job))
+            elif command in ("train", "compare"):
+                recipe = restored(Recipe(), stored["recipe"])
+                optimizer, match = str(stored.get("optimizer", "ademamix")), Match(**stored.get("match", {}))
+                own = stored["preset"]
+                train = Train(optimizer, own, recipe, Job(**job))
+                compare = Compare(optimizer, own, recipe, Job(**job), match)
+        except (KeyError, TypeError, AttributeError) as error:
+            kept = seen.resume / CONFIG
+            raise BadInputError(f"{kept} is damaged, or of another version of ademamix ({error})") from error
     return train, compare, experiments
 
 
 def _stored(out: Path) -> dict[str, Any]:
-    from ademamix.lab.config import BadInputError
+    from ademamix.lab.config import BadInputError, from_json
 
     try:
-        stored: dict[str, Any] = json.loads((out / CONFIG).read_text())
+        stored = from_json(out / CONFIG)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInputError(f"nothing to resume in {out}: it holds no {CONFIG}") from error
-    except ValueError as error:
-        raise BadInputError(f"{out / CONFIG} is damaged ({error})") from error
     return stored
 
 
@@ -213,12 +215,12 @@ def _experiment(settings: "Settings") -> None:
 
 def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
     """Make a report, write it and show it; the time that went into it grows from call to call."""
-    from ademamix.lab.config import to_json
+    from ademamix.lab.config import from_json, to_json
     from ademamix.lab.console import say
     from ademamix.lab.report import PAGE, show, write
 
     clock = out / "seconds.json"
-    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+    before = from_json(clock)["seconds"] if clock.exists() else 0.0
     began = time.perf_counter()
     try:
         report = make()
@@ -258,6 +260,8 @@ def _refuse_unused(recipe: "Training", optimizer: str) -> None:
     if recipe.settings and optimizer in SECTIONS:
         given = typed(recipe.settings)
         raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {given} is for other optimizers")
+    if recipe.switch_at and optimizer != "ademamix":
+        raise BadInputError(f"switch_at is for AdEMAMix, which takes over from AdamW: {optimizer} does not")
 
 
 def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:
