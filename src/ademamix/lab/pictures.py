@@ -96,7 +96,8 @@ class Chart:
         axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize="small")
+        if self.lines:
+            axis.legend(frameon=False, fontsize="small")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How long a batch that was seen once stays learned: its loss in a run that saw it, and in a twin that never did."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, mean_and_error, shown
+from ademamix.lab.claims import clearly_below, decide, diverged, mean_and_error, shown
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
@@ -81,6 +82,9 @@ def run(settings: Forgetting, trials: Trials) -> Report:
         f"of a batch's largest drop in loss, {100 * mean_and_error(left['adamw'])[0]:.0f} % is left under AdamW and "
         f"{100 * mean_and_error(left['ademamix'])[0]:.0f} % under AdEMAMix, {late[0]} to {window} steps later"
     )
+    lost = {NAMES[name]: left[name] + [math.inf] * (len(settings.seeds) - len(left[name])) for name in NAMES}
+    if said := diverged(lost):
+        ours += f", in the seeds that are left: {said}"
     lines = []
     for name in NAMES:
         at = [n for n in drops[name][0] if n > 0]
