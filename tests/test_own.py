@@ -151,7 +151,9 @@ def test_a_mistake_is_reported_by_the_rule_s_own_line(line: str, message: str, t
     where, *_, text = str(caught.value).splitlines()
     number = int(where.removeprefix(f"{file}:").split(",")[0])
     assert text.strip() == file.read_text().splitlines()[number - 1].strip()
-    assert number in ((7, 8) if "condition" in message or "got tuple" in message else (5, 7))  # the line, or the function's
+    assert number in (
+        (7, 8) if "condition" in message or "got tuple" in message else (5, 7)
+    )  # the line, or the function's
 
 
 def test_a_mistake_in_a_helper_is_reported_by_the_helper_s_line(tmp_path: Path) -> None:

@@ -148,9 +148,8 @@ PRESETS = {
 
 def run(settings: Beyond, trials: Trials) -> Report:
     every = settings.every()
-    chosen, tables = common.search(
-        trials, {key: Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in every.items()}
-    )
+    candidates = {key: Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in every.items()}
+    chosen, tables = common.search(trials, candidates)
     recipes = {key: changed(settings.base(e), e.optimizer, **chosen[key]) for key, e in every.items()}
 
     def made(entry: str, fraction: float, seed: int) -> tuple[Optimizer, Recipe]:
@@ -164,7 +163,7 @@ def run(settings: Beyond, trials: Trials) -> Report:
     found = Found(settings, recipes, {**results, **longer})
     return Report(
         "Beyond AdEMAMix: other memories of past gradients",
-        [found.lowest(), found.lean(), *found.stopped(), *_ends(every, chosen)],
+        [found.lowest(), found.lean(), *found.stopped(), *_ends(every, chosen), *common.too_long(candidates)],
         [*found.charts(), *_kernels(every, recipes, chosen)],
         [found.table(), *found.by_length(), *tables],
         common.settings_of(settings),

@@ -13,6 +13,7 @@ import tyro
 
 from ademamix.lab import claims
 from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
+from ademamix.lab.console import say
 from ademamix.lab.optimizers import SECTIONS, title
 from ademamix.lab.pictures import Chart, Line, around
 from ademamix.lab.report import Rows
@@ -125,8 +126,22 @@ class Candidate:
         return Grid(name, self.space, lambda **point: (self.optimizer, changed(base, self.optimizer, **point)))
 
 
+def too_long(candidates: Mapping[str, Candidate]) -> list[str]:
+    """A sentence on each candidate whose slow average, as tried, reaches back more than half of the planned steps."""
+    said = []
+    for c in candidates.values():
+        steps = c.recipe.horizon
+        long = [x for x in c.space.get("beta3", ()) if isinstance(x, float) and 2 > steps * (1 - x) > 0]
+        if long:
+            reach = ", ".join(f"{x:g} ({1 / (1 - x):,.0f} steps)" for x in long)
+            said.append(f"{c.title} is tried with slow averages too long for {steps:,} steps: beta3 = {reach}")
+    return said
+
+
 def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[str, dict[str, Value]], list[Rows]]:
     """Try every combination; return the best of each candidate, and the trials as tables."""
+    for line in too_long(candidates):
+        say(line)
     results = trials.run(*(candidate.grid(f"tune-{key}") for key, candidate in candidates.items()))
     found: dict[str, dict[str, Value]] = {}
     tables: list[Rows] = []
