@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,39 @@ def test_a_resume_by_the_other_command_or_with_out_is_refused(finished, cli, cap
     assert "run was made by `ademamix train`" in refusal(capsys)
     assert cli("train", "--resume", "run", "--out", "other") == 2
     assert "not both" in refusal(capsys)
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(finished, cli, capsys):
+    before = (finished / "config.json").read_text()
+    hold = (
+        "import sys; from pathlib import Path; from ademamix.lab.files import alone_in\n"
+        "with alone_in(Path('run')): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert cli("train", "--resume", "run") == 2
+        assert "another process is writing to run" in refusal(capsys)
+        assert (finished / "config.json").read_text() == before
+        other.kill()
+    assert cli("train", "--resume", "run") == 0  # whatever ended the other
+
+
+def test_ctrl_c_before_a_run_began_gives_one_line(cli, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ademamix.lab.corpus.write_data", stop)
+    assert cli("data", "some.txt", "--out", "out") == 128 + 2
+    assert refusal(capsys) == "ademamix: stopped"
+
+
+def test_a_terminal_without_the_characters_shows_others(tmp_path):
+    code = "import sys; from ademamix.lab.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "valley", "--steps", "20", "--out", "valley"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(b"report: valley/report.html")
 
 
 def test_a_resume_on_other_text_is_refused(finished, cli, capsys, tokens):

@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -36,8 +37,12 @@ WHAT = {
 
 def main() -> None:
     """Run the command line; the exit code is 2 for bad input, 1 for a failed run, 128 + n after signal n."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         _run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a run began, or in a command that has nothing to go on with
+        _fail("stopped", 128 + SIGINT)
     except ModuleNotFoundError as error:
         if (error.name or "ademamix").partition(".")[0] == "ademamix":
             raise
@@ -151,10 +156,10 @@ def _train(settings: "Train") -> None:
     from ademamix.lab.processes import joined
     from ademamix.lab.train import check, train
 
-    with joined(pick_device(settings.job.device)) as processes:
+    with ExitStack() as held, joined(pick_device(settings.job.device)) as processes:
         settings = processes.everywhere(lambda: _pinned(settings))[0]
         processes.everywhere(lambda: check((settings.optimizer,), settings.recipe, settings.job.device))
-        out, _ = processes.on_first(lambda: _claim("train", settings))
+        out, _ = processes.on_first(lambda: _claim("train", settings, held))
         if processes.first:
             say(f"Trains with {title(settings.optimizer)}; everything is written to {out}")
         with _stoppable("train", out):
@@ -176,14 +181,15 @@ def _compare(settings: "Compare") -> None:
     if optimizer == "adamw":
         raise BadInputError("optimizer must be another one than AdamW, which it is compared with")
     check(("adamw", optimizer), recipe, settings.job.device)
-    out, typed = _claim("compare", settings)
     text = "the Python standard library's own sources" if recipe.data == "stdlib" else recipe.data
-    say(
-        f"Trains one small language model twice on {text}, first with AdamW, then with {title(optimizer)}: the same "
-        f"initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
-    )
-    with _stoppable("compare", out):
-        _finish(out, typed, lambda: report_of(compare(optimizer, recipe, settings.job, settings.match, out)))
+    with ExitStack() as held:
+        out, typed = _claim("compare", settings, held)
+        say(
+            f"Trains one small language model twice on {text}, first with AdamW, then with {title(optimizer)}: the "
+            f"same initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
+        )
+        with _stoppable("compare", out):
+            _finish(out, typed, lambda: report_of(compare(optimizer, recipe, settings.job, settings.match, out)))
 
 
 def _plan(settings: "PlanFor") -> None:
@@ -207,10 +213,11 @@ def _experiment(settings: "Settings") -> None:
     if recipe is not None:
         _refuse_unused(recipe, "ademamix")
         check(("adamw", "ademamix"), recipe, settings.job.device)
-    out, typed = _claim(f"run {name}", settings)
-    say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
-    with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
-        _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
+    with ExitStack() as held:
+        out, typed = _claim(f"run {name}", settings, held)
+        say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
+        with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
+            _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 
 
 def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
@@ -264,10 +271,13 @@ def _refuse_unused(recipe: "Training", optimizer: str) -> None:
         raise BadInputError(f"switch_at is for AdEMAMix, which takes over from AdamW: {optimizer} does not")
 
 
-def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:
-    """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume."""
+def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack) -> tuple[Path, list[str]]:
+    """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume.
+
+    No other process gets the folder before `held` is closed.
+    """
     from ademamix.lab.config import BadInputError, to_json
-    from ademamix.lab.files import written_aside
+    from ademamix.lab.files import alone_in, written_aside
     from ademamix.lab.processes import agreed_name, restarted
     from ademamix.lab.train import differing, refuse_other
 
@@ -285,6 +295,7 @@ def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
         if stored["command"] != command:
             raise BadInputError(f"{out} was made by `ademamix {stored['command']}`, not by `ademamix {command}`")
         refuse_other(out, differing(_settled(stored), _settled(now)))
+        held.enter_context(alone_in(out))
         typed = stored["typed"] + typed
         to_json(out / CONFIG, {"command": command, "typed": typed} | now)
         return out, typed
@@ -292,6 +303,7 @@ def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
         raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
     with written_aside(out) as aside:
         to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
+    held.enter_context(alone_in(out))
     return out, typed
 
 
