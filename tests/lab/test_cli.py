@@ -141,6 +141,12 @@ def test_a_resume_by_the_other_command_or_with_out_is_refused(finished, cli, cap
     assert "not both" in refusal(capsys)
 
 
+@pytest.mark.parametrize("cap", ["nan", "-3", "inf"])
+def test_a_cap_that_is_no_budget_is_refused(cap, cli, tiny, capsys):
+    assert cli("compare", *tiny, "--match", "--match-cap", cap) == 2
+    assert "match_cap must be a number from 1 on" in refusal(capsys)
+
+
 def test_a_folder_that_another_process_writes_to_is_left_alone(finished, cli, capsys):
     before = (finished / "config.json").read_text()
     hold = (

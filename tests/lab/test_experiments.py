@@ -187,7 +187,7 @@ BAD = {
     "alpha must be growing numbers, got (2.0, 2.0)": ("sweep", "--alpha", "2", "2"),
     "beta3 must be 3 or more growing numbers, got (0.5, 0.9)": ("horizon", "--beta3", "0.5", "0.9"),
     "beta3 must be between 0 and 1, got": ("horizon", "--beta3", "0.5", "0.9", "1.5"),
-    "images must be two or more growing numbers, got (5,)": ("vit", "--images", "5"),
+    "images must be two or more growing numbers above 0, got (5,)": ("vit", "--images", "5"),
     "patch must divide size, got 7 with images of 20": ("vit", "--patch", "7"),
     "nowhere is no token folder": ("lm", "--data", "nowhere"),
     "no such folder of images: nowhere": ("vit", "--data", "nowhere"),
@@ -206,6 +206,15 @@ BAD = {
     ),
     "adana: kappa must be a number in (0, 1], got 1.5": (
         *("beyond", "--entries.adana.tried", "lr=0.1,0.2,0.3", "kappa=0.5,1.5"),
+    ),
+    "fractions must be growing numbers above 0, got (1.0, inf)": ("beyond", "--fractions", "1", "inf"),
+    "budgets must be growing numbers above 1, got (2.0, inf)": ("lm", "--budgets", "2", "inf"),
+    "images must be two or more growing numbers above 0, got (0, 10)": ("vit", "--images", "0", "10"),
+    "at must be different steps within the 20 of the run, got (0.999,): (20,)": (
+        *("forgetting", "--at", "0.999", "--steps", "20", "--warmup", "2"),
+    ),
+    "after must be different steps within the 20 of the run, got (1e-05,): (0,)": (
+        *("switch", "--after", "0.00001", "--steps", "20", "--warmup", "2"),
     ),
     "no such file: nowhere.py": ("beyond", "--own", "nowhere.py:mine"),
     "is for other optimizers": ("lm", "--settings", "kappa=0.5"),

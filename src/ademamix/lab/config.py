@@ -237,6 +237,8 @@ class Match:
     def __post_init__(self) -> None:
         if not self.match_step > 0:
             raise BadInputError(f"match_step must be positive, got {self.match_step}")
+        if not 1 <= self.match_cap < math.inf:
+            raise BadInputError(f"match_cap must be a number from 1 on, got {self.match_cap}")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Beyond(Settings):
             object.__setattr__(self, "own", pinned(self.own))
         for name, least in (("fractions", 0.0), ("budgets", 1.0)):
             values = getattr(self, name)
-            if list(values) != sorted({x for x in values if x > least}):
+            if list(values) != sorted({x for x in values if least < x < math.inf}):
                 raise BadInputError(f"{name} must be growing numbers above {least:g}, got {values}")
         if 1.0 not in self.fractions:
             raise BadInputError(f"fractions must have 1, that of T steps, got {self.fractions}")

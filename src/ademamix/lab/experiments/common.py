@@ -93,6 +93,18 @@ class Tuning:
         }
 
 
+def steps_at(name: str, parts: Sequence[float], steps: int) -> tuple[int, ...]:
+    """The steps after which parts of a run are over.
+
+    Raises:
+        BadInputError: they are not different steps within the run.
+    """
+    at = tuple(round(x * steps) for x in parts)
+    if len(set(at)) < len(at) or not 0 < min(at) <= max(at) < steps:
+        raise BadInputError(f"{name} must be different steps within the {steps} of the run, got {parts}: {at}")
+    return at
+
+
 R = TypeVar("R", bound=Training)
 
 

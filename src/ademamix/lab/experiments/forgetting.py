@@ -40,6 +40,7 @@ class Forgetting(Settings):
         super().__post_init__()
         if not self.at or list(self.at) != sorted({x for x in self.at if 0 < x < 1}):
             raise BadInputError(f"at must be growing numbers between 0 and 1, got {self.at}")
+        common.steps_at("at", self.at, self.recipe.steps)
 
 
 PRESETS = {
@@ -50,7 +51,7 @@ PRESETS = {
 
 
 def run(settings: Forgetting, trials: Trials) -> Report:
-    steps = tuple(round(x * settings.recipe.steps) for x in settings.at)
+    steps = common.steps_at("at", settings.at, settings.recipe.steps)
     recipe = dataclasses.replace(settings.recipe, held_out=steps)
 
     def made(optimizer: Optimizer, insert: str, seed: int) -> tuple[Optimizer, Recipe]:

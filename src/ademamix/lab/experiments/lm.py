@@ -36,7 +36,7 @@ class Lm(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if list(self.budgets) != sorted({b for b in self.budgets if b > 1}):
+        if list(self.budgets) != sorted({b for b in self.budgets if 1 < b < math.inf}):
             raise BadInputError(f"budgets must be growing numbers above 1, got {self.budgets}")
 
 

@@ -34,6 +34,7 @@ class Switch(Settings):
         super().__post_init__()
         if not self.after or list(self.after) != sorted({x for x in self.after if 0 < x < 1}):
             raise BadInputError(f"after must be growing numbers between 0 and 1, got {self.after}")
+        common.steps_at("after", self.after, self.recipe.steps)
 
 
 PRESETS = {

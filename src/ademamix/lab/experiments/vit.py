@@ -32,8 +32,8 @@ class Vit(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.images) < 2 or list(self.images) != sorted(set(self.images)):
-            raise BadInputError(f"images must be two or more growing numbers, got {self.images}")
+        if len(self.images) < 2 or list(self.images) != sorted({n for n in self.images if n > 0}):
+            raise BadInputError(f"images must be two or more growing numbers above 0, got {self.images}")
 
 
 def _recipe(steps: int, **settings: int | str) -> ImageRecipe:
