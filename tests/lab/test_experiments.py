@@ -21,7 +21,7 @@ from ademamix.lab.config import Job
 from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, horizon, lm, sweep, valley
 from ademamix.lab.experiments.common import Tuning
 from ademamix.lab.optimizers import arguments_of
-from ademamix.lab.pictures import HeatMap
+from ademamix.lab.pictures import Chart, HeatMap, Line
 from ademamix.lab.train import Result, train
 from ademamix.lab.trials import Grid, Trials
 
@@ -458,6 +458,11 @@ def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, r
         assert drawn is (page != "index.html")
         broken = "return [...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).length"
         assert browser.execute_script(broken) == 0
+
+
+def test_a_line_is_named_even_if_it_is_the_only_one_left():
+    (trace,) = Chart("", "", "", [Line("AdamW", [1.0], [2.0])]).traces()
+    assert (trace["name"], trace["showlegend"]) == ("AdamW", True)
 
 
 def test_every_module_is_one_experiment():

@@ -142,7 +142,7 @@ def shown(values: Sequence[float]) -> str:
 
 def diverged(samples: Mapping[str, Sequence[float]]) -> str:
     """Who diverged, and in how many seeds, in place of a sentence on differences; empty if nobody did."""
-    return " and ".join(f"{name} {shown(values)}" for name, values in samples.items() if any(map(math.isinf, values)))
+    return ", ".join(f"{name} {shown(values)}" for name, values in samples.items() if any(map(math.isinf, values)))
 
 
 def loss_of(value: float) -> str:
