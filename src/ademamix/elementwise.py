@@ -131,8 +131,9 @@ def check_rule(rule: Rule) -> None:
         _blame(rule, message, error)
     wanted = ("p", *slot_names(rule))
     if not isinstance(results, tuple) or len(results) != len(wanted):
-        number = len(results) if isinstance(results, tuple) else 1
-        _blame(rule, f"a rule returns the new {', '.join(wanted)}, {len(wanted)} results, got {number}")
+        tuple_of = f"({', '.join(wanted)}{',' if len(wanted) == 1 else ''})"
+        got = f"one of {len(results)}" if isinstance(results, tuple) else "no tuple"
+        _blame(rule, f"a rule returns a tuple of {len(wanted)}, the new {tuple_of}, got {got}")
     for name, result in zip(wanted, results, strict=True):
         if type(result) is not Array:
             _blame(rule, f"the new {name} must have p's shape, got {_kind(result)}")

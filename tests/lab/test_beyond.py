@@ -149,6 +149,27 @@ def test_a_best_learning_rate_at_an_end_is_named() -> None:
     assert said.endswith("tried: B")
 
 
+def candidates(preset: str, **recipe: int) -> dict[str, common.Candidate]:
+    settings = beyond.PRESETS[preset]
+    settings = dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, **recipe))
+    return {
+        key: common.Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in settings.entries.items()
+    }
+
+
+@pytest.mark.parametrize("preset", beyond.PRESETS)
+def test_no_slow_average_of_the_presets_is_too_long_for_its_run(preset: str) -> None:
+    assert common.too_long(candidates(preset)) == []
+
+
+def test_slow_averages_too_long_for_a_shorter_run_are_named() -> None:
+    mixed, zero = common.too_long(candidates("cpu", steps=800, warmup=40))  # 0.995 reaches back 200 steps, 0.998 500
+    assert mixed == "AdEMAMix is tried with slow averages too long for 800 steps: beta3 = 0.998 (500 steps)"
+    assert zero.startswith("AdEMAMix, beta1 = 0 is tried")
+    assert common.too_long(candidates("cpu", steps=1200)) == []
+    assert common.too_long(candidates("cpu", steps=800, warmup=40, planned=2000)) == []
+
+
 def test_a_chart_of_logarithms_leaves_out_what_is_a_millionth_of_its_largest_weight() -> None:
     lines = [Line("a", [1.0, 2.0, 3.0], [4.0, 5e-6, 0.0]), Line("b", [1.0, 2.0], [3e-6, -1.0])]
     assert beyond._strong(lines) == [Line("a", [1.0, 2.0], [4.0, 5e-6]), Line("b", [], [])]

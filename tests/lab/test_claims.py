@@ -2,7 +2,17 @@ import math
 
 import pytest
 
-from ademamix.lab.claims import CLAIMS, clearly_below, decide, difference, mean_and_error, shown, table_of
+from ademamix.lab.claims import (
+    CLAIMS,
+    clearly_below,
+    decide,
+    difference,
+    diverged,
+    final_losses,
+    mean_and_error,
+    shown,
+    table_of,
+)
 from ademamix.lab.experiments import NAMES
 
 
@@ -42,6 +52,21 @@ def test_samples_for_people():
         ("", "mean", "each"),
         ("a", "2.0000 ± 1.0000", "1.0000, 3.0000"),
     ]
+
+
+def test_a_seed_that_diverged_is_counted_and_makes_no_mean():
+    lost = [1.0, math.inf, 2.0]
+    assert shown(lost) == "diverged in 1 of 3 seeds"
+    assert shown([math.inf]) == "diverged"
+    assert table_of({"a": lost}, ()) == [(), ("a", "diverged in 1 of 3 seeds", "1.0000, diverged, 2.0000")]
+    assert diverged({"a": [1.0], "b": lost, "c": [math.inf]}) == "b diverged in 1 of 3 seeds, c diverged"
+    assert diverged({"a": [1.0]}) == ""
+    assert final_losses([1.0, 2.0, 3.0], lost) == ("AdEMAMix diverged in 1 of 3 seeds",) * 2
+
+
+def test_a_difference_of_single_seeds_has_no_error_to_show():
+    gain = "AdEMAMix ends 0.5000 nats below AdamW"
+    assert final_losses([2.0], [1.5]) == (gain, f"{gain} (2.0000 and 1.5000)")
 
 
 def test_every_claim_is_decided_by_an_experiment_that_there_is():

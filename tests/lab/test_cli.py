@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,8 @@ BAD_DATA = {
     "broken.parquet is no Parquet file": ("broken.parquet",),
     "picture.bin is not text": ("picture.bin",),
     "of 1 documents none fell to": ("good.jsonl",),
+    "latin.jsonl, line 2: no JSON record": ("latin.jsonl",),
+    "max_tokens must be at least 1, got 0": ("good.jsonl", "--max-tokens", "0"),
     "no such tokenizer file: nowhere.json": ("good.jsonl", "--tokenizer", "nowhere.json"),
     "good.jsonl is no tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
     "valid_fraction must be between 0 and 1": ("good.jsonl", "--valid-fraction", "1.5"),
@@ -73,6 +76,7 @@ def test_bad_data_gives_one_line_and_writes_nothing(message, cli, capsys):
 
     Path("good.jsonl").write_text('{"text": "one document"}\n')
     Path("bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
+    Path("latin.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
     pyarrow.parquet.write_table(pyarrow.table({"id": [1]}), "table.parquet")
     Path("broken.parquet").write_bytes(b"PAR1 not really")
     Path("picture.bin").write_bytes(b"\x89PNG\0\0")
@@ -93,6 +97,9 @@ BAD_TRAIN = {
     "lr must be": ("--ademamix.lr", "-1"),
     "betas[2] must be": ("--ademamix.beta3", "1"),
     "cannot use the device abacus": ("--device", "abacus"),
+    "cannot use the device meta": ("--device", "meta"),
+    "seed must be in [0, 2**63), got 9223372036854775808": ("--seed", str(2**63)),
+    "switch_at is for AdEMAMix": ("--optimizer", "kema", "--switch-at", "5"),
     "out already exists": ("--out", "out"),
     "file: File exists": ("--out", "file/run"),
     "nothing to resume in nowhere": ("--resume", "nowhere"),
@@ -134,6 +141,45 @@ def test_a_resume_by_the_other_command_or_with_out_is_refused(finished, cli, cap
     assert "not both" in refusal(capsys)
 
 
+@pytest.mark.parametrize("cap", ["nan", "-3", "inf"])
+def test_a_cap_that_is_no_budget_is_refused(cap, cli, tiny, capsys):
+    assert cli("compare", *tiny, "--match", "--match-cap", cap) == 2
+    assert "match_cap must be a number from 1 on" in refusal(capsys)
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(finished, cli, capsys):
+    before = (finished / "config.json").read_text()
+    hold = (
+        "import sys; from pathlib import Path; from ademamix.lab.files import alone_in\n"
+        "with alone_in(Path('run')): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert cli("train", "--resume", "run") == 2
+        assert "another process is writing to run" in refusal(capsys)
+        assert (finished / "config.json").read_text() == before
+        other.kill()
+    assert cli("train", "--resume", "run") == 0  # whatever ended the other
+
+
+def test_ctrl_c_before_a_run_began_gives_one_line(cli, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ademamix.lab.corpus.write_data", stop)
+    assert cli("data", "some.txt", "--out", "out") == 128 + 2
+    assert refusal(capsys) == "ademamix: stopped"
+
+
+def test_a_terminal_without_the_characters_shows_others(tmp_path):
+    code = "import sys; from ademamix.lab.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "valley", "--steps", "20", "--out", "valley"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(b"report: valley/report.html")
+
+
 def test_a_resume_on_other_text_is_refused(finished, cli, capsys, tokens):
     (finished / "result.json").unlink()
     meta = json.loads((tokens / "data.json").read_text())
@@ -151,6 +197,52 @@ def test_a_damaged_checkpoint_is_named(finished, cli, capsys):
     damaged.write_bytes(b"")
     assert cli("train", "--resume", "run") == 2
     assert f"{damaged} is damaged: it has 0 bytes" in refusal(capsys)
+
+
+DAMAGE = {  # of a file of the run what is written into it, and what is said
+    "config.json": {
+        "{": "config.json is damaged (",
+        "[]": "config.json is damaged: it holds no",
+        "{}": "config.json is damaged, or of another version of ademamix ('command')",
+    },
+    "metrics.jsonl": {
+        "garbage\n": "metrics.jsonl, line 1 is damaged; without that line the run can go on",
+        '{"loss": 3.0}\n': "metrics.jsonl, line 1 is damaged",
+        '{"step": 3}\n[1]\n': "metrics.jsonl, line 2 is damaged",
+        "\udcff\n": "metrics.jsonl, line 1 is damaged",  # no UTF-8
+    },
+    "result.json": {"{": "result.json is damaged (", '{"steps": 3}': "result.json is damaged, or of another version"},
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_file_of_a_run_is_named_and_kept(name, text, finished, cli, capsys):
+    (finished / "result.json").unlink()
+    bad = text.encode(errors="surrogateescape")
+    (finished / name).write_bytes(bad)
+    assert cli("train", "--resume", "run") == 2
+    assert DAMAGE[name][text] in refusal(capsys)
+    assert (finished / name).read_bytes() == bad
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("job", "later", 1), ("recipe", "steps", "many"), (None, "optimizer", 7)]
+)
+def test_settings_of_another_version_or_kind_are_refused(section, key, value, finished, cli, capsys):
+    stored = json.loads((finished / "config.json").read_text())
+    (stored if section is None else stored[section])[key] = value
+    (finished / "config.json").write_text(json.dumps(stored))
+    assert cli("train", "--resume", "run") == 2
+    assert refusal(capsys)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"title": "", "headlines": [], "findings": [{"claim": "tokens"}]}'])
+def test_an_index_names_a_damaged_outcome(text, cli, capsys):
+    Path("runs/lm").mkdir(parents=True)
+    Path("runs/lm/outcome.json").write_text(text)
+    assert cli("report", "runs") == 2
+    assert "runs/lm/outcome.json is damaged" in refusal(capsys)
+    assert not Path("runs/index.html").exists()
 
 
 def test_a_diverged_run_says_so(cli, tiny, capsys):

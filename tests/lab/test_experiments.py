@@ -5,6 +5,7 @@ import html
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from ademamix.lab import trials
 from ademamix.lab.claims import CLAIMS
 from ademamix.lab.config import Job
 from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, horizon, lm, sweep, valley
 from ademamix.lab.experiments.common import Tuning
 from ademamix.lab.optimizers import arguments_of
-from ademamix.lab.pictures import HeatMap
+from ademamix.lab.pictures import Chart, HeatMap, Line
 from ademamix.lab.train import Result, train
 from ademamix.lab.trials import Grid, Trials
 
@@ -93,6 +95,70 @@ def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inlin
     assert said.rstrip().endswith("report: out/report.html")
 
 
+@pytest.fixture
+def diverge(inline, monkeypatch):
+    """Let those of the runs that count diverge of whose optimizer and recipe something holds."""
+    real = trials._train
+
+    def of(lost):
+        def fake(optimizer, recipe, out):
+            counts = out.parent.name == "final"
+            return math.inf if counts and lost(optimizer, recipe) else real(optimizer, recipe, out)
+
+        monkeypatch.setattr("ademamix.lab.trials._train", fake)
+
+    return of
+
+
+NO_NUMBER = re.compile(r"\b(inf|nan)\b")
+TRAINED = [name for name in EXPERIMENTS if name != "valley"]  # by `train`
+
+
+EITHER = [(name, ("ademamix",)) for name in TRAINED if name != "horizon"]
+
+
+@pytest.mark.parametrize(("name", "optimizers"), [*EITHER, ("lm", ("adamw",)), ("beyond", ("adamw", "ademamix"))])
+def test_a_seed_that_diverged_is_counted_and_gives_no_figure(name, optimizers, cli, diverge, tiny, capsys):
+    diverge(lambda optimizer, recipe: optimizer in optimizers and recipe.seed == 1)
+    assert cli(*arguments(name, tiny), "--out", "out") == 0
+    text = capsys.readouterr().out + Path("out/report.md").read_text()
+    assert not NO_NUMBER.search(text)
+    assert "diverged in 1 of 2 seeds" in text
+
+
+def test_a_beta3_that_diverged_is_counted_and_not_the_best(cli, diverge, tiny, capsys):
+    diverge(lambda _, recipe: recipe.seed == 1 and recipe.ademamix.beta3 == 0.8)
+    assert cli(*arguments("horizon", tiny), "--out", "out") == 0
+    text = capsys.readouterr().out + Path("out/report.md").read_text()
+    assert not NO_NUMBER.search(text)
+    assert "diverged in 1 of 2 seeds" in text
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_report_or_one_line_comes_of_runs_that_all_diverged(name, cli, diverge, tiny, capsys):
+    diverge(lambda *_: True)
+    code = cli(*arguments(name, tiny), "--out", "out")
+    shown = capsys.readouterr()
+    if name in ("horizon", "forgetting"):  # of which nothing is left to report
+        assert code == 2
+        assert re.fullmatch(r"ademamix: every run .* diverged: try .*\n", shown.err)
+    else:
+        assert code == 0
+        assert not NO_NUMBER.search(shown.out + Path("out/report.md").read_text())
+
+
+@pytest.mark.parametrize("name", ["lm", "horizon", "vit", "mamba"])
+def test_a_mean_of_one_seed_has_no_error_to_show(name, cli, inline, tiny):
+    assert cli(*arguments(name, tiny, ("--seeds", "3")), "--out", "out") == 0
+    assert not NO_NUMBER.search(Path("out/report.md").read_text())
+
+
+def test_a_point_that_is_no_number_is_not_at_the_minimum(cli):
+    assert cli("run", "valley", "--lr", "1e100", "--steps", "50", "--seeds", "0", "1", "--out", "out") == 0
+    (finding,) = json.loads(Path("out/outcome.json").read_text())["findings"]
+    assert finding["ours"].count("diverged in 2 of 2 seeds") == 3
+
+
 def test_one_seed_reproduces_nothing(cli, inline, tiny):
     assert cli(*arguments("forgetting", tiny, ("--seeds", "3")), "--out", "out") == 0
     (finding,) = json.loads(Path("out/outcome.json").read_text())["findings"]
@@ -111,7 +177,7 @@ def test_a_finished_experiment_is_not_done_again(cli, inline, tiny, monkeypatch)
 
 BAD = {
     "unknown preset huge; there are cpu, gpu, paper": ("lm", "--preset", "huge"),
-    "seeds must be different numbers >= 0, got (1, 1)": ("lm", "--seeds", "1", "1"),
+    "seeds must be different numbers in [0, 2**63), got (1, 1)": ("lm", "--seeds", "1", "1"),
     "seeds must not have 1000, that of the tuning": ("lm", "--seeds", "1000"),
     "workers must not be negative, got -1": ("lm", "--workers", "-1"),
     "both optimizers must have as many trials": ("lm", "--tuning.adamw-lr", "0.1"),
@@ -121,7 +187,7 @@ BAD = {
     "alpha must be growing numbers, got (2.0, 2.0)": ("sweep", "--alpha", "2", "2"),
     "beta3 must be 3 or more growing numbers, got (0.5, 0.9)": ("horizon", "--beta3", "0.5", "0.9"),
     "beta3 must be between 0 and 1, got": ("horizon", "--beta3", "0.5", "0.9", "1.5"),
-    "images must be two or more growing numbers, got (5,)": ("vit", "--images", "5"),
+    "images must be two or more growing numbers above 0, got (5,)": ("vit", "--images", "5"),
     "patch must divide size, got 7 with images of 20": ("vit", "--patch", "7"),
     "nowhere is no token folder": ("lm", "--data", "nowhere"),
     "no such folder of images: nowhere": ("vit", "--data", "nowhere"),
@@ -140,6 +206,15 @@ BAD = {
     ),
     "adana: kappa must be a number in (0, 1], got 1.5": (
         *("beyond", "--entries.adana.tried", "lr=0.1,0.2,0.3", "kappa=0.5,1.5"),
+    ),
+    "fractions must be growing numbers above 0, got (1.0, inf)": ("beyond", "--fractions", "1", "inf"),
+    "budgets must be growing numbers above 1, got (2.0, inf)": ("lm", "--budgets", "2", "inf"),
+    "images must be two or more growing numbers above 0, got (0, 10)": ("vit", "--images", "0", "10"),
+    "at must be different steps within the 20 of the run, got (0.999,): (20,)": (
+        *("forgetting", "--at", "0.999", "--steps", "20", "--warmup", "2"),
+    ),
+    "after must be different steps within the 20 of the run, got (1e-05,): (0,)": (
+        *("switch", "--after", "0.00001", "--steps", "20", "--warmup", "2"),
     ),
     "no such file: nowhere.py": ("beyond", "--own", "nowhere.py:mine"),
     "is for other optimizers": ("lm", "--settings", "kappa=0.5"),
@@ -383,6 +458,11 @@ def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, r
         assert drawn is (page != "index.html")
         broken = "return [...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).length"
         assert browser.execute_script(broken) == 0
+
+
+def test_a_line_is_named_even_if_it_is_the_only_one_left():
+    (trace,) = Chart("", "", "", [Line("AdamW", [1.0], [2.0])]).traces()
+    assert (trace["name"], trace["showlegend"]) == ("AdamW", True)
 
 
 def test_every_module_is_one_experiment():

@@ -214,6 +214,10 @@ REFUSED = {
     "mine.py has no rule or optimizer yours; it defines": refused("mine.py:yours"),
     "mine.py:4, in the rule helped: a rule takes (p, g, *slots": refused("mine.py:helped"),
     "raises.py cannot be run (ZeroDivisionError: division by zero)": refused("raises.py:mine", raises=RAISES),
+    "exits.py cannot be run (SystemExit: 3)": refused("exits.py:mine", exits="raise SystemExit(3)"),
+    "a rule returns a tuple of 1, the new (p,), got no tuple": refused(
+        "plain.py:mine", plain="def mine(p, g, *, lr=0.1):\n    return p - lr * g\n"
+    ),
     "broken.py cannot be run (SyntaxError": refused("broken.py:mine", broken="def"),
     "power.py:3, in the rule mine: ** is not there": refused("power.py:mine", power=NO_LR.replace("* m,", "* m**2,")),
     "Mine has no lr, which the schedule": refused("rate.py:mine", rate=NO_LR),

@@ -53,3 +53,12 @@ def test_a_corpus_shorter_than_one_sequence_is_refused():
     data.check(15)
     with pytest.raises(BadInputError, match="too small: 16 tokens for valid, a context of 16 needs at least 17"):
         data.check(16)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"vocab_size": "many"}', '{"vocab_size": 256, "train": 3, "valid": 3}'])
+def test_a_description_of_another_kind_is_refused(text, tokens, tmp_path):
+    for file in tokens.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(BadInputError, match="is no token folder"):
+        Tokens.open(tmp_path)

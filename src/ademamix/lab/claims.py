@@ -128,12 +128,42 @@ def decide(claim: str, holds: bool, ours: str, *samples: Sequence[float]) -> Fin
     return Finding(claim, verdict, ours)
 
 
+def plus_minus(mean: float, error: float, form: str = ".4f") -> str:
+    """A number with its standard error, for people; without it, where one seed gives none."""
+    return f"{mean:{form}}" if math.isinf(error) else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
+
+
 def shown(values: Sequence[float]) -> str:
-    """A mean with its standard error, for people."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.4f}" if math.isinf(error) else f"{mean:.4f} ± {error:.4f}"
+    """A mean with its standard error, for people, or in how many seeds the run diverged: then there is no mean."""
+    if lost := sum(map(math.isinf, values)):
+        return f"diverged in {lost} of {len(values)} seeds" if len(values) > 1 else "diverged"
+    return plus_minus(*mean_and_error(values))
+
+
+def diverged(samples: Mapping[str, Sequence[float]]) -> str:
+    """Who diverged, and in how many seeds, in place of a sentence on differences; empty if nobody did."""
+    return ", ".join(f"{name} {shown(values)}" for name, values in samples.items() if any(map(math.isinf, values)))
+
+
+def loss_of(value: float) -> str:
+    """The loss of one run, for people; infinity stands for a run that diverged."""
+    return "diverged" if math.isinf(value) else f"{value:.4f}"
+
+
+def by_seed(values: Sequence[float]) -> str:
+    """Each loss of a sample, for people."""
+    return ", ".join(map(loss_of, values))
 
 
 def table_of(samples: Mapping[str, Sequence[float]], heads: tuple[str, ...]) -> list[tuple[str, ...]]:
     """A table of named samples: the mean with its error, then each value."""
-    return [heads, *((name, shown(values), ", ".join(f"{v:.4f}" for v in values)) for name, values in samples.items())]
+    return [heads, *((name, shown(values), by_seed(values)) for name, values in samples.items())]
+
+
+def final_losses(adamw: Sequence[float], ademamix: Sequence[float]) -> tuple[str, str]:
+    """How far AdEMAMix ends from AdamW, unless one diverged; and the sentence with both losses."""
+    if lost := diverged({"AdamW": adamw, "AdEMAMix": ademamix}):
+        return lost, lost
+    gap, error = difference(ademamix, adamw)
+    gain = f"AdEMAMix ends {plus_minus(abs(gap), error)} nats {'below' if gap > 0 else 'above'} AdamW"
+    return gain, f"{gain} ({shown(adamw)} and {shown(ademamix)})"

@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -36,8 +37,12 @@ WHAT = {
 
 def main() -> None:
     """Run the command line; the exit code is 2 for bad input, 1 for a failed run, 128 + n after signal n."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         _run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a run began, or in a command that has nothing to go on with
+        _fail("stopped", 128 + SIGINT)
     except ModuleNotFoundError as error:
         if (error.name or "ademamix").partition(".")[0] == "ademamix":
             raise
@@ -103,32 +108,34 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
     train, compare = Train(preset=own, recipe=recipe), Compare(preset=own, recipe=recipe)
     experiments = {name: module.PRESETS[preset if running else "cpu"] for name, module in EXPERIMENTS.items()}
     if seen.resume is not None:
-        stored = _stored(seen.resume)
-        command, name = stored.pop("command"), argv[1] if running and len(argv) > 1 else None
-        stored.pop("typed")
-        job = {"resume": seen.resume, **stored.pop("job")}
-        if command == f"run {name}":
-            like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
-            stored["job"] = dataclasses.asdict(like.job)
-            experiments[str(name)] = dataclasses.replace(restored(like, stored), job=Workplace(**job))
-        elif command in ("train", "compare"):
-            recipe = restored(Recipe(), stored["recipe"])
-            optimizer, match = stored.get("optimizer", "ademamix"), Match(**stored.get("match", {}))
-            own = stored["preset"]
-            train = Train(optimizer, own, recipe, Job(**job))
-            compare = Compare(optimizer, own, recipe, Job(**job), match)
+        stored, name = _stored(seen.resume), argv[1] if running and len(argv) > 1 else None
+        try:
+            command = stored.pop("command")
+            stored.pop("typed")
+            job = {"resume": seen.resume, **stored.pop("job")}
+            if command == f"run {name}":
+                like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
+                stored["job"] = dataclasses.asdict(like.job)
+                experiments[str(name)] = dataclasses.replace(restored(like, stored), job=Workplace(**job))
+            elif command in ("train", "compare"):
+                recipe = restored(Recipe(), stored["recipe"])
+                optimizer, match = str(stored.get("optimizer", "ademamix")), Match(**stored.get("match", {}))
+                own = stored["preset"]
+                train = Train(optimizer, own, recipe, Job(**job))
+                compare = Compare(optimizer, own, recipe, Job(**job), match)
+        except (KeyError, TypeError, AttributeError) as error:
+            kept = seen.resume / CONFIG
+            raise BadInputError(f"{kept} is damaged, or of another version of ademamix ({error})") from error
     return train, compare, experiments
 
 
 def _stored(out: Path) -> dict[str, Any]:
-    from ademamix.lab.config import BadInputError
+    from ademamix.lab.config import BadInputError, from_json
 
     try:
-        stored: dict[str, Any] = json.loads((out / CONFIG).read_text())
+        stored = from_json(out / CONFIG)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInputError(f"nothing to resume in {out}: it holds no {CONFIG}") from error
-    except ValueError as error:
-        raise BadInputError(f"{out / CONFIG} is damaged ({error})") from error
     return stored
 
 
@@ -149,10 +156,10 @@ def _train(settings: "Train") -> None:
     from ademamix.lab.processes import joined
     from ademamix.lab.train import check, train
 
-    with joined(pick_device(settings.job.device)) as processes:
+    with ExitStack() as held, joined(pick_device(settings.job.device)) as processes:
         settings = processes.everywhere(lambda: _pinned(settings))[0]
         processes.everywhere(lambda: check((settings.optimizer,), settings.recipe, settings.job.device))
-        out, _ = processes.on_first(lambda: _claim("train", settings))
+        out, _ = processes.on_first(lambda: _claim("train", settings, held))
         if processes.first:
             say(f"Trains with {title(settings.optimizer)}; everything is written to {out}")
         with _stoppable("train", out):
@@ -174,14 +181,15 @@ def _compare(settings: "Compare") -> None:
     if optimizer == "adamw":
         raise BadInputError("optimizer must be another one than AdamW, which it is compared with")
     check(("adamw", optimizer), recipe, settings.job.device)
-    out, typed = _claim("compare", settings)
     text = "the Python standard library's own sources" if recipe.data == "stdlib" else recipe.data
-    say(
-        f"Trains one small language model twice on {text}, first with AdamW, then with {title(optimizer)}: the same "
-        f"initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
-    )
-    with _stoppable("compare", out):
-        _finish(out, typed, lambda: report_of(compare(optimizer, recipe, settings.job, settings.match, out)))
+    with ExitStack() as held:
+        out, typed = _claim("compare", settings, held)
+        say(
+            f"Trains one small language model twice on {text}, first with AdamW, then with {title(optimizer)}: the "
+            f"same initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
+        )
+        with _stoppable("compare", out):
+            _finish(out, typed, lambda: report_of(compare(optimizer, recipe, settings.job, settings.match, out)))
 
 
 def _plan(settings: "PlanFor") -> None:
@@ -205,20 +213,21 @@ def _experiment(settings: "Settings") -> None:
     if recipe is not None:
         _refuse_unused(recipe, "ademamix")
         check(("adamw", "ademamix"), recipe, settings.job.device)
-    out, typed = _claim(f"run {name}", settings)
-    say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
-    with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
-        _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
+    with ExitStack() as held:
+        out, typed = _claim(f"run {name}", settings, held)
+        say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
+        with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
+            _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 
 
 def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
     """Make a report, write it and show it; the time that went into it grows from call to call."""
-    from ademamix.lab.config import to_json
+    from ademamix.lab.config import from_json, to_json
     from ademamix.lab.console import say
     from ademamix.lab.report import PAGE, show, write
 
     clock = out / "seconds.json"
-    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+    before = from_json(clock)["seconds"] if clock.exists() else 0.0
     began = time.perf_counter()
     try:
         report = make()
@@ -258,12 +267,17 @@ def _refuse_unused(recipe: "Training", optimizer: str) -> None:
     if recipe.settings and optimizer in SECTIONS:
         given = typed(recipe.settings)
         raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {given} is for other optimizers")
+    if recipe.switch_at and optimizer != "ademamix":
+        raise BadInputError(f"switch_at is for AdEMAMix, which takes over from AdamW: {optimizer} does not")
 
 
-def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, list[str]]:
-    """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume."""
+def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack) -> tuple[Path, list[str]]:
+    """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume.
+
+    No other process gets the folder before `held` is closed.
+    """
     from ademamix.lab.config import BadInputError, to_json
-    from ademamix.lab.files import written_aside
+    from ademamix.lab.files import alone_in, written_aside
     from ademamix.lab.processes import agreed_name, restarted
     from ademamix.lab.train import differing, refuse_other
 
@@ -281,6 +295,7 @@ def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
         if stored["command"] != command:
             raise BadInputError(f"{out} was made by `ademamix {stored['command']}`, not by `ademamix {command}`")
         refuse_other(out, differing(_settled(stored), _settled(now)))
+        held.enter_context(alone_in(out))
         typed = stored["typed"] + typed
         to_json(out / CONFIG, {"command": command, "typed": typed} | now)
         return out, typed
@@ -288,6 +303,7 @@ def _claim(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
         raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
     with written_aside(out) as aside:
         to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
+    held.enter_context(alone_in(out))
     return out, typed
 
 

@@ -16,6 +16,7 @@ from ademamix.lab.values import Values
 Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (optimizers.py)
 State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
+SEEDS = 2**63  # torch takes no larger ones
 
 
 class BadInputError(Exception):
@@ -107,8 +108,8 @@ class Training:
             raise BadInputError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if not self.clip > 0:
             raise BadInputError(f"clip must be positive, got {self.clip}")
-        if self.seed < 0:
-            raise BadInputError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < SEEDS:
+            raise BadInputError(f"seed must be in [0, 2**63), got {self.seed}")
         if self.planned < 0:
             raise BadInputError(f"planned must not be negative, got {self.planned}")
         if not 0 <= self.switch_at < self.steps:
@@ -236,6 +237,8 @@ class Match:
     def __post_init__(self) -> None:
         if not self.match_step > 0:
             raise BadInputError(f"match_step must be positive, got {self.match_step}")
+        if not 1 <= self.match_cap < math.inf:
+            raise BadInputError(f"match_cap must be a number from 1 on, got {self.match_cap}")
 
 
 @dataclass(frozen=True)
@@ -390,6 +393,22 @@ def to_json(path: Path, value: Mapping[str, Any]) -> None:
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
     aside.replace(path)
+
+
+def from_json(path: Path) -> dict[str, Any]:
+    """Read what `to_json` wrote.
+
+    Raises:
+        BadInputError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInputError(f"{path} is damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise BadInputError(f"{path} is damaged: it holds no settings or results by name")
+    return value
 
 
 T = TypeVar("T")

@@ -26,6 +26,8 @@ def write_data(settings: Data) -> dict[str, Any]:
     """Carry out `ademamix data`; return what its data.json says."""
     if not 0 < settings.valid_fraction < 1:
         raise BadInputError(f"valid_fraction must be between 0 and 1, got {settings.valid_fraction}")
+    if settings.max_tokens is not None and settings.max_tokens < 1:
+        raise BadInputError(f"max_tokens must be at least 1, got {settings.max_tokens}")
     if settings.out.exists():
         raise BadInputError(f"{settings.out} already exists; choose another --out")
     documents = itertools.chain.from_iterable(_documents(source, settings) for source in settings.sources)
@@ -154,11 +156,11 @@ def _from_text(path: Path, *, whole: bool) -> Iterator[str]:
 
 
 def _from_jsonl(path: Path, key: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield _text_of(json.loads(line), key)
+                    yield _text_of(json.loads(line.decode()), key)
                 except (ValueError, TypeError, KeyError) as error:
                     raise BadInputError(f'{path}, line {number}: no JSON record with a text "{key}"') from error
 

@@ -51,7 +51,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type != "cpu" and device.index is None and launched():
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # a device that holds no numbers, as meta, is none
     except (RuntimeError, AssertionError) as error:
         raise BadInputError(f"cannot use the device {name} ({str(error).splitlines()[0]})") from error
     return device

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from ademamix.lab.config import BadInputError
+
+LOCK = ".lock"
+
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
@@ -18,6 +24,24 @@ def written_aside(out: Path) -> Iterator[Path]:
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run's folder for the time of a block; a kill ends that too.
+
+    Raises:
+        BadInputError: another process is at work there.
+    """
+    lock = FileLock(out / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BadInputError(f"another process is writing to {out}; wait for its end, or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def _run(path: Path, text: bytes) -> dict[str, Any]:
     module.__file__ = str(path)
     try:
         exec(compile(text, str(path), "exec"), module.__dict__)
-    except Exception as error:  # whatever a file of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
         raise BadInputError(f"{path} cannot be run ({type(error).__name__}: {error})") from error
     return module.__dict__
 

@@ -61,21 +61,29 @@ class Chart:
     def traces(self) -> list[dict[str, Any]]:
         """What Plotly draws; colours are pairs, for light and for dark, of which the page takes one."""
         shades = [] if self.field is None else [self.field.trace()]
-        return shades + [
-            {
-                "type": "scatter",
-                "x": line.x,
-                "y": line.y,
-                "name": line.name,
-                "mode": line.mode,
-                "colors": style[:2],
-                "line": {"dash": style[2], "width": 2.5},
-                "marker": {"size": 8},
-                "hovertemplate": "%{y:.3g}" if self.log_y else "%{y:.4f}",
-                **({} if line.bars is None else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}),
-            }
-            for line, style in zip(self.lines, self.styles(), strict=True)
-        ]
+        return (
+            shades
+            + [
+                {
+                    "type": "scatter",
+                    "x": line.x,
+                    "y": line.y,
+                    "name": line.name,
+                    "showlegend": True,  # Plotly would leave a line without a name if the others diverged
+                    "mode": line.mode,
+                    "colors": style[:2],
+                    "line": {"dash": style[2], "width": 2.5},
+                    "marker": {"size": 8},
+                    "hovertemplate": "%{y:.3g}" if self.log_y else "%{y:.4f}",
+                    **(
+                        {}
+                        if line.bars is None
+                        else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}
+                    ),
+                }
+                for line, style in zip(self.lines, self.styles(), strict=True)
+            ]
+        )
 
     def layout(self) -> dict[str, Any]:
         """Plotly's layout, but for colours."""
@@ -96,7 +104,8 @@ class Chart:
         axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize="small")
+        if self.lines:
+            axis.legend(frameon=False, fontsize="small")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from ademamix.lab.claims import CLAIMS, Finding
-from ademamix.lab.config import BadInputError, to_json
+from ademamix.lab.config import BadInputError, from_json, to_json
 from ademamix.lab.console import OUT, say
 from ademamix.lab.pictures import Picture, write_png
 
@@ -95,13 +95,22 @@ def write_index(folder: Path) -> Path:
     """Write an index of the reports in a folder's folders, with the paper's figure beside ours, claim by claim.
 
     Raises:
-        BadInputError: there is no report.
+        BadInputError: there is no report, or what one says is damaged.
     """
-    outcomes = {path.parent: json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{OUTCOME}"))}
+    outcomes = {path.parent: _outcome(path) for path in sorted(folder.glob(f"*/{OUTCOME}"))}
     if not outcomes:
         raise BadInputError(f"{folder} holds no reports: `ademamix run` writes them, each to a folder of its own")
     _write(folder / INDEX, _page("AdEMAMix: the paper's claims, and what came out here", _index(folder, outcomes), []))
     return folder / INDEX
+
+
+def _outcome(path: Path) -> dict[str, Any]:
+    found = from_json(path)
+    try:
+        title, headlines = str(found["title"]), list(found["headlines"])
+        return {"title": title, "headlines": headlines, "findings": [Finding(**f) for f in found["findings"]]}
+    except (KeyError, TypeError) as error:
+        raise BadInputError(f"{path} is damaged, or of another version of ademamix ({error})") from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -143,7 +152,7 @@ def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> s
 
 
 def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
-    found = [(at, Finding(**f)) for at, outcome in outcomes.items() for f in outcome["findings"]]
+    found = [(at, f) for at, outcome in outcomes.items() for f in outcome["findings"]]
     rows = []
     for key, claim in CLAIMS.items():
         here = [(at, f) for at, f in found if f.claim == key]

@@ -49,7 +49,7 @@ class Tokens:
         except FileNotFoundError as error:
             missing = f"{Path(error.filename).name} is missing"
             raise BadInputError(f"{folder} is no token folder, {missing}; `ademamix data` makes one") from error
-        except (ValueError, KeyError, NotADirectoryError) as error:
+        except (ValueError, TypeError, KeyError, NotADirectoryError) as error:
             raise BadInputError(f"{folder} is no token folder ({error})") from error
         if [len(split) for split in splits] != lengths:
             raise BadInputError(f"{folder} is damaged: its token files are not as long as {META} says")

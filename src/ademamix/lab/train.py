@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ademamix import RuleOptimizer
 from ademamix.convert import from_adamw
-from ademamix.lab.config import BadInputError, Job, Optimizer, Training, to_json
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, from_json, to_json
 from ademamix.lab.console import Show
 from ademamix.lab.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.model import checksum
@@ -68,10 +68,17 @@ class Result:
 
     @staticmethod
     def read(out: Path) -> "Result":
-        """The result of the run in the folder `out`."""
-        stored = json.loads((out / RESULT).read_text())
-        held_out = [{int(step): loss for step, loss in losses.items()} for losses in stored["held_out"]]
-        return Result(**{**stored, "held_out": held_out})
+        """The result of the run in the folder `out`.
+
+        Raises:
+            BadInputError: its file is damaged, or of another version.
+        """
+        stored = from_json(out / RESULT)
+        try:
+            held_out = [{int(step): loss for step, loss in losses.items()} for losses in stored["held_out"]]
+            return Result(**{**stored, "held_out": held_out})
+        except (KeyError, TypeError) as error:
+            raise BadInputError(f"{out / RESULT} is damaged, or of another version of ademamix ({error})") from error
 
 
 def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
@@ -395,10 +402,18 @@ def refuse_other(out: Path, differ: list[str]) -> None:
 def _keep_until(path: Path, step: int) -> None:
     """Drop the metrics of steps that a killed run took after its last checkpoint; they will be taken again."""
     if path.exists():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        steps = [_step_of(path, number, line) for number, line in enumerate(whole, 1)]
         aside = path.with_name(path.name + ".partial")
-        aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        aside.write_bytes(b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
         aside.replace(path)
+
+
+def _step_of(path: Path, number: int, line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{path}, line {number} is damaged; without that line the run can go on") from error
 
 
 @contextmanager

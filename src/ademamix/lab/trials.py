@@ -19,6 +19,7 @@ from optuna.samplers import GridSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from ademamix.lab.claims import loss_of
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training
 from ademamix.lab.console import say
 from ademamix.lab.devices import pick_device
@@ -130,7 +131,7 @@ class Trials:
                 trial.study.tell(trial.trial, loss)
                 left -= 1
                 minutes = (time.perf_counter() - self.began) / 60
-                say(f"{minutes:5.1f} min  {trial.grid.name} {count - left} of {count}  {trial.label}: {loss:.4f}")
+                say(f"{minutes:5.1f} min  {trial.grid.name} {count - left} of {count}  {trial.label}: {loss_of(loss)}")
         return [self._complete(grid) for grid in grids]
 
     def _study(self, grid: Grid) -> optuna.Study:

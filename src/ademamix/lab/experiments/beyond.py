@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, difference, mean_and_error, shown
+from ademamix.lab.claims import by_seed, clearly_below, difference, mean_and_error, plus_minus, shown
 from ademamix.lab.compare import crossing
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
@@ -92,7 +92,7 @@ class Beyond(Settings):
             object.__setattr__(self, "own", pinned(self.own))
         for name, least in (("fractions", 0.0), ("budgets", 1.0)):
             values = getattr(self, name)
-            if list(values) != sorted({x for x in values if x > least}):
+            if list(values) != sorted({x for x in values if least < x < math.inf}):
                 raise BadInputError(f"{name} must be growing numbers above {least:g}, got {values}")
         if 1.0 not in self.fractions:
             raise BadInputError(f"fractions must have 1, that of T steps, got {self.fractions}")
@@ -148,9 +148,8 @@ PRESETS = {
 
 def run(settings: Beyond, trials: Trials) -> Report:
     every = settings.every()
-    chosen, tables = common.search(
-        trials, {key: Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in every.items()}
-    )
+    candidates = {key: Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in every.items()}
+    chosen, tables = common.search(trials, candidates)
     recipes = {key: changed(settings.base(e), e.optimizer, **chosen[key]) for key, e in every.items()}
 
     def made(entry: str, fraction: float, seed: int) -> tuple[Optimizer, Recipe]:
@@ -164,7 +163,7 @@ def run(settings: Beyond, trials: Trials) -> Report:
     found = Found(settings, recipes, {**results, **longer})
     return Report(
         "Beyond AdEMAMix: other memories of past gradients",
-        [found.lowest(), found.lean(), *found.stopped(), *_ends(every, chosen)],
+        [found.lowest(), found.lean(), *found.stopped(), *_ends(every, chosen), *common.too_long(candidates)],
         [*found.charts(), *_kernels(every, recipes, chosen)],
         [found.table(), *found.by_length(), *tables],
         common.settings_of(settings),
@@ -192,6 +191,10 @@ class Found:
         """The losses after T steps."""
         return self.losses[key, 1.0]
 
+    def lost(self, key: str, x: float = 1.0) -> bool:
+        """Whether a run of this entry and length diverged, in any seed."""
+        return any(map(math.isinf, self.losses[key, x]))
+
     def bytes_of(self, key: str) -> float:
         runs = common.of(self.results, key)
         return runs[0].state_bytes_per_parameter if runs else math.inf
@@ -199,9 +202,13 @@ class Found:
     def lowest(self) -> str:
         """The first sentence."""
         key = min(self.titles, key=lambda k: mean_and_error(self.final(k))[0])
+        if self.lost(key):
+            return "After T steps none is lowest: each diverged in some seed"
         others = [k for k in ("ademamix", "adamw") if k != key]
         than = " and ".join(_below(self.final(key), self.final(k), self.titles[k]) for k in others)
-        tokens = f", which needs {self.tokens(key)} tokens for its loss" if key != "adamw" else ""
+        tokens = f", which needs {self.tokens(key)} tokens for its loss"
+        if key == "adamw" or self.lost("adamw"):
+            tokens = ""
         return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest, {than}{tokens}"
 
     def lean(self) -> str:
@@ -209,6 +216,8 @@ class Found:
         mixed, most = self.final("ademamix"), self.bytes_of("ademamix")
         no_larger = [k for k in self.titles if k not in ("adamw", "ademamix") and self.bytes_of(k) <= most]
         better = [k for k in no_larger if clearly_below(self.final(k), mixed)]
+        if math.isinf(most):
+            return "AdEMAMix diverged in every run, so its memory is not known"
         held = f"AdEMAMix's memory ({most:.1f} bytes a parameter)"
         if len(mixed) < 2:
             return f"One seed does not tell whether a rule with at most {held} beats it"
@@ -222,16 +231,19 @@ class Found:
         ends = [x for x in (min(self.settings.fractions), max(self.settings.fractions)) if x != 1.0]
         said = []
         for x in ends:
+            how = "Stopped at" if x < 1.0 else "Extended to"
             first, second = sorted(self.titles, key=lambda k: mean_and_error(self.losses[k, x])[0])[:2]
+            if self.lost(first, x):
+                said.append(f"{how} {x:g} T, each diverged in some seed")
+                continue
             other = second if first == "adamw" else "adamw"
             than = _below(self.losses[first, x], self.losses[other, x], self.titles[other])
-            how = "Stopped at" if x < 1.0 else "Extended to"
             said.append(f"{how} {x:g} T, {self.titles[first]} is lowest, {than}; the next is {self.titles[second]}")
         return said
 
     def tokens(self, key: str) -> str:
         """How many more tokens AdamW needs for an entry's loss, by its runs of all lengths."""
-        if key == "adamw":
+        if key == "adamw" or self.lost(key):
             return ""
         if mean_and_error(self.final(key))[0] > mean_and_error(self.final("adamw"))[0]:
             return "its loss is above AdamW's"
@@ -252,9 +264,10 @@ class Found:
             runs = common.of(self.results, key, 1.0)
             ms = f"{mean_and_error([r.optimizer_ms for r in runs])[0]:.2f}" if runs else ""
             buffers = len(buffers_of(entry.optimizer, self.recipes[key]))
-            by_seed = ", ".join(f"{loss:.4f}" for loss in self.final(key))
-            cost = (f"{self.bytes_of(key):.1f}", ms, buffers)
-            rows.append((entry.title, shown(self.final(key)), by_seed, self.tokens(key), *cost))
+            size = f"{self.bytes_of(key):.1f}" if math.isfinite(self.bytes_of(key)) else ""
+            rows.append(
+                (entry.title, shown(self.final(key)), by_seed(self.final(key)), self.tokens(key), size, ms, buffers)
+            )
         return [("rule", *heads), *rows]
 
     def by_length(self) -> list[Rows]:
@@ -274,37 +287,31 @@ class Found:
 
     def charts(self) -> list[Picture]:
         unit, count = self.settings.recipe.unit, len(self.settings.seeds)
-        curves = common.mean_curves({name: common.of(self.results, k, 1.0) for k, name in self.titles.items()}, unit)
+        runs = {name: common.of(self.results, key, 1.0) for key, name in self.titles.items()}
         losses, gaps = [], []
         for key, name in self.titles.items():
-            ends = {x: mean_and_error(self.losses[key, x]) for x in self.settings.fractions}
-            losses.append(_line(name, ends))
+            means = {x: mean_and_error(self.losses[key, x]) for x in self.settings.fractions}
+            losses.append(common.ends(name, means))
             if key != "adamw":
-                gaps.append(_line(name, {x: self._above_adamw(key, x) for x in self.settings.fractions}))
+                gaps.append(common.ends(name, {x: self._above_adamw(key, x) for x in self.settings.fractions}))
         label = "steps, in T"
         return [
-            common.curves(f"Validation loss, T steps, mean of {count} seeds", curves, unit),
+            common.curves("Validation loss, T steps", runs, count, unit),
             Chart("Stopped early and extended: final loss", label, common.LOSS, losses),
             Chart("The same, above AdamW's of that length", label, "nats", gaps),
         ]
 
 
 def _signed(gap: float, error: float) -> str:
-    if not math.isfinite(gap):
-        return "diverged"
-    return f"{gap:+.4f}" if math.isinf(error) else f"{gap:+.4f} ± {error:.4f}"
+    return plus_minus(gap, error, "+.4f") if math.isfinite(gap) else "diverged"
 
 
 def _below(a: list[float], b: list[float], of: str) -> str:
+    """How far the mean of `a`, of which no run diverged, is from that of another."""
     gap, error = difference(a, b)
-    spread = "" if math.isinf(error) else f" ± {error:.4f}"
-    return f"{abs(gap):.4f}{spread} nats {'below' if gap > 0 else 'above'} {of}"
-
-
-def _line(name: str, ends: Mapping[float, tuple[float, float]]) -> Line:
-    """Means and errors by length, where no run diverged."""
-    there = {x: end for x, end in ends.items() if math.isfinite(end[0])}
-    return Line(name, list(there), [m for m, _ in there.values()], [e for _, e in there.values()], "lines+markers")
+    if math.isinf(gap):
+        return f"below {of}, which {shown(b)}"
+    return f"{plus_minus(abs(gap), error)} nats {'below' if gap > 0 else 'above'} {of}"
 
 
 def _ends(every: Mapping[str, Entry], chosen: Mapping[str, Mapping[str, Value]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.config import BadInputError, Optimizer, Training, is_settings
+from ademamix.lab import claims
+from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
+from ademamix.lab.console import say
 from ademamix.lab.optimizers import SECTIONS, title
 from ademamix.lab.pictures import Chart, Line, around
 from ademamix.lab.report import Rows
@@ -53,8 +56,12 @@ class Settings:
     job: Annotated[Workplace, tyro.conf.arg(name="")] = field(default_factory=Workplace)
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise BadInputError(f"seeds must be different numbers >= 0, got {self.seeds}")
+        if (
+            not self.seeds
+            or len(set(self.seeds)) < len(self.seeds)
+            or not 0 <= min(self.seeds) <= max(self.seeds) < SEEDS
+        ):
+            raise BadInputError(f"seeds must be different numbers in [0, 2**63), got {self.seeds}")
         if TUNING_SEED in self.seeds:
             raise BadInputError(f"seeds must not have {TUNING_SEED}, that of the tuning")
 
@@ -84,6 +91,18 @@ class Tuning:
             "adamw": {"lr": self.adamw_lr, "beta2": self.adamw_beta2},
             "ademamix": {"lr": self.ademamix_lr, "beta3": self.ademamix_beta3},
         }
+
+
+def steps_at(name: str, parts: Sequence[float], steps: int) -> tuple[int, ...]:
+    """The steps after which parts of a run are over.
+
+    Raises:
+        BadInputError: they are not different steps within the run.
+    """
+    at = tuple(round(x * steps) for x in parts)
+    if len(set(at)) < len(at) or not 0 < min(at) <= max(at) < steps:
+        raise BadInputError(f"{name} must be different steps within the {steps} of the run, got {parts}: {at}")
+    return at
 
 
 R = TypeVar("R", bound=Training)
@@ -119,8 +138,22 @@ class Candidate:
         return Grid(name, self.space, lambda **point: (self.optimizer, changed(base, self.optimizer, **point)))
 
 
+def too_long(candidates: Mapping[str, Candidate]) -> list[str]:
+    """A sentence on each candidate whose slow average, as tried, reaches back more than half of the planned steps."""
+    said = []
+    for c in candidates.values():
+        steps = c.recipe.horizon
+        long = [x for x in c.space.get("beta3", ()) if isinstance(x, float) and 2 > steps * (1 - x) > 0]
+        if long:
+            reach = ", ".join(f"{x:g} ({1 / (1 - x):,.0f} steps)" for x in long)
+            said.append(f"{c.title} is tried with slow averages too long for {steps:,} steps: beta3 = {reach}")
+    return said
+
+
 def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[str, dict[str, Value]], list[Rows]]:
     """Try every combination; return the best of each candidate, and the trials as tables."""
+    for line in too_long(candidates):
+        say(line)
     results = trials.run(*(candidate.grid(f"tune-{key}") for key, candidate in candidates.items()))
     found: dict[str, dict[str, Value]] = {}
     tables: list[Rows] = []
@@ -146,7 +179,7 @@ def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows]]:
 
 def loss_of(result: Result | None) -> str:
     """A final loss for a table."""
-    return "diverged" if result is None else f"{result.valid_loss:.4f}"
+    return claims.loss_of(math.inf if result is None else result.valid_loss)
 
 
 def sample(results: Mapping[Point, Result | None], *, without: float = float("inf")) -> dict[Point, list[float]]:
@@ -173,11 +206,20 @@ def mean_curves(runs: Mapping[str, Sequence[Result]], unit: str) -> list[Line]:
     return lines
 
 
-def curves(title: str, lines: list[Line], unit: str) -> Chart:
-    """Validation curves without the steep start, a tenth of the run: one wants to tell their ends apart."""
-    longest = max(x for line in lines for x in line.x)
-    ends = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if 10 * x >= longest]
-    return Chart(title, f"training {unit}", LOSS, lines, around(ends))
+def ends(name: str, means: Mapping[float, tuple[float, float]], mode: str = "lines+markers") -> Line:
+    """Means and errors by what they depend on, where no run diverged."""
+    there = {x: mean for x, mean in means.items() if math.isfinite(mean[0])}
+    return Line(name, list(there), [m for m, _ in there.values()], [e for _, e in there.values()], mode)
+
+
+def curves(title: str, runs: Mapping[str, Sequence[Result]], seeds: int, unit: str) -> Chart:
+    """Mean validation curves without the steep start, a tenth of the run: one wants to tell their ends apart."""
+    lines = mean_curves(runs, unit)
+    longest = max((x for line in lines for x in line.x), default=0.0)
+    shown = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if 10 * x >= longest]
+    which = "" if all(len(of_name) == seeds for of_name in runs.values()) else ", without those that diverged"
+    title = f"{title}, mean of {seeds} seeds{which}"
+    return Chart(title, f"training {unit}", LOSS, lines, around(shown) if shown else None)
 
 
 def settings_of(settings: Any) -> list[Rows]:

@@ -1,6 +1,7 @@
 """How long a batch that was seen once stays learned: its loss in a run that saw it, and in a twin that never did."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, mean_and_error, shown
+from ademamix.lab.claims import clearly_below, decide, diverged, mean_and_error, shown
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
@@ -39,6 +40,7 @@ class Forgetting(Settings):
         super().__post_init__()
         if not self.at or list(self.at) != sorted({x for x in self.at if 0 < x < 1}):
             raise BadInputError(f"at must be growing numbers between 0 and 1, got {self.at}")
+        common.steps_at("at", self.at, self.recipe.steps)
 
 
 PRESETS = {
@@ -49,7 +51,7 @@ PRESETS = {
 
 
 def run(settings: Forgetting, trials: Trials) -> Report:
-    steps = tuple(round(x * settings.recipe.steps) for x in settings.at)
+    steps = common.steps_at("at", settings.at, settings.recipe.steps)
     recipe = dataclasses.replace(settings.recipe, held_out=steps)
 
     def made(optimizer: Optimizer, insert: str, seed: int) -> tuple[Optimizer, Recipe]:
@@ -81,6 +83,9 @@ def run(settings: Forgetting, trials: Trials) -> Report:
         f"of a batch's largest drop in loss, {100 * mean_and_error(left['adamw'])[0]:.0f} % is left under AdamW and "
         f"{100 * mean_and_error(left['ademamix'])[0]:.0f} % under AdEMAMix, {late[0]} to {window} steps later"
     )
+    lost = {NAMES[name]: left[name] + [math.inf] * (len(settings.seeds) - len(left[name])) for name in NAMES}
+    if said := diverged(lost):
+        ours += f", in the seeds that are left: {said}"
     lines = []
     for name in NAMES:
         at = [n for n in drops[name][0] if n > 0]

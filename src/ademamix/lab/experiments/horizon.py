@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from ademamix.lab.claims import decide, mean_and_error, shown
+from ademamix.lab.claims import decide, mean_and_error, plus_minus, shown
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
@@ -81,13 +81,13 @@ def run(settings: Horizon, trials: Trials) -> Report:
     means = {t: mean_and_error(best) for t, best in chosen.items()}
     rule = 10 ** statistics.mean(mean + math.log10(t) for t, (mean, _) in means.items())
     span = f"from {settings.lengths[0]:,} to {settings.lengths[-1]:,} steps"
-    ours = f"the best 1 - beta3 goes with T to the power {slope:.2f} ± {error:.2f}, {span}"
+    ours = f"the best 1 - beta3 goes with T to the power {plus_minus(slope, error, '.2f')}, {span}"
     above: list[Line] = []
     for t in settings.lengths:
         values = [mean_and_error(losses[t, beta3]) for beta3 in settings.beta3]
         low = min(m for m, _ in values)
-        memory = [1 / (1 - beta3) for beta3 in settings.beta3]
-        above.append(Line(f"T = {t:,}", memory, [m - low for m, _ in values], [e for _, e in values], "lines+markers"))
+        gaps = {1 / (1 - beta3): (m - low, e) for beta3, (m, e) in zip(settings.beta3, values, strict=True)}
+        above.append(common.ends(f"T = {t:,}", gaps))
     x = [float(t) for t in settings.lengths]
     rows = [
         (
@@ -131,7 +131,13 @@ def run(settings: Horizon, trials: Trials) -> Report:
 
 
 def vertex(x: list[float], y: list[float]) -> float:
-    """Where a parabola through the lowest point and its neighbours is lowest; the lowest point itself at an end."""
+    """Where a parabola through the lowest point and its neighbours is lowest; the lowest point itself at an end.
+
+    Raises:
+        BadInputError: every run diverged.
+    """
+    if math.isinf(min(y)):
+        raise BadInputError("every run of a length and seed diverged: try a smaller learning rate")
     at = min(range(len(y)), key=lambda i: y[i])
     if at in (0, len(y) - 1) or not math.isfinite(y[at - 1] + y[at + 1]):
         return x[at]

@@ -1,18 +1,19 @@
 """AdamW against AdEMAMix as language models, both tuned; and the tokens that AdamW needs for AdEMAMix's loss."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, difference, mean_and_error, shown, table_of
+from ademamix.lab.claims import clearly_below, decide, diverged, final_losses, mean_and_error, table_of
 from ademamix.lab.compare import crossing
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import AdEMAMixSettings, BadInputError, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
-from ademamix.lab.pictures import Chart, Line, Picture
+from ademamix.lab.pictures import Chart, Picture
 from ademamix.lab.report import Report
 from ademamix.lab.trials import Grid, Trials
 
@@ -35,7 +36,7 @@ class Lm(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if list(self.budgets) != sorted({b for b in self.budgets if b > 1}):
+        if list(self.budgets) != sorted({b for b in self.budgets if 1 < b < math.inf}):
             raise BadInputError(f"budgets must be growing numbers above 1, got {self.budgets}")
 
 
@@ -90,23 +91,24 @@ def run(settings: Lm, trials: Trials) -> Report:
     results, more = trials.run(final, longer)
     losses = {NAMES[str(name)]: values for (name,), values in common.sample(results).items()}
     budgets = {1.0: losses["AdamW"], **{float(b): values for (b,), values in sorted(common.sample(more).items())}}
-    gap, error = difference(losses["AdEMAMix"], losses["AdamW"])
     needed = [
         crossing([(b, values[i]) for b, values in budgets.items()], losses["AdEMAMix"][i]) for i in range(len(seeds))
     ]
     most = max(budgets)
-    if None in needed:
+    if diverged({"AdEMAMix": losses["AdEMAMix"]}):
+        tokens, enough = "AdamW's tokens for its loss are not known", False
+    elif None in needed:
         tokens = f"AdamW does not reach AdEMAMix's loss with up to {100 * (most - 1):+.0f} % tokens in every seed"
         enough = most - 1 >= GOAL
     else:
         factor, spread = mean_and_error([float(x) for x in needed if x is not None])
-        tokens = f"AdamW needs {100 * (factor - 1):+.0f} % (± {100 * spread:.0f}) tokens for AdEMAMix's loss"
+        within = "" if math.isinf(spread) else f" (± {100 * spread:.0f})"
+        tokens = f"AdamW needs {100 * (factor - 1):+.0f} %{within} tokens for AdEMAMix's loss"
         enough = factor - 1 >= GOAL
     below = clearly_below(losses["AdEMAMix"], losses["AdamW"])
-    gain = f"AdEMAMix ends {abs(gap):.4f} ± {error:.4f} nats {'below' if gap > 0 else 'above'} AdamW"
-    lines = common.mean_curves({name: common.of(results, n) for n, name in NAMES.items()}, recipe.unit)
-    pictures: list[Picture] = [common.curves(f"Validation loss, mean of {len(seeds)} seeds", lines, recipe.unit)]
-    means = {b: mean_and_error(values) for b, values in budgets.items()}
+    gain, with_losses = final_losses(losses["AdamW"], losses["AdEMAMix"])
+    runs = {name: common.of(results, n) for n, name in NAMES.items()}
+    pictures: list[Picture] = [common.curves("Validation loss", runs, len(seeds), recipe.unit)]
     goal = mean_and_error(losses["AdEMAMix"])
     pictures.append(
         Chart(
@@ -114,14 +116,8 @@ def run(settings: Lm, trials: Trials) -> Report:
             "AdamW's budget (AdEMAMix = 1)",
             common.LOSS,
             [
-                Line(
-                    "AdamW",
-                    list(means),
-                    [m for m, _ in means.values()],
-                    [e for _, e in means.values()],
-                    "lines+markers",
-                ),
-                Line("AdEMAMix", [1.0, most], [goal[0]] * 2, [goal[1]] * 2),
+                common.ends("AdamW", {b: mean_and_error(values) for b, values in budgets.items()}),
+                common.ends("AdEMAMix", dict.fromkeys((1.0, most), goal), "lines"),
             ],
         )
     )
@@ -129,7 +125,7 @@ def run(settings: Lm, trials: Trials) -> Report:
     final_table = table_of({**of_budgets, "AdEMAMix": losses["AdEMAMix"]}, ("run", "final validation loss", "by seed"))
     return Report(
         "Language models: AdamW against AdEMAMix",
-        [f"{gain} ({shown(losses['AdamW'])} and {shown(losses['AdEMAMix'])})", tokens],
+        [with_losses, tokens],
         pictures,
         [final_table, *tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, difference, shown, table_of
+from ademamix.lab.claims import clearly_below, decide, final_losses, table_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import Recipe
 from ademamix.lab.experiments import common
@@ -55,14 +55,13 @@ def run(settings: Mamba, trials: Trials) -> Report:
         )
     )
     losses = {NAMES[str(name)]: values for (name,), values in common.sample(results).items()}
-    gap, error = difference(losses["AdEMAMix"], losses["AdamW"])
-    ours = f"AdEMAMix ends {abs(gap):.4f} ± {error:.4f} nats {'below' if gap > 0 else 'above'} AdamW"
-    lines = common.mean_curves({name: common.of(results, n) for n, name in NAMES.items()}, recipe.unit)
+    gain, with_losses = final_losses(losses["AdamW"], losses["AdEMAMix"])
+    runs = {name: common.of(results, n) for n, name in NAMES.items()}
     return Report(
         "Mamba: AdamW against AdEMAMix",
-        [f"{ours} ({shown(losses['AdamW'])} and {shown(losses['AdEMAMix'])})"],
-        [common.curves(f"Mamba, validation loss, mean of {len(settings.seeds)} seeds", lines, recipe.unit)],
+        [with_losses],
+        [common.curves("Mamba, validation loss", runs, len(settings.seeds), recipe.unit)],
         [table_of(losses, ("optimizer", "final validation loss", "by seed")), *tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),
-        [decide("mamba", clearly_below(losses["AdEMAMix"], losses["AdamW"]), ours, *losses.values())],
+        [decide("mamba", clearly_below(losses["AdEMAMix"], losses["AdamW"]), gain, *losses.values())],
     )

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, mean_and_error, table_of
+from ademamix.lab.claims import clearly_below, decide, diverged, mean_and_error, table_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart, Line
+from ademamix.lab.pictures import Chart
 from ademamix.lab.report import Report, sentence
 from ademamix.lab.trials import Grid, Trials
 
@@ -34,6 +34,7 @@ class Switch(Settings):
         super().__post_init__()
         if not self.after or list(self.after) != sorted({x for x in self.after if 0 < x < 1}):
             raise BadInputError(f"after must be growing numbers between 0 and 1, got {self.after}")
+        common.steps_at("after", self.after, self.recipe.steps)
 
 
 PRESETS = {
@@ -59,24 +60,23 @@ def run(settings: Switch, trials: Trials) -> Report:
     pairs = zip(settings.after, settings.after[1:], strict=False)
     ordered = not any(clearly_below(losses[later], losses[earlier]) for earlier, later in pairs)
     said = ", ".join(f"{ends[1.0][0] - ends[x][0]:+.4f} after {100 * x:.0f} %" for x in settings.after)
-    ours = (
+    ours = diverged({names[x]: losses[x] for x in points}) or (
         f"the final loss is lower than AdamW's by {said} of the run, {ends[1.0][0] - ends[0.0][0]:+.4f} from the start"
     )
-    lines = common.mean_curves({names[x]: common.of(results, x) for x in points}, recipe.unit)
-    x = list(points)
+    runs = {names[x]: common.of(results, x) for x in points}
     return Report(
         "From AdamW to AdEMAMix in the middle of a training",
         [sentence(ours)],
         [
-            common.curves(f"Validation loss, mean of {len(settings.seeds)} seeds", lines, recipe.unit),
+            common.curves("Validation loss", runs, len(settings.seeds), recipe.unit),
             Chart(
                 "Final loss by the time of the switch",
                 "part of the run with AdamW",
                 common.LOSS,
-                [Line("final loss", x, [ends[v][0] for v in x], [ends[v][1] for v in x], "lines+markers")],
+                [common.ends("final loss", ends)],
             ),
         ],
-        [table_of({names[v]: losses[v] for v in x}, ("run", "final validation loss", "by seed"))],
+        [table_of({names[x]: losses[x] for x in points}, ("run", "final validation loss", "by seed"))],
         common.settings_of(settings),
         [decide("switch", helped and ordered, ours, *losses.values())],
     )

@@ -70,7 +70,7 @@ def run(settings: Valley, trials: Trials) -> Report:
     starts = [_start(i) for i in range(len(settings.seeds))]
     paths = {name: _paths(make, starts, settings.steps) for name, make in settings.optimizers().items()}
     # The logarithm, for distances differ by orders of magnitude.
-    ends = {name: [math.log10(max(1e-12, _distance(path[-1]))) for path in of_name] for name, of_name in paths.items()}
+    ends = {name: [_log_distance(path[-1]) for path in of_name] for name, of_name in paths.items()}
     small, large, mixed = ends.values()
     holds = clearly_below(mixed, small) and clearly_below(mixed, large)
     names = {
@@ -99,7 +99,10 @@ def run(settings: Valley, trials: Trials) -> Report:
                 "Distance to the minimum, from (-3, 5)",
                 "step",
                 "log10 of the distance",
-                [Line(n, steps, [math.log10(max(1e-12, _distance(p[0][s]))) for s in steps]) for n, p in paths.items()],  # type: ignore[arg-type]
+                [
+                    common.ends(n, {s: (_log_distance(p[0][s]), math.inf) for s in steps}, "lines")
+                    for n, p in paths.items()
+                ],
             ),
         ],
         [[("optimizer", "log10 of the final distance"), *((names.get(n, n), shown(v)) for n, v in ends.items())]],
@@ -131,5 +134,7 @@ def _paths(
     return [list(map(tuple, path)) for path in zip(*points, strict=True)]
 
 
-def _distance(point: tuple[float, float]) -> float:
-    return math.dist(point, MINIMUM)
+def _log_distance(point: tuple[float, float]) -> float:
+    """log10 of the distance to the minimum; infinite, as a loss is, once the optimizer diverged."""
+    distance = math.dist(point, MINIMUM)
+    return math.log10(max(1e-12, distance)) if math.isfinite(distance) else math.inf

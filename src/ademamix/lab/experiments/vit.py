@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, difference, mean_and_error, table_of
+from ademamix.lab.claims import clearly_below, decide, difference, diverged, mean_and_error, plus_minus, table_of
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, ImageRecipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
-from ademamix.lab.pictures import Chart, Line, Picture
+from ademamix.lab.pictures import Chart, Picture
 from ademamix.lab.report import Report, sentence
 from ademamix.lab.trials import Grid, Trials
 
@@ -32,8 +32,8 @@ class Vit(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.images) < 2 or list(self.images) != sorted(set(self.images)):
-            raise BadInputError(f"images must be two or more growing numbers, got {self.images}")
+        if len(self.images) < 2 or list(self.images) != sorted({n for n in self.images if n > 0}):
+            raise BadInputError(f"images must be two or more growing numbers above 0, got {self.images}")
 
 
 def _recipe(steps: int, **settings: int | str) -> ImageRecipe:
@@ -89,22 +89,16 @@ def run(settings: Vit, trials: Trials) -> Report:
     # The difference of the two gains: its error is that of four means.
     grows = gains[most][0] - gains[few][0] > 2 * (gains[most][1] ** 2 + gains[few][1] ** 2) ** 0.5
     holds = clearly_below(losses["AdEMAMix", most], losses["AdamW", most]) and grows
-    said = [f"{g:+.4f} ± {e:.4f} nats with {n:,} images" for n, (g, e) in gains.items()]
-    ours = f"the loss is lower with AdEMAMix by {', '.join(said)}"
-    ends = {key: mean_and_error(values) for key, values in losses.items()}
+    said = [f"{plus_minus(*gain, '+.4f')} nats with {n:,} images" for n, gain in gains.items()]
+    named = {f"{name}, {n:,} images": values for (name, n), values in losses.items()}
+    ours = diverged(named) or f"the loss is lower with AdEMAMix by {', '.join(said)}"
     pictures: list[Picture] = [
         Chart(
             "Final validation loss by the number of images",
             "training images",
             common.LOSS,
             [
-                Line(
-                    name,
-                    [float(n) for n in settings.images],
-                    [ends[name, n][0] for n in settings.images],
-                    [ends[name, n][1] for n in settings.images],
-                    "lines+markers",
-                )
+                common.ends(name, {n: mean_and_error(losses[name, n]) for n in settings.images})
                 for name in NAMES.values()
             ],
             log_x=True,
@@ -112,13 +106,13 @@ def run(settings: Vit, trials: Trials) -> Report:
     ]
     pictures += [
         common.curves(
-            f"Validation loss with {count:,} images, mean of {len(settings.seeds)} seeds",
-            common.mean_curves({name: common.of(results, n, count) for n, name in NAMES.items()}, recipe.unit),
+            f"Validation loss with {count:,} images",
+            {name: common.of(results, n, count) for n, name in NAMES.items()},
+            len(settings.seeds),
             recipe.unit,
         )
         for count in (few, most)
     ]
-    named = {f"{name}, {n:,} images": values for (name, n), values in losses.items()}
     samples = [losses[name, n] for name in NAMES.values() for n in (few, most)]
     return Report(
         "Vision transformers: AdamW against AdEMAMix",
