@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -5,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from ademamix.lab.files import alone_in
 
 
 def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -160,6 +163,16 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(finished, cli, ca
         assert (finished / "config.json").read_text() == before
         other.kill()
     assert cli("train", "--resume", "run") == 0  # whatever ended the other
+
+
+@pytest.mark.parametrize("without", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_keeps_nobody_away(without, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(without, os.strerror(without))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        pass
 
 
 def test_ctrl_c_before_a_run_began_gives_one_line(cli, capsys, monkeypatch):

@@ -1,9 +1,10 @@
 """Folders that are written whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,18 +31,21 @@ def written_aside(out: Path) -> Iterator[Path]:
 def alone_in(out: Path) -> Iterator[None]:
     """Keep other processes from writing to a run's folder for the time of a block; a kill ends that too.
 
+    File systems without locks, as clusters may have them, keep nobody away.
+
     Raises:
         BadInputError: another process is at work there.
     """
-    lock = FileLock(out / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise BadInputError(f"another process is writing to {out}; wait for its end, or stop it") from error
-    try:
+    lock = FileLock(out / LOCK, blocking=False, fallback_to_soft=False)  # that one would outlive a kill
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except Timeout as error:
+            raise BadInputError(f"another process is writing to {out}; wait for its end, or stop it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
