@@ -297,6 +297,18 @@ def test_two_optimizers_loaded_from_one_dict_count_their_own_steps() -> None:
     assert [two.state[p]["step"].item() for p in other.parameters()] == [1.0] * 4
 
 
+def test_a_checkpoint_of_amsgrad_is_refused() -> None:
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    theirs = torch.optim.AdamW([p], amsgrad=True)
+    theirs.step()
+    ours = AdamW([p])
+    with pytest.raises(ValueError, match="amsgrad must be False, got True"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+    assert "amsgrad" not in ours.param_groups[0]
+
+
 def test_a_checkpoint_of_the_authors_program_loads() -> None:
     """It counts steps in Python, stores None for the fast EMA of beta1 = 0 and knows no ``maximize``."""
     p = nn.Parameter(torch.ones(3))

@@ -267,6 +267,8 @@ class AdamW(RuleOptimizer):
     def check(group: Mapping[str, Any]) -> None:
         check_common(group)
         check_betas(group, 2)
+        if group.get("amsgrad"):  # from a checkpoint of torch.optim's
+            raise ValueError(f"amsgrad must be False, got {group['amsgrad']!r}: no maximum of second moments is kept")
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
