@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
@@ -17,23 +17,16 @@ from ademamix import backends
 from ademamix.distributed import global_norm, gradients
 from ademamix.elementwise import check_rule
 from ademamix.formats import FORMATS, Format
+from ademamix.guard import Norm, clipping, factor_and_skip, is_captured
 from ademamix.offload import Host, Trip, with_master
 from ademamix.plan import GroupSettings, Plan, check_tensors
-from ademamix.state import CPU, MASTER, check_state, slot_formats, state_of
+from ademamix.state import CPU, MASTER, check_state, scalar, slot_formats, state_of
 from ademamix.table import sent_to
 
 STATES = ("float32", "bfloat16", "compact")
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
 NUMBERS = (int, float, np.integer, np.floating)
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
-
-
-class Norm(NamedTuple):
-    """The gradients' norm, as the next step is to use it."""
-
-    value: Tensor
-    factor: Tensor | None  # on the gradients
-    grad_scale: float | Tensor | None  # the gradients have been multiplied by it, and value divided
 
 
 class RuleOptimizer(torch.optim.Optimizer, ABC):
@@ -210,55 +203,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         """
         _check_bound("max_norm", max_norm)
         every = chain.from_iterable(group["params"] for group in self.param_groups)
-        norm = global_norm(gradients([p for p in every if p.grad is not None]))
-        if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
-            grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
-        if grad_scale is not None:
-            norm = norm / grad_scale
-        self._norm = Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
-        return norm
-
-    def _guard(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """What to multiply the gradients by, and whether to skip the step, where that is a question."""
-        norm, self._norm = self._norm, None
-        # A GradScaler sets these two for the time of a step.
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if norm is not None and norm.grad_scale is None and scale is not None:
-            raise RuntimeError(
-                "clip_grad_norm_ has seen scaled gradients: call scaler.unscale_(optimizer) before it, "
-                "or give it grad_scale=scaler.get_scale()"
-            )
-        if norm is None and self.skip_nonfinite:
-            norm = Norm(global_norm(grads), None, None)
-        factor, skip = None, None
-        if norm is not None:
-            factor = norm.factor
-            scale = norm.grad_scale if norm.grad_scale is not None else scale
-            if self.skip_nonfinite is not False:
-                skip = ~norm.value.isfinite()
-        if scale is not None:
-            inverse = 1.0 / (scale if isinstance(scale, Tensor) else _number(scale))
-            factor = inverse if factor is None else factor * inverse
-        if found_inf is not None:
-            skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
-        return factor, skip
-
-    def _is_captured(self, params: Sequence[Tensor]) -> bool:
-        """Whether a CUDA graph captures the step; RuntimeError if it would capture what it must not, or not all."""
-        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            return False
-        within = {device: backends.capturing(device) for device in {p.device for p in params}}
-        if not any(within.values()):
-            return False
-        missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
-        if missing:
-            raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
-        outside = sorted(str(device) for device, captured in within.items() if not captured)
-        if outside:  # their part of the step would be taken now, and in no replay
-            raise RuntimeError(
-                f"a CUDA graph captures steps on its own devices alone; there are parameters on {outside}"
-            )
-        return True
+        self._norm = clipping(gradients([p for p in every if p.grad is not None]), max_norm, grad_scale)
+        return self._norm.value
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -290,11 +236,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         params = list(chain.from_iterable(active))
         if not params:
             return loss
-        captured = self._is_captured(params)
+        captured = is_captured(params, self.param_groups)
         grads = gradients(params)
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
-        factor, skip = self._guard(grads)
+        norm, self._norm = self._norm, None
+        if norm is None and self.skip_nonfinite:
+            norm = Norm(global_norm(grads), None, None)
+        # A GradScaler sets these two for the time of a step.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        factor, skip = factor_and_skip(norm, scale, found_inf, self.skip_nonfinite is not False)
         if self.offload:
             factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
         if skip is not None and skip.device.type == "cpu":  # there it is known
@@ -377,7 +328,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 kept = with_master(kept, p, like)
             formats = slot_formats(like, self._formats)
             exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
-            self.state[p] = {**exact, "step": _number(float(kept["step"]))}
+            self.state[p] = {**exact, "step": scalar(float(kept["step"]))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -421,11 +372,6 @@ def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bo
     number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not math.isfinite(value) or not fits(float(value)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _number(value: float) -> Tensor:
-    """On the CPU, whatever the user has made torch's default device and dtype."""
-    return torch.tensor(value, dtype=torch.float32, device=CPU)
 
 
 def _check_bound(name: str, value: Any) -> None:

@@ -19,6 +19,11 @@ MASTER = "master"  # the key of float32 master weights, which a parameter with i
 SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
 
 
+def scalar(value: float) -> Tensor:
+    """On the CPU, whatever the user has made torch's default device and dtype."""
+    return torch.tensor(value, dtype=torch.float32, device=CPU)
+
+
 def slot_formats(p: Tensor, formats: dict[str, Format]) -> dict[str, Format]:
     """The formats of the parameter's own slots: its group's, or full precision where those would not serve."""
     if p.dtype == torch.float64 or p.is_complex() or p.ndim < 2 or p.numel() < SMALLEST:
