@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ademamix import RuleOptimizer, optimizer_from, rules
-from ademamix.elementwise import check_rule
+from ademamix.elementwise import traced
 
 PAGE = (Path(__file__).parent.parent / "docs" / "a-memory-of-your-own.md").read_text(encoding="utf-8")
 
@@ -136,7 +136,8 @@ def mine(p, g, m, *, lr=0.1):
         ("m = abs(m)", "abs.. is not there on all backends: use xp.abs"),
         ("m = m % 2.0", "TypeError: unsupported operand"),
         ("m = xp.where(m, m, g)", "xp.where takes a comparison of arrays, such as x > 0.0, first, got an array"),
-        ("m = xp.where(lr > 0.0, m, g)", "xp.where takes a comparison of arrays, .* got a coefficient"),
+        ("m = xp.where(lr > 0.0, m, g)", "xp.where takes a comparison of arrays, .* got one of coefficients"),
+        ("m = (lr > 0.0) * m", "a condition is no number: use xp.where"),
         ("m = xp.sqrt(lr) * m", "xp's functions take an array: what needs none is a coefficient"),
         ("m = xp.where(m == 0.0, m, g)", "== and != are not there on all backends"),
     ],
@@ -172,7 +173,7 @@ def test_a_rule_of_another_form_is_refused(head: str) -> None:
     with pytest.raises(
         ValueError, match=r"a rule takes \(p, g, \*slots, \*, coefficients\), no slot named 'step', got"
     ):
-        check_rule(exec_(f"def mine{head}: return p", "mine"))
+        traced(exec_(f"def mine{head}: return p", "mine"))
 
 
 def test_a_class_whose_rule_is_wrong_is_refused_before_anything_is_made() -> None:
@@ -187,4 +188,4 @@ def test_a_class_whose_rule_is_wrong_is_refused_before_anything_is_made() -> Non
 
 def test_the_library_s_own_rules_are_right() -> None:
     for rule in (rules.ademamix, rules.adamw, rules.simplified_ademamix, rules.adana, rules.kema(2), rules.kema(8)):
-        check_rule(rule)
+        traced(rule)

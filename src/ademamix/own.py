@@ -5,8 +5,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from ademamix.backends import Rule, coefficient_names, slot_names
-from ademamix.elementwise import check_rule
+import numpy as xp
+
+from ademamix.backends import Rule, bind, coefficient_names, slot_names
+from ademamix.elementwise import traced
 from ademamix.optimizer import RuleOptimizer, check_number
 
 _OPTIONS = [
@@ -39,7 +41,7 @@ def optimizer_from(
     Raises:
         ValueError: the rule cannot be run by all backends; the message names its file, line and text.
     """
-    check_rule(rule)
+    frozen = traced(rule)
     over_time = coefficients or _constant
     asked = list(inspect.signature(over_time).parameters.values())[1:]  # after the step
     with_defaults = [q for q in (*inspect.signature(rule).parameters.values(), *asked) if q.default is not q.empty]
@@ -50,11 +52,11 @@ def optimizer_from(
             f"{over_time.__name__} takes {unknown}, for which neither it nor {rule.__name__} has a default"
         )
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
-    scope = {"own": own, "asked": [q.name for q in asked], "over_time": over_time}
+    scope = {"own": own, "asked": [q.name for q in asked], "over_time": bind(over_time, xp)}
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(rule)}
     body = {
-        "rule": staticmethod(rule),
+        "rule": staticmethod(frozen),
         "coefficients": staticmethod(types.FunctionType(_coefficients.__code__, scope)),
         "compact": default if compact is None else compact,
         "hyperparameters": tuple(hyperparameters),
