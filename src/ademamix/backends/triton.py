@@ -63,9 +63,11 @@ def _exp(x): return tl.exp(x)
 @triton.jit
 def _log(x): return tl.log(x)
 @triton.jit
-def _minimum(x, y): return tl.minimum(x, y)
+def _minimum(x, y): return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)  # as everywhere else
 @triton.jit
-def _maximum(x, y): return tl.maximum(x, y)
+def _maximum(x, y): return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+@triton.jit
+def _larger(x, y): return tl.maximum(x, y)
 @triton.jit
 def _where(condition, x, y): return tl.where(condition, x, y)
 @triton.jit
@@ -88,7 +90,7 @@ xp = _namespace(
 format_xp = _namespace(
     where=_where,
     divide=_divide,
-    maximum=_maximum,
+    maximum=_larger,
     bits=_bits,
     from_bits=_from_bits,
     uint=_uint,
