@@ -28,9 +28,11 @@ def optimizer_from(
     Args:
         rule: ``(p, g, *slots, *, coefficients) -> (p, *slots)``, elementwise, written against a global ``xp`` (import
             numpy as xp) with arithmetic, comparisons and ``xp.sqrt``, ``abs``, ``exp``, ``log``, ``minimum``,
-            ``maximum`` and ``where``. Coefficients with defaults are hyperparameters.
+            ``maximum`` and ``where``. Coefficients with defaults are hyperparameters. It is run now, on stand-ins, and
+            never again: what it finds by name (numbers, helpers) is in the class as it is now.
         coefficients: ``(step, *, hyperparameters) -> {name: value}``, those that change over time, of the step from 1
             on, written against ``xp`` too. What it takes beside the rule's hyperparameters, with defaults, is one too.
+            What it finds by name is kept as it is now.
         compact: formats of the slots under ``state="compact"``; None for 8 bits for slots whose names end with "_sq",
             which must not be negative, and 16 bits for all others.
 
