@@ -1,6 +1,7 @@
 """Optimizers made from a user's rule, and what is said of a rule's mistakes."""
 
 import copy
+import functools
 import inspect
 import pickle
 import re
@@ -74,6 +75,12 @@ def test_a_run_is_that_of_the_rule_in_float64(options: Any) -> None:
         p.grad = torch.tensor(g)
         optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor(start), rtol=1e-13, atol=1e-13)
+
+
+def test_what_changes_over_time_may_be_any_callable() -> None:
+    optimizer = optimizer_from(leaky, functools.partial(shrinking, floor=0.5))([torch.zeros(2, requires_grad=True)])
+    assert optimizer.coefficients(1.0, optimizer.param_groups[0])["w"] == 0.5
+    assert optimizer.param_groups[0]["floor"] == 0.5
 
 
 def test_bad_hyperparameters_are_named() -> None:
@@ -437,6 +444,8 @@ def test_what_is_no_rule_is_refused() -> None:
             optimizer_from(other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a slot starts at 0 and has no default .* got lr=0.1"):
         optimizer_from(exec_("def mine(p, g, m, lr=0.1): return p - lr * m, m, lr", "mine"))
+    with pytest.raises(ValueError, match=r"xp is what a rule computes with, and no argument"):
+        optimizer_from(exec_("def mine(p, g, xp, *, lr=0.1): return p - lr / xp, xp", "mine"))
     with pytest.raises(ValueError, match=r"in the rule endless: RecursionError: maximum recursion"):
         optimizer_from(endless)
 

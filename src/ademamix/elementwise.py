@@ -167,6 +167,8 @@ def traced(rule: Rule) -> Rule:
     for q in parameters:
         if q.name in positional and q.default is not q.empty:
             _blame(rule, f"a slot starts at 0 and has no default (hyperparameters come after a *), got {q}")
+        if q.name == "xp":
+            _blame(rule, "xp is what a rule computes with, and no argument")
     coefficients = {name: Number(name) for name in coefficient_names(rule)}
     xp = _Namespace()
     try:

@@ -32,7 +32,7 @@ def optimizer_from(
             never again: what it finds by name (numbers, helpers) is in the class as it is now.
         coefficients: ``(step, *, hyperparameters) -> {name: value}``, those that change over time, of the step from 1
             on, written against ``xp`` too. What it takes beside the rule's hyperparameters, with defaults, is one too.
-            What it finds by name is kept as it is now.
+            What a plain function finds by name is kept as it is now.
         compact: formats of the slots under ``state="compact"``; None for 8 bits for slots whose names end with "_sq",
             which must not be negative, and 16 bits for all others.
 
@@ -54,7 +54,8 @@ def optimizer_from(
             f"{over_time.__name__} takes {unknown}, for which neither it nor {rule.__name__} has a default"
         )
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
-    scope = {"own": own, "asked": [q.name for q in asked], "over_time": bind(over_time, xp)}
+    kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
+    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept}
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(rule)}
     body = {
