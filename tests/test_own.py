@@ -444,6 +444,11 @@ def test_what_is_no_rule_is_refused() -> None:
             optimizer_from(other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a slot starts at 0 and has no default .* got lr=0.1"):
         optimizer_from(exec_("def mine(p, g, m, lr=0.1): return p - lr * m, m, lr", "mine"))
+    for name in ("master", "m_scale"):  # the state has tensors of these names
+        with pytest.raises(
+            ValueError, match=rf"no slot is named 'master', or like another with _scale: .* got '{name}'"
+        ):
+            optimizer_from(exec_(f"def mine(p, g, m, {name}, *, lr=0.1): return p - lr * m, m, {name}", "mine"))
     with pytest.raises(ValueError, match=r"xp is what a rule computes with, and no argument"):
         optimizer_from(exec_("def mine(p, g, xp, *, lr=0.1): return p - lr / xp, xp", "mine"))
     with pytest.raises(ValueError, match=r"in the rule endless: RecursionError: maximum recursion"):

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ademamix.backends import Rule, bind, coefficient_names, slot_names
+from ademamix.state import MASTER
 
 FUNCTIONS = ("sqrt", "abs", "exp", "log", "minimum", "maximum", "where")
 SMALLEST, LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # of float32's normal numbers
@@ -164,6 +165,9 @@ def traced(rule: Rule) -> Rule:
     positional = [q.name for q in parameters if q.kind is q.POSITIONAL_OR_KEYWORD]
     if len(positional) < 2 or "step" in positional or len(positional) + len(coefficient_names(rule)) < len(parameters):
         _blame(rule, f"a rule takes (p, g, *slots, *, coefficients), no slot named 'step', got {positional}")
+    for name in positional[2:]:
+        if name in (MASTER, *(f"{slot}_scale" for slot in positional[2:])):
+            _blame(rule, f"no slot is named {MASTER!r}, or like another with _scale: the state has these, got {name!r}")
     for q in parameters:
         if q.name in positional and q.default is not q.empty:
             _blame(rule, f"a slot starts at 0 and has no default (hyperparameters come after a *), got {q}")
