@@ -297,20 +297,25 @@ def test_a_step_skipped_on_the_device_changes_and_counts_nothing() -> None:
 # --------------------------------------------------------------------------------- as if a CUDA graph were captured
 
 
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(backends, "capturing", lambda device: True)
+
+
 def test_a_graph_captures_no_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     optimizer = AdEMAMix(params, capturable=True)
     for before in range(2):
         give_gradients(params, before)
         params[1].grad = None if before == 1 else params[1].grad
-        monkeypatch.setattr(backends, "capturing", lambda device: True)
+        capture(monkeypatch)
         untouched = snapshot(params, optimizer)
         with pytest.raises(RuntimeError, match="a CUDA graph cannot capture the first step, nor the first with these"):
             optimizer.step()
         assert equal(untouched, snapshot(params, optimizer))
         monkeypatch.undo()
         optimizer.step()
-    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    capture(monkeypatch)
     optimizer.step()  # of a kind that there was
 
 
@@ -320,7 +325,7 @@ def test_what_a_graph_reads_lives_on_when_other_steps_need_other_tables(monkeypa
     give_gradients(params, 0)
     optimizer.step()
     captured = weakref.ref(optimizer._plan)
-    monkeypatch.setattr(backends, "capturing", lambda device: True)
+    capture(monkeypatch)
     optimizer.step()
     monkeypatch.undo()
     params[1].grad = None

@@ -791,6 +791,22 @@ def test_torch_s_default_device_and_dtype_change_nothing(backend: str, device: s
     assert same(found, expected)
 
 
+def test_loaded_state_goes_to_the_device_of_each_parameter() -> None:
+    def optimizer_on(*devices: str) -> AdEMAMix:
+        return AdEMAMix([nn.Parameter(torch.ones(64, 96, device=d)) for d in devices], state="compact", backend="eager")
+
+    saved, loaded = optimizer_on("cpu", "cpu"), optimizer_on("cpu", "meta")
+    for p in saved.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    for p in loaded.param_groups[0]["params"]:
+        state = loaded.state[p]
+        assert len(state) == 7
+        assert {t.device for name, t in state.items() if name != "step"} == {p.device}
+        assert state["step"].device.type == "cpu"
+
+
 def test_tensors_made_of_other_tensors() -> None:
     """There is nothing where such a tensor's pointer leads to: fused backends once wrote there."""
 

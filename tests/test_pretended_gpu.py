@@ -1,10 +1,11 @@
 """Steps of parameters on a GPU that is not there: torch's fake tensors have devices and no numbers.
 
-So they find what only a GPU would: tensors of two devices in one operation, memory pinned that is not the host's, and
-hosts that wait for a number (fake tensors have none to give).
+So they find what only a GPU would: tensors of two devices in one operation, memory pinned that is not the host's, hosts
+that wait for a number (fake tensors have none to give), and copies of host memory that nobody waits for.
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ademamix import AdEMAMix
-from ademamix.table import sent_to
+from ademamix import AdEMAMix, backends
+from ademamix.offload import Host, Trip
+from ademamix.table import on_host, sent_to
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a real one")
 CASES: dict[str, dict[str, Any]] = {
@@ -21,17 +23,37 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped": {"clip": True},
     "clipped, capturable": {"clip": True, "capturable": True},
     "guarded": {"skip_nonfinite": True},
-    "scaled": {"scale": True},
-    "scaled and guarded": {"scale": True, "skip_nonfinite": True},
+    "scaled": {"scale": "cuda:0"},
+    "scaled and guarded": {"scale": "cuda:0", "skip_nonfinite": True},
     "clipped on two GPUs": {"clip": True, "devices": 2},
-    "scaled on two GPUs": {"scale": True, "devices": 2},
+    "scaled on two GPUs": {"scale": "cuda:0", "devices": 2},
+    "scaled by the second of two GPUs": {"scale": "cuda:1", "devices": 2},
+    "clipped and scaled by the second of two GPUs": {"clip": True, "scale": "cuda:1", "devices": 2},
 }
 
 
-def pin(t: Tensor) -> Tensor:
-    if t.device.type != "cpu":
-        raise RuntimeError("only dense CPU tensors can be pinned")  # torch says so
-    return t
+class Pinned:
+    """Host memory that is pinned, and copies that need it to be."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []  # so that no other gets its memory
+
+    def __contains__(self, t: Tensor) -> bool:
+        return any(t.untyped_storage()._cdata == own.untyped_storage()._cdata for own in self.kept)
+
+    def pin(self, t: Tensor) -> Tensor:
+        if t.device.type != "cpu":
+            raise RuntimeError("only dense CPU tensors can be pinned")  # torch says so
+        if t not in self:
+            t = t.clone()
+            self.kept.append(t)
+        return t
+
+    def check(self, source: Tensor, target: Tensor) -> None:
+        """What nobody waits for may come from pinned memory, and must not be read from the host's."""
+        if source.device.type == "cpu" and target.device.type != "cpu":
+            assert source in self
+        assert source.device.type == "cpu" or target.device.type != "cpu"
 
 
 def part(t: Tensor, index: Any) -> Tensor:
@@ -49,8 +71,21 @@ def part(t: Tensor, index: Any) -> Tensor:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Functions of torch that ask the GPU itself."""
-    get, put, empty = Tensor.__getitem__, Tensor.__setitem__, torch.empty
+    get, put, to, empty = Tensor.__getitem__, Tensor.__setitem__, Tensor.to, torch.empty
     seen: list[Tensor] = []
+    pinned = Pinned()
+
+    def empty_or_pinned(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = empty(*sizes, **options)
+        if pin_memory:
+            pinned.kept.append(made)
+        return made
+
+    def sent(t: Tensor, *where: Any, non_blocking: bool = False, **options: Any) -> Tensor:
+        there = to(t, *where, non_blocking=non_blocking, **options)
+        if non_blocking:
+            pinned.check(t, there)
+        return there
 
     def address(t: Tensor) -> int:
         seen.append(t)  # so that no other gets its number
@@ -66,8 +101,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch, "empty", empty_or_pinned)
+    monkeypatch.setattr(Tensor, "to", sent)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: pinned.pin(t))
     monkeypatch.setattr(Tensor, "data_ptr", address)
     monkeypatch.setattr(Tensor, "__invert__", lambda t: torch.bitwise_not(t))
     monkeypatch.setattr(Tensor, "__setitem__", put_part)
@@ -94,18 +130,27 @@ class Kernel:
 
 
 def step_thrice(
-    backend: str, *, clip: bool = False, scale: bool = False, devices: int = 1, dtype: torch.dtype, **options: Any
+    backend: str,
+    *,
+    clip: bool = False,
+    scale: str | None = None,  # where a GradScaler has what it says
+    devices: int = 1,
+    and_cpu: bool = False,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> AdEMAMix:
-    shapes = [(f"cuda:{device}", shape) for device in range(devices) for shape in ((64, 96), (5,))]
+    names = [f"cuda:{device}" for device in range(devices)] + ["cpu"] * and_cpu
+    shapes = [(name, shape) for name in names for shape in ((64, 96), (5,))]
     params = [torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for device, shape in shapes]
     optimizer = AdEMAMix(params, backend=backend, state="compact", **options)
     for _ in range(3):
         for p in params:
             p.grad = torch.empty_like(p)
+        its = None if scale is None else torch.empty((), device=scale)
         if clip:
-            optimizer.clip_grad_norm_(1.0)
+            optimizer.clip_grad_norm_(1.0, grad_scale=its)
         if scale:  # what a GradScaler does
-            optimizer.grad_scale = optimizer.found_inf = torch.empty((), device="cuda:0")
+            optimizer.grad_scale = optimizer.found_inf = its
         optimizer.step()
         if scale:
             del optimizer.grad_scale, optimizer.found_inf
@@ -131,6 +176,198 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(
 
 def test_only_what_is_on_the_host_is_pinned(pretended: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
-        there = torch.empty(3, device="cuda:0")
+        there, here = torch.empty(3, device="cuda:0"), torch.empty(3)
         assert sent_to(there.device, there) is there
-        assert sent_to(there.device, torch.empty(3)).is_cuda
+        assert sent_to(here.device, here) is here
+        assert sent_to(there.device, here).is_cuda
+
+
+def test_copies_of_host_memory_are_waited_for_unless_it_is_pinned_for_them(pretended: pytest.MonkeyPatch) -> None:
+    unwaited: list[bool] = []
+    to = Tensor.to
+
+    def sent(t: Tensor, *where: Any, non_blocking: bool = False) -> Tensor:
+        unwaited.append(non_blocking)
+        return to(t, *where, non_blocking=non_blocking)
+
+    pretended.setattr(Tensor, "to", sent)
+    with FakeTensorMode():
+        here, there = torch.empty(3), torch.empty(3, device="cuda:0")
+        users = here.pin_memory()
+        for target, t in (("cuda:0", here), ("cuda:0", users), ("cpu", there), ("xpu:0", here), ("cuda:1", there)):
+            assert sent_to(torch.device(target), t).device == torch.device(target)
+    assert unwaited == [True, False, False, False, True]
+
+
+class Elsewhere(Tensor):
+    """A number that says it is on a GPU."""
+
+    device = torch.device("cuda:0")
+
+
+def test_devices_share_no_table() -> None:
+    """A step multiplies factors into a table, for each device the same."""
+    group = {"maximize": False, "lr": torch.tensor(0.5).as_subclass(Elsewhere)}
+    _, table = on_host(lambda _, group: {"lr": group["lr"]}, ["lr"], [group], [0], [3.0])
+    first = table(torch.device("cpu"))
+    first *= 7.0
+    assert table(torch.device("cpu")).tolist() == [[1.0, 3.0, 0.5]]
+
+
+class Launch:
+    """In a backend's place: looks at what it gets."""
+
+    def __init__(self, batch: backends.Batch) -> None:
+        self.device = batch.parameters[0].device
+
+    def __call__(self, grads: list[Tensor], rows: list[int], coefficients: Tensor, skip: Tensor | None) -> None:
+        assert {g.device for g in grads} == {self.device}
+        assert coefficients.device in (self.device, torch.device("cpu"))
+        assert skip is None or skip.device == self.device
+
+
+@pytest.mark.parametrize("case", ["clipped, capturable", "scaled", "guarded", "scaled by the second of two GPUs"])
+def test_what_the_host_reads_has_arrived(pretended: pytest.MonkeyPatch, case: str) -> None:
+    """With parameters on the GPU and on the CPU."""
+    pretended.setattr(backends, "launch", lambda _, batch: Launch(batch))
+    with FakeTensorMode():
+        step_thrice("eager", dtype=torch.float32, and_cpu=True, **CASES[case])
+
+
+def test_a_norm_on_the_host_waits_for_those_of_gpus(pretended: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(5, device=device)) for device in ("cpu", "cuda:0", "cuda:1")]
+        optimizer = AdEMAMix(params, backend="eager")
+        for p in params:
+            p.grad = torch.empty_like(p)
+        assert optimizer.clip_grad_norm_(1.0).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_steps_of_one_gpu_and_of_another_are_counted_together(pretended: pytest.MonkeyPatch, clip: bool) -> None:
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(5, device=f"cuda:{i}")) for i in range(2)]
+        optimizer = AdEMAMix(params, backend="eager", skip_nonfinite=None if clip else True)
+        for step in range(4):
+            params[step % 2].grad = torch.empty_like(params[step % 2])
+            if clip:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_hyperparameters_go_where_parameters_are(pretended: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(5, device=f"cuda:{i}")) for i in range(2)]
+        optimizer = AdEMAMix(params, backend="eager", capturable=True, alpha_warmup=7)
+        optimizer.param_groups[0].update(alpha=torch.empty((), device="cuda:1"), lr=torch.empty((), device="cuda:0"))
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+
+
+@pytest.fixture
+def capture_on_the_second(pretended: pytest.MonkeyPatch) -> None:
+    """A CUDA graph captures what is started on cuda:1, whichever device is the current one."""
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    pretended.setattr(torch.cuda, "device", device)
+    pretended.setattr(torch.cuda, "is_initialized", lambda: True)
+    pretended.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == "cuda:1")
+
+
+@pytest.mark.usefixtures("capture_on_the_second")
+def test_each_device_has_a_capture_of_its_own() -> None:
+    assert [backends.capturing(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")] == [False, True, False]
+
+
+@pytest.mark.usefixtures("capture_on_the_second")
+@pytest.mark.parametrize("other", ["cuda:0", "cpu"])
+def test_a_graph_of_one_gpu_captures_no_step_of_two_devices(other: str) -> None:
+    with FakeTensorMode():
+        for devices in ((other, "cuda:1"), ("cuda:1", other)):
+            params = [torch.nn.Parameter(torch.empty(5, device=device)) for device in devices]
+            optimizer = AdEMAMix(params, backend="eager", capturable=True)
+            for p in params:
+                p.grad = torch.empty_like(p)
+            with pytest.raises(RuntimeError, match=rf"on its own devices alone; there are parameters on \['{other}'\]"):
+                optimizer.step()
+            assert not optimizer.state
+
+
+def test_a_graph_finds_the_count_of_skipped_steps_made(pretended: pytest.MonkeyPatch) -> None:
+    """One that makes it would set it to zero in each replay."""
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.empty(5, device="cuda:0"))
+        optimizer = AdEMAMix([p], backend="eager", capturable=True)
+        p.grad = torch.empty_like(p)
+        optimizer.step()
+        count = optimizer._skipped
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        assert optimizer._skipped is count
+
+
+class Stream:
+    """What a stream of a device, and its events, are to others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.synchronized = device, False
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waited_for.append(other)
+
+    def record_event(self) -> "Stream":
+        return self
+
+    def synchronize(self) -> None:
+        self.synchronized = True
+
+
+def test_each_gpu_sends_what_is_its_own_by_streams_of_its_own(pretended: pytest.MonkeyPatch) -> None:
+    """A chunk of an offloaded step may have parameters of all devices."""
+    names = ("cuda:0", "cpu", "cuda:1")
+    under: list[Any] = [None]
+    copies: list[tuple[torch.device, Any, bool]] = []
+    currents = {torch.device(name): Stream(torch.device(name)) for name in names}
+
+    @contextlib.contextmanager
+    def stream(way: Any) -> Iterator[None]:
+        under.append(way)
+        yield
+        under.pop()
+
+    def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        copies.append((source.device if source.is_cuda else target.device, under[-1], non_blocking))
+        return target
+
+    pretended.setattr("ademamix.offload._stream", Stream)
+    pretended.setattr(torch.cuda, "stream", stream)
+    pretended.setattr(torch.cuda, "current_stream", currents.__getitem__)
+    host = Host()
+    with FakeTensorMode():
+        params = [torch.empty(5, device=name) for name in names]
+        host.stand_ins(params, {})
+        trip = Trip(host, params, [torch.empty_like(p) for p in params])
+        pretended.setattr(Tensor, "copy_", copied)
+        (events,) = trip.begin([[0, 1, 2]])
+        trip.arrived(events)
+        trip.send([0, 1, 2])
+        trip.finish()
+    assert len(copies) == 6
+    for device, way, unwaited in copies:
+        assert unwaited == (way is not None) == (device.type == "cuda")
+        assert way is None or way.device == device
+    for device, (to_host, back) in host.ways.items():
+        assert to_host.synchronized
+        assert to_host.waited_for == [back, currents[device]]
+        assert back.waited_for == [currents[device]]
+        assert currents[device].waited_for == [back]
+    assert {device.index for device in host.ways} == {0, 1}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ademamix.backends import Rows, whole
 from ademamix.formats import BLOCK
+from ademamix.table import sent_to
 
 
 def is_sharded(t: Any) -> bool:
@@ -159,7 +160,10 @@ def global_norm(grads: Sequence[Tensor]) -> Tensor:
     norms += [_norm_over(mesh, members) for mesh, members in sharded.items()]
     if not norms:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    together = torch.stack([n.float().to(norms[0].device, non_blocking=True) for n in norms])
+    of_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for n in norms:
+        of_device[n.device].append(n.float())
+    together = torch.cat([sent_to(norms[0].device, torch.stack(ns)) for ns in of_device.values()])
     norm: Tensor = torch.linalg.vector_norm(together)
     return norm
 
@@ -183,9 +187,11 @@ def _norm_over(mesh: Any, grads: Sequence[Any]) -> Tensor:
     for g in grads:
         if not any(placement.is_replicate() and at > 0 for placement, at in zip(g.placements, place, strict=True)):
             counted.append(local(g))
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    devices = [local(g).device for g in grads]  # the mesh's, unless they are offloaded; it need not be the current one
+    on = next((device for device in devices if device.type == mesh.device_type), mesh.device_type)
+    total = torch.zeros((), dtype=torch.float64, device=on)
     for norm in _norms(counted):
-        total += norm.to(total.device, torch.float64, non_blocking=True).square()
+        total += sent_to(total.device, norm).double().square()
     everyone = mesh.size() == dist.get_world_size()
     for group in [None] if everyone else [mesh.get_group(d) for d in range(mesh.ndim)]:
         dist.all_reduce(total, group=group)

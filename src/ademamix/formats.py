@@ -78,17 +78,21 @@ def _decoded(code: Any, scale: Any) -> Any:
     return code
 
 
+def _nan(x: Any) -> Any:
+    """All ones, which are a NaN too, where x is one: adding to its bits could make them a number's."""
+    return xp.where(x == x, xp.uint(0), xp.uint(0xFFFFFFFF))
+
+
 def encode_bfloat16(x: Any, scale: Any, noise: Any) -> Any:
     """The upper half of float32's bits, rounded up with the probability that the lower half gives."""
-    rounded = xp.shift_right(xp.uint(xp.bits(x) + xp.shift_right(noise, 16)), 16)
-    return xp.where(x == x, rounded, xp.uint(0x7FC0))
+    return xp.shift_right(xp.uint(xp.uint(xp.bits(x) + xp.shift_right(noise, 16)) | _nan(x)), 16)
 
 
 def encode_bfloat16_nearest(x: Any, scale: Any, noise: Any) -> Any:
     """The upper half of float32's bits, rounded to nearest, ties to even."""
     bits = xp.bits(x)
     odd = xp.uint(xp.shift_right(bits, 16) & xp.uint(1))
-    return xp.where(x == x, xp.shift_right(xp.uint(bits + xp.uint(odd + xp.uint(0x7FFF))), 16), xp.uint(0x7FC0))
+    return xp.shift_right(xp.uint(xp.uint(bits + xp.uint(odd + xp.uint(0x7FFF))) | _nan(x)), 16)
 
 
 def decode_bfloat16(code: Any, scale: Any) -> Any:

@@ -5,7 +5,8 @@ low-precision parameter, a copy of any other. All gradients are sent for at once
 gradients of the next ones and the parameters of the last are under way.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,9 @@ class Trip:
         for device in {g.device for g in self.grads if g.is_cuda}:
             if device not in self.ways:
                 self.ways[device] = (_stream(device), _stream(device))
-            for way in self.ways[device]:
+            to_host, back = self.ways[device]
+            to_host.wait_stream(back)  # it reads host memory that is written once the gradients are there
+            for way in (to_host, back):
                 way.wait_stream(torch.cuda.current_stream(device))
         for its, g in zip(self.stand_ins, self.grads, strict=True):
             if its.grad is None or its.grad.dtype != g.dtype:
@@ -101,34 +104,42 @@ class Trip:
         """The gradients in host memory, once :meth:`arrived` has waited for them."""
         return [joined(_there(its.grad), p, p.shape) for its, p in zip(self.stand_ins, self.params, strict=True)]
 
-    def begin(self, chunks: Iterable[Sequence[int]]) -> list[Any]:
-        """Send for all gradients, chunk by chunk: events of their arrival."""
+    def begin(self, chunks: Iterable[Sequence[int]]) -> list[list[Any]]:
+        """Send for all gradients, chunk by chunk: events of their arrival, one for each GPU that a chunk comes from."""
         return [self._fetch(members) for members in chunks]
 
-    def _fetch(self, members: Sequence[int]) -> Any:
-        way = self._way(members, 0)
-        with torch.cuda.stream(way):
-            for m in members:
-                _there(self.stand_ins[m].grad).copy_(self.grads[m], non_blocking=True)
-        return None if way is None else way.record_event()
+    def _fetch(self, members: Sequence[int]) -> list[Any]:
+        events = []
+        for way, here in self._by_way(members, 0):
+            with torch.cuda.stream(way):
+                for m in here:
+                    _there(self.stand_ins[m].grad).copy_(self.grads[m], non_blocking=way is not None)
+            if way is not None:
+                events.append(way.record_event())
+        return events
 
-    def _way(self, members: Sequence[int], direction: int) -> Any:
-        device = self.grads[members[0]].device
-        return self.ways[device][direction] if device.type == "cuda" else None
+    def _by_way(self, members: Sequence[int], direction: int) -> Iterator[tuple[Any, list[int]]]:
+        """The stream of each GPU among the members' devices, with its members; None for other devices, which wait."""
+        of_device: dict[torch.device, list[int]] = defaultdict(list)
+        for m in members:
+            of_device[self.grads[m].device].append(m)
+        for device, here in of_device.items():
+            yield self.ways[device][direction] if device.type == "cuda" else None, here
 
-    def arrived(self, event: Any) -> None:
+    def arrived(self, events: Iterable[Any]) -> None:
         """Wait for a chunk of gradients."""
-        if event is not None:
+        for event in events:
             event.synchronize()
 
     def send(self, members: Sequence[int]) -> None:
         """Send the updated parameters of a chunk back."""
-        with torch.cuda.stream(self._way(members, 1)):
-            for m in members:
-                its = self.stand_ins[m]
-                if its.rounded.dtype != its.whole.dtype:
-                    its.rounded.copy_(local(its.whole))
-                local(self.params[m]).copy_(its.rounded, non_blocking=True)
+        for way, here in self._by_way(members, 1):
+            with torch.cuda.stream(way):
+                for m in here:
+                    its = self.stand_ins[m]
+                    if its.rounded.dtype != its.whole.dtype:
+                        its.rounded.copy_(local(its.whole))
+                    local(self.params[m]).copy_(its.rounded, non_blocking=way is not None)
 
     def finish(self) -> None:
         """Let the devices wait for their parameters, and remember these as they are now."""

@@ -21,6 +21,7 @@ from ademamix.formats import FORMATS, Format
 from ademamix.offload import Host, Trip, with_master
 from ademamix.plan import GroupSettings, Plan, check_tensors
 from ademamix.state import CPU, MASTER, check_state, slot_formats, state_of
+from ademamix.table import sent_to
 
 STATES = ("float32", "bfloat16", "compact")
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
@@ -210,6 +211,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         _check_bound("max_norm", max_norm)
         every = chain.from_iterable(group["params"] for group in self.param_groups)
         norm = global_norm(gradients([p for p in every if p.grad is not None]))
+        if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
+            grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
         if grad_scale is not None:
             norm = norm / grad_scale
         self._norm = Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
@@ -240,6 +243,23 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
         return factor, skip
 
+    def _is_captured(self, params: Sequence[Tensor]) -> bool:
+        """Whether a CUDA graph captures the step; RuntimeError if it would capture what it must not, or not all."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return False
+        within = {device: backends.capturing(device) for device in {p.device for p in params}}
+        if not any(within.values()):
+            return False
+        missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
+        if missing:
+            raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
+        outside = sorted(str(device) for device, captured in within.items() if not captured)
+        if outside:  # their part of the step would be taken now, and in no replay
+            raise RuntimeError(
+                f"a CUDA graph captures steps on its own devices alone; there are parameters on {outside}"
+            )
+        return True
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -258,7 +278,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory of its own, the gradients
                 were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
-                ``capturable`` or the first of its kind; nothing has been changed then.
+                ``capturable``, the first of its kind or on other devices too; nothing has been changed then.
             ValueError: a state tensor does not fit its parameter; nothing has been changed then.
         """
         loss = None
@@ -270,11 +290,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         params = list(chain.from_iterable(active))
         if not params:
             return loss
-        captured = backends.capturing(params[0].device)
-        if captured:
-            missing = [i for i, group in enumerate(self.param_groups) if not group["capturable"]]
-            if missing:
-                raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
+        captured = self._is_captured(params)
         grads = gradients(params)
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
@@ -307,15 +323,18 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             self._plan = plan = Plan(self, updated, grads, saved, of_group, settings, with_tensors)
         if captured and plan not in self._captured:
             self._captured.append(plan)
+        if with_tensors and getattr(self._skipped, "device", CPU) == CPU:
+            # Also if nothing is skipped yet: a graph that made the count would set it anew in each replay.
+            where = params[0].device if skip is None else skip.device
+            self._skipped = torch.full((), int(self._skipped), device=where)
         plan.run(self, grads, factor, skip, trip)
         if plan.fresh:
             self.state.update(zip(params, plan.states, strict=True))
             plan.fresh = False
             plan.all_states = list(self.state.values())
         if skip is not None:
-            if not isinstance(self._skipped, Tensor):
-                self._skipped = torch.full((), self._skipped, device=skip.device)
-            self._skipped += skip
+            assert isinstance(self._skipped, Tensor)
+            self._skipped += sent_to(self._skipped.device, skip)
         increment_version(params)  # state is in nobody's graph
         if trip is not None:
             trip.finish()

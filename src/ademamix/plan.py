@@ -184,25 +184,26 @@ class Plan:
                     grads[i] = torch.empty_like(self.targets[i], dtype=grads[i].dtype).copy_(grads[i])
         for i in self.copied:
             self.targets[i].copy_(_real(local(self.params[i])))
-        tables: dict[torch.device, Tensor] = {}
+        given: dict[torch.device, tuple[Tensor, Tensor | None]] = {}  # each device's own table and flag
         chunks = [list(dict.fromkeys(members)) for _, members, _ in self.launches] if trip is not None else []
         events = trip.begin(chunks) if trip is not None else []
         for n, (launch, members, slices) in enumerate(self.launches):
             device = self.targets[members[0]].device
-            if device not in tables:
+            if device not in given:
                 coefficients = table(device)
                 if factor is not None:
                     if factor.device.type != "cpu":
                         coefficients = sent_to(device, coefficients)
-                    coefficients[:, 0] *= factor.to(coefficients.device, non_blocking=True)
-                tables[device] = coefficients
-            here = None if skip is None else skip.to(device, non_blocking=True)
+                        coefficients[:, 0] *= sent_to(device, factor).squeeze()
+                    else:  # a number of the host's, which multiplies on any device
+                        coefficients[:, 0] *= factor.squeeze()
+                given[device] = coefficients, None if skip is None else sent_to(device, skip)
             theirs = [grads[m] for m in members]
             if slices is not None:
                 theirs = list(map(_cut, theirs, slices))
             if trip is not None:
                 trip.arrived(events[n])
-            launch(theirs, [rows[m] for m in members], tables[device], here)
+            launch(theirs, [rows[m] for m in members], *given[device])
             if trip is not None:
                 trip.send(chunks[n])
         for i in self.copied:
@@ -233,7 +234,7 @@ class Plan:
                 if skip is None:
                     torch._foreach_add_(steps, 1.0)
                 else:  # without alpha, torch would take the tensor for a number and wait for it
-                    torch._foreach_add_(steps, 1.0 - skip.to(device, torch.float32, non_blocking=True), alpha=1.0)
+                    torch._foreach_add_(steps, 1.0 - sent_to(device, skip).float(), alpha=1.0)
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:

@@ -59,11 +59,11 @@ def on_host(
                 table[row, column] = float(value)
 
     def placed(device: torch.device) -> Tensor:
-        if not late:
-            return torch.tensor(table, device="cpu")
-        sent = sent_to(device, torch.from_numpy(table))
+        sent = torch.tensor(table, device="cpu")  # a copy: each device's table gets factors of its own
+        if late:
+            sent = sent_to(device, sent)
         for row, column, value in late:
-            sent[row, column] = value.squeeze()
+            sent[row, column] = sent_to(device, value).squeeze()
         return sent
 
     return [rows[kind] for kind in kinds], placed
@@ -75,16 +75,28 @@ def on_device(
     """The rows of some parameters of one group whose numbers of steps only the device knows."""
     before = torch.stack(list(done))
     before = before.to(torch.float32 if before.device.type == "mps" else torch.float64)  # MPS has no float64
-    values = bind(coefficients, _xp)(before + 1.0, group)
+    here = {name: _on(before.device, value) for name, value in group.items() if name not in ("params", "param_names")}
+    values = bind(coefficients, _xp)(before + 1.0, here)
     table = before.new_empty(len(before), 2 + len(names))
     for column, value in enumerate((-1.0 if group["maximize"] else 1.0, before, *(values[name] for name in names))):
         table[:, column] = value.squeeze() if isinstance(value, Tensor) else value
     return table
 
 
+def _on(device: torch.device, value: Any) -> Any:
+    """A hyperparameter for what is computed on the device: tensors there, and numbers in place of the host's."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else sent_to(device, value)
+    return tuple(_on(device, each) for each in value) if isinstance(value, tuple | list) else value
+
+
 def sent_to(device: torch.device, t: Tensor) -> Tensor:
-    """The tensor on the device, copied if it is not there; from pinned memory, which nobody writes again, and which
-    needs no waiting."""
-    if device.type == "cuda" and t.device.type == "cpu":
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
+    """The tensor on the device, copied if it is not there.
+
+    Copies between GPUs are ordered by their streams. Host memory is not: what leaves it unwaited must be pinned and
+    nobody else's, who might write it before it is read, and what arrives in it has to be waited for.
+    """
+    if "cpu" not in (device.type, t.device.type):
+        return t.to(device, non_blocking=True)
+    own = t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" else t  # itself if it was pinned before
+    return own.to(device, non_blocking=own is not t)

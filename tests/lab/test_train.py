@@ -15,6 +15,7 @@ import torch
 
 from ademamix.lab import checkpoints
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
+from ademamix.lab.devices import Stopwatch
 from ademamix.lab.model import checksum, language_model
 from ademamix.lab.tasks import Batch, task_of
 from ademamix.lab.train import DivergedError, _Run, train
@@ -223,3 +224,14 @@ def test_the_clock_stops_when_the_device_of_the_run_has_caught_up(monkeypatch: p
     assert waited == [device]
     assert run.seconds > 0.0
     assert run.sound == 3
+
+
+def test_the_stopwatch_asks_the_stream_of_the_run_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: f"the stream of {device}")
+    monkeypatch.setattr(
+        torch, "Event", lambda *_, **__: SimpleNamespace(record=lambda stream=None: recorded.append(stream))
+    )
+    with Stopwatch(torch.device("cuda:1")):
+        pass
+    assert recorded == ["the stream of cuda:1"] * 2

@@ -111,7 +111,10 @@ def storage_dtype(format: Format) -> torch.dtype:
 
 def capturing(device: torch.device) -> bool:
     """Whether what is started on the device is not carried out but recorded, in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # each has a current stream of its own
+        return torch.cuda.is_current_stream_capturing()
 
 
 def choose(backend: str, device: torch.device) -> str:

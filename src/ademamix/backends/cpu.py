@@ -166,6 +166,9 @@ class _Kernel:
         self.arithmetic = "float64" if format.storage == "float64" else "float32"
         self.streams = [k for k, f in enumerate(self.formats) if f is not None]  # stream -> format
         self.scaled = [k for k in self.streams if self._of(k).scale is not None]  # of these the scales are streams
+        # Encoded in a pass of their own: it needs the block's new scales, or would make the first pass's chain of
+        # operations so long that a core keeps fewer elements in flight (bfloat16 took up to a third longer).
+        self.late = [k for k in self.streams if k != 1 and (k in self.scaled or self._of(k).stochastic)]
         self.storages = [self._of(k).storage for k in self.streams] + ["float32"] * len(self.scaled)
         self.coded = [k for k in self.streams if not self._of(k).storage.startswith("float")]
 
@@ -175,10 +178,10 @@ class _Kernel:
         return format
 
     def source(self) -> str:
-        """The kernel: for each block of each tensor, one pass that updates, and one that encodes under new scales."""
+        """The kernel: for each block of each tensor, one pass that updates, and one that encodes."""
         stream = {k: s for s, k in enumerate(self.streams)}
         scale = {k: len(self.streams) + i for i, k in enumerate(self.scaled)}
-        scratch = {k: len(self.storages) + i for i, k in enumerate(self.scaled)}
+        scratch = {k: len(self.storages) + i for i, k in enumerate(self.late)}
         sizes = [STORAGES[storage][1] for storage in self.storages]
         count = len(coefficient_names(self.rule))
 
@@ -206,32 +209,28 @@ class _Kernel:
             f"block0 = hashed(key ^ uint({OTHER}), narrow(index >> 8))",
             f"block1 = hashed(key ^ uint({OTHER}), narrow((index >> 8) + 1))",
         ]
-        if not any(self._of(k).stochastic for k in self.streams):
-            lanes, prepare = [], []
-
-        def each(lines: list[str], *, noisy: bool) -> list[str]:
-            """A loop over a block's elements; where they need noise, over those before and after a lane's first one."""
-            if not noisy:
-                return ["for i in range(n):", *(f"    {line}" for line in lines)]
-            return [
-                "for part in range(2):",
-                "    low, high, block_hash = (wrap, n, block1) if part else (0, wrap, block0)",
-                "    for i in range(low, high):",
-                "        h = uint(load_lane(lane, i) ^ block_hash)",
-                *(f"        {line}" for line in lines),
-            ]
-
-        written = [k for k in self.streams if k != 1]
-        direct = [k for k in written if k not in scale]
+        direct = [k for k in self.streams if k != 1 and k not in self.late]
         results = ["r0", *(f"r{k}" for k in range(2, len(self.formats)))]
         arguments = [value(0), f"{value(1)} * factor", *(value(k) for k in range(2, len(self.formats)))]
         update = [
             f"{', '.join(results)}, = rule({', '.join([*arguments, *(f'c{k}' for k in range(count))])})",
             *(f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'r{k}')})" for k in direct),
-            *(f"store{scratch[k]}(z{k}, i, r{k})" for k in self.scaled),
+            *(f"store{scratch[k]}(z{k}, i, r{k})" for k in self.late),
             *(f"m{k} = maximum(m{k}, uint(bits(r{k}) & uint(0x7FFFFFFF)))" for k in self.scaled),
         ]
-        finish = [f"store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})" for k in self.scaled]
+        # Lane 0 may lie within the block: from there on, the hash is that of the next block of lanes.
+        finish = [
+            "for part in range(2):",
+            "    low, high, block_hash = (wrap, n, block1) if part else (0, wrap, block0)",
+            "    for i in range(low, high):",
+            "        h = uint(load_lane(lane, i) ^ block_hash)",
+            *(
+                f"        store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})"
+                for k in self.late
+            ),
+        ]
+        if not self.late:
+            lanes, prepare, finish = [], [], []
         rescale = [
             line
             for k in self.scaled
@@ -240,9 +239,9 @@ class _Kernel:
         return "\n".join(
             [
                 "def kernel(pointers, shapes, offsets, rows, coefficients, keys, begin, end):",
-                f"    scratch = np.empty({BLOCK * len(self.scaled) + 2 * LANES}, np.float32)",
-                *(f"    z{k} = scratch.ctypes.data + {4 * BLOCK * i}" for i, k in enumerate(self.scaled)),
-                f"    lanes = scratch.ctypes.data + {4 * BLOCK * len(self.scaled)}",
+                f"    scratch = np.empty({BLOCK * len(self.late) + 2 * LANES}, np.float32)",
+                *(f"    z{k} = scratch.ctypes.data + {4 * BLOCK * i}" for i, k in enumerate(self.late)),
+                f"    lanes = scratch.ctypes.data + {4 * BLOCK * len(self.late)}",
                 "    tensor = 0",
                 "    while offsets[tensor + 1] <= begin:",
                 "        tensor += 1",
@@ -266,9 +265,10 @@ class _Kernel:
                 "            widen()",
                 *(f"            s{k} = load{scale[k]}(b{k}, row * across + column)" for k in self.scaled),
                 *(f"            m{k} = uint(0)" for k in self.scaled),
-                *(f"            {line}" for line in each(update, noisy=any(self._of(k).stochastic for k in direct))),
+                "            for i in range(n):",
+                *(f"                {line}" for line in update),
                 *(f"            {line}" for line in rescale),
-                *(f"            {line}" for line in each(finish, noisy=True) if self.scaled),
+                *(f"            {line}" for line in finish),
                 "            column += 1",
                 "            if column == across:",
                 "                column = 0",
@@ -303,7 +303,7 @@ class _Kernel:
             functions[f"decode{k}"] = bind(format.decode, format_xp, single)
             if format.scale is not None:
                 functions[f"scale{k}"] = bind(format.scale, format_xp, single)
-        every = [*self.storages, *["float32"] * len(self.scaled), "uint32"]  # the scratch blocks and lanes last
+        every = [*self.storages, *["float32"] * len(self.late), "uint32"]  # the scratch blocks and lanes last
         for s, storage in enumerate(every):
             made = accessors(s, len(every), storage, self.arithmetic)
             functions.update(zip((f"load{s}", f"store{s}"), made, strict=True))

@@ -22,7 +22,7 @@ class Stopwatch:
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
-        event.record()
+        event.record(torch.accelerator.current_stream(self.device))  # not the current device's
         return event
 
     def __enter__(self) -> None:

@@ -27,6 +27,7 @@ from ademamix.lab.optimizers import arguments_of, pinned, title
 from ademamix.lab.processes import Processes, backward_of, launched, put_away, spread
 from ademamix.lab.schedule import lr_factor
 from ademamix.lab.tasks import Batch, task_of
+from ademamix.table import sent_to
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 HELD_OUT = "held_out_loss/"  # names the metric of a held-out batch, before its number
@@ -246,7 +247,7 @@ class _Run:
     def _loss(self, batch: Batch) -> Tensor:
         kind = self.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
-            return self.task.loss(self.spread, tuple(t.to(self.device, non_blocking=True) for t in batch))
+            return self.task.loss(self.spread, tuple(sent_to(self.device, t) for t in batch))
 
     def log(self, loss: Tensor) -> None:
         """Write the step's metrics."""
