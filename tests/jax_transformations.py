@@ -435,6 +435,39 @@ def test_the_page_s_examples_run_one_after_the_other_and_train_their_model() -> 
     assert int(scope["state"].count) == scope["T"]
 
 
+SCALE = 0.5
+SHARES = (0.25, 0.125)
+
+
+def divided(x: Any, k: int) -> Any:
+    return x if k == 0 else divided(xp.maximum(x, x) / 2.0, k - 1)
+
+
+def varied(p: Any, g: Any, m: Any, last: Any, hidden: Any, *, lr: float = 1.0) -> Any:
+    """With all that Python offers: what it computes is p - lr last, 1.125 SCALE g, m, max(g, 0.5)."""
+    for share in SHARES:
+        m = m + (lambda x: divided(x, 1))(share * g)
+    quarter, *_ = [2.0 * share * g for share in SHARES]
+    m = m + SCALE * (g + quarter / 4.0) - m
+    return p - lr * last, m, m, xp.maximum(g, 0.5)
+
+
+def test_a_rule_means_here_what_it_means_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers from anywhere, slots that take over from others and NaN; and it stays what it was."""
+    varied_ = optimizer_from(varied)
+    monkeypatch.setitem(globals(), "SCALE", 7.0)
+    grads, params = jnp.array([1.0, -2.0, jnp.nan]), jnp.ones(3)
+    tx = transformation(varied_)(1.0)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    m = 0.5 * 1.125 * np.array([1.0, -2.0, np.nan], np.float32)
+    np.testing.assert_array_equal(params, 1.0 - m)
+    for name, expected in {"m": m, "last": m, "hidden": [1.0, 0.5, np.nan]}.items():
+        np.testing.assert_array_equal(state.slots[name], expected)
+
+
 # --------------------------------------------------------------------------------- converters
 
 

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as xp
 import pytest
 import torch
 
 from ademamix import AdamW, AdEMAMix, rules
 from ademamix.backends import slot_names
+from ademamix.elementwise import traced
 from ademamix.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="Triton is there on Linux alone")
@@ -48,7 +50,7 @@ def compiled(rule: Any, formats: Any, target: str) -> str:
     types |= {"coefficients": "*fp64", "keys": "*i32"}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
     used = tuple(f and FORMATS[f] for f in formats)
-    made = kernel(rule, used, any(f and f.scale for f in used))
+    made = kernel(traced(rule), used, any(f and f.scale for f in used))
     source = ASTSource(fn=made, signature=types, constexprs={}, attrs=attributes)
     code = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS).asm
     text: str = code.get("ptx") or code["amdgcn"]
@@ -98,6 +100,29 @@ def test_the_other_rules_compile_too(rule: Any, target: str) -> None:
     for format, *own in (("float32", "float32", "float32"), ("bfloat16", "int8", "float8")):
         averages = own[:1] * (len(slot_names(rule)) - 1)
         assert compiled(rule, (format, "float32", *averages, own[1]), target)
+
+
+THIRD = 1.0 / 3.0
+
+
+def varied(p: Any, g: Any, a: Any, b: Any, *, lr: Any, w: Any) -> Any:
+    """Numbers and coefficients on both sides of everything."""
+    a = xp.maximum(a + THIRD / 7.0 * g, 1.0 / a) - g / 3.0 - 2.0 / 4.0
+    b = xp.minimum(0.5, b) + (1.0 - w) / (3.0 / lr) * xp.where(g <= THIRD, w, THIRD)
+    return p - lr * w / 5.0 * xp.where(g > w, 1, 2) * -a * xp.sqrt(xp.abs(b)) / a, a, b
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("number", ["float32", "float64"])
+def test_a_user_s_rule_compiles_and_rounds_to_nearest(number: str, target: str) -> None:
+    assembly = compiled(varied, (number,) * 4, target)
+    if target != "gfx942":
+        size = number[-2:]
+        for name in (f"div.rn.f{size}", f"sqrt.rn.f{size}", *(["max.NaN.f32", "min.NaN.f32"] if size == "32" else [])):
+            assert name in assembly
+        for other in ("fma.rn.f32", "div.full", "sqrt.approx", ".ftz"):
+            assert other not in assembly
+        assert set(re.findall(r"(?:add|sub|mul|div|neg)\.(?:rn\.)?f(\d+)", assembly)) == {size}
 
 
 def test_where_it_may_run() -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends, optimizer_from
 from ademamix.backends import Rows, cpu, eager, triton
 from ademamix.backends.triton import xp
+from ademamix.elementwise import traced
 from ademamix.formats import FORMATS
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,6 +35,26 @@ def clipped(p: torch.Tensor, g: Any, momentum: Any, *, lr: Any, bound: Any) -> A
 
 def smaller(x: Any, bound: Any) -> Any:
     return xp.maximum(xp.minimum(x, bound), -bound)
+
+
+SHARES = (0.1, 0.3)
+
+
+def divided(x: Any, k: int) -> Any:
+    return x if k == 0 else divided(xp.maximum(x, x) / 3.0, k - 1)
+
+
+def varied(p: Any, g: Any, m: Any, last: Any, kept: Any, chosen: Any, *, lr: Any = 0.1, w: Any = 0.7) -> Any:
+    """With all that Python offers, numbers and coefficients on both sides of everything, and slots that take over."""
+    before = m
+    for share in SHARES:
+        m = m + (lambda x: divided(x, 2))(share * SCALE * lr * w * g) - (1.0 - w) / (3.0 / lr) * g
+    kept = xp.minimum(xp.maximum(kept, 0.3), 1.0 / (1.0 + xp.abs(g)))
+    m = m - xp.minimum(*[share / w * g for share in SHARES])
+    return p - lr * w * last, m, before, kept, xp.where(m > w, 0.1, lr)
+
+
+Varied = optimizer_from(varied)
 
 
 class Clipped(RuleOptimizer):
@@ -105,6 +126,22 @@ def test_options_as_eager(options: Any) -> None:
     assert_same(*(trained(AdEMAMix, which, torch.float32, **options) for which in ("triton", "eager")))
 
 
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_rule_of_the_user_s_as_eager_and_numba(dtype: torch.dtype, options: Any) -> None:
+    runs = [trained(Varied, which, dtype, steps=3, **options) for which in ("triton", "eager", "cpu")]
+    assert_same(*runs[:2], steps=0)
+    assert_same(*runs[1:], steps=0)
+
+
+def test_no_function_hides_what_is_no_number() -> None:
+    p = torch.zeros(4096, requires_grad=True)
+    p.grad = torch.full_like(p, torch.nan)
+    optimizer = Varied([p], backend="triton")
+    optimizer.step()
+    assert optimizer.state[p]["kept"].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_as_eager(dtype: torch.dtype) -> None:
     assert_same(*(trained(AdEMAMix, which, dtype) for which in ("triton", "eager")))
@@ -157,7 +194,7 @@ def test_a_part_is_rounded_by_the_noise_of_the_whole(state: str, part: str, whic
         slot = torch.zeros(p.shape, dtype=backends.storage_dtype(format))
         scale = None if format.scale is None else torch.zeros(p.shape[0], -(-p.shape[1] // 256))
         formats = (FORMATS["bfloat16"], FORMATS["float32"], (format,))
-        batch = backends.Batch(clipped, *formats, [p], [[slot]], [[scale]], key, [own])
+        batch = backends.Batch(traced(clipped), *formats, [p], [[slot]], [[scale]], key, [own])
         module.Launch(batch)([g], [0], table, None)
         return [t for t in (p, slot, scale) if t is not None]
 

@@ -7,10 +7,11 @@ Rounding is stochastic wherever a slot is stored in less than float32: with beta
 by 1e-4 of its size, which rounding to nearest would lose. The noise is a hash of (seed, step, element), so it is the
 same on every backend, for any number of threads and for any sharding.
 
-Besides arithmetic and the functions that rules use, a backend's ``xp`` has, for 32-bit unsigned integers (torch has
-none: its namespace holds them in int32, which wraps alike): ``bits`` and ``from_bits`` between float32 and its bits,
-``uint`` to bring an integer into that type, ``shift_right`` (zeros come in), ``to_float``, and ``to_int`` (towards
-zero, negative numbers wrapped; anything for what no int32 holds). A code is stored as its lowest bits.
+Besides arithmetic and the functions that rules use, a backend's ``xp`` has ``divide``, which rounds to nearest, and for
+32-bit unsigned integers (torch has none: its namespace holds them in int32, which wraps alike): ``bits`` and
+``from_bits`` between float32 and its bits, ``uint`` to bring an integer into that type, ``shift_right`` (zeros come
+in), ``to_float``, and ``to_int`` (towards zero, negative numbers wrapped; anything for what no int32 holds). A code is
+stored as its lowest bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ def scale_int16(absmax: Any) -> Any:
 
 def encode_linear(x: Any, scale: Any, noise: Any) -> Any:
     """floor(x / scale + u) with u in [0, 1), in fixed point: 16 bits before the point, 16 after it."""
-    inverse = xp.where(scale > 1e-33, 65536.0 / xp.maximum(scale, 1e-33), 0.0)  # below, it would overflow
+    inverse = xp.where(scale > 1e-33, xp.divide(65536.0, xp.maximum(scale, 1e-33)), 0.0)  # below, it would overflow
     return xp.shift_right(xp.uint(xp.to_int(x * inverse) + xp.shift_right(noise, 16)), 16)
 
 
@@ -125,7 +126,7 @@ def encode_float8(x: Any, scale: Any, noise: Any) -> Any:
 
     What is smaller is stored as the smallest: a second moment that became 0 would divide by eps.
     """
-    inverse = xp.where(scale > 1e-36, 1.0 / xp.maximum(scale, 1e-36), 0.0)  # below, 1 / scale would overflow
+    inverse = xp.where(scale > 1e-36, xp.divide(1.0, xp.maximum(scale, 1e-36)), 0.0)  # below, 1 / scale would overflow
     bits = xp.bits(xp.maximum(x * inverse, 4.656612873077393e-10))
     return xp.shift_right(xp.uint(bits + xp.shift_right(noise, 12)), 20)  # a code is the lower 8 of these 10 bits
 

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -15,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.distributed import global_norm, gradients
-from ademamix.elementwise import check_rule
+from ademamix.elementwise import traced
 from ademamix.formats import FORMATS, Format
 from ademamix.guard import Norm, clipping, factor_and_skip, is_captured
 from ademamix.offload import Host, Trip, with_master
@@ -108,10 +109,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     @classmethod
     def checked_rule(cls, group: Mapping[str, Any]) -> backends.Rule:
-        """The rule, once it and its hyperparameters are found to be right."""
+        """The rule as all backends compile it, once it and its hyperparameters are found to be right."""
         cls.check(group)
-        rule = cls.rule_of(group)
-        check_rule(rule)
+        rule = _traced(cls.rule_of(group))
         missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, group))
         if missing:
             raise ValueError(f"the coefficients of {cls.__name__} lack {sorted(missing)}, which its rule takes")
@@ -140,7 +140,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
-        if self.rule_of(group) is not self.rule:
+        if _traced(self.rule_of(group)) is not self.rule:
             slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
             raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
         check_number("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
@@ -358,13 +358,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
-        self.rule = self.rule_of(self.defaults)
+        self.rule = _traced(self.rule_of(self.defaults))
         self._plan = self._norm = None
         self._captured = []
         self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
             for name, value in defaults.items():
                 group.setdefault(name, value)
+
+
+_traced = cache(traced)  # a class's rule stays what it was for the first of its instances
 
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:

@@ -5,8 +5,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from ademamix.backends import Rule, coefficient_names, slot_names
-from ademamix.elementwise import check_rule
+import numpy as xp
+
+from ademamix.backends import Rule, bind, coefficient_names, slot_names
+from ademamix.elementwise import traced
 from ademamix.optimizer import RuleOptimizer, check_number
 
 _OPTIONS = [
@@ -26,9 +28,11 @@ def optimizer_from(
     Args:
         rule: ``(p, g, *slots, *, coefficients) -> (p, *slots)``, elementwise, written against a global ``xp`` (import
             numpy as xp) with arithmetic, comparisons and ``xp.sqrt``, ``abs``, ``exp``, ``log``, ``minimum``,
-            ``maximum`` and ``where``. Coefficients with defaults are hyperparameters.
+            ``maximum`` and ``where``. Coefficients with defaults are hyperparameters. It is run now, on stand-ins, and
+            never again: what it finds by name (numbers, helpers) is in the class as it is now.
         coefficients: ``(step, *, hyperparameters) -> {name: value}``, those that change over time, of the step from 1
             on, written against ``xp`` too. What it takes beside the rule's hyperparameters, with defaults, is one too.
+            What a plain function finds by name is kept as it is now.
         compact: formats of the slots under ``state="compact"``; None for 8 bits for slots whose names end with "_sq",
             which must not be negative, and 16 bits for all others.
 
@@ -39,7 +43,7 @@ def optimizer_from(
     Raises:
         ValueError: the rule cannot be run by all backends; the message names its file, line and text.
     """
-    check_rule(rule)
+    frozen = traced(rule)
     over_time = coefficients or _constant
     asked = list(inspect.signature(over_time).parameters.values())[1:]  # after the step
     with_defaults = [q for q in (*inspect.signature(rule).parameters.values(), *asked) if q.default is not q.empty]
@@ -50,11 +54,12 @@ def optimizer_from(
             f"{over_time.__name__} takes {unknown}, for which neither it nor {rule.__name__} has a default"
         )
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
-    scope = {"own": own, "asked": [q.name for q in asked], "over_time": over_time}
+    kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
+    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept}
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(rule)}
     body = {
-        "rule": staticmethod(rule),
+        "rule": staticmethod(frozen),
         "coefficients": staticmethod(types.FunctionType(_coefficients.__code__, scope)),
         "compact": default if compact is None else compact,
         "hyperparameters": tuple(hyperparameters),

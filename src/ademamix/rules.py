@@ -3,8 +3,9 @@
 A rule maps ``(p, g, *state)`` and its keyword-only coefficients to ``(new p, *new state)``. Its positional names after
 ``p`` and ``g`` are the names of the state slots; its keyword-only names are the coefficients, computed once for each
 group and step by the optimizer class. A rule is written against the array namespace ``xp``: each backend binds that
-name to a namespace of its own and runs or compiles this same source, so a rule may use arithmetic and ``xp`` functions
-that all of them have (``sqrt``, ``abs``, ``exp``, ``log``, ``minimum``, ``maximum``, ``where``) and nothing else.
+name to a namespace of its own and runs or compiles what one run on stand-ins has written down of this source (see
+``elementwise.py``), so a rule may use arithmetic and ``xp`` functions that all of them have (``sqrt``, ``abs``,
+``exp``, ``log``, ``minimum``, ``maximum``, ``where``) and nothing else.
 
 Averages are written ``m + w * (g - m)`` with ``w = 1 - beta``: in float32, ``1 - 0.9999`` would be off by 3e-4 of its
 value, while ``w`` arrives rounded once from float64.

@@ -162,10 +162,32 @@ def test_a_digest_is_that_of_what_is_computed(old: str, new: str, same: bool, mi
             kind_of(before)
 
 
-def test_a_digest_is_the_same_in_every_process(mine: Path) -> None:
-    code = f"from ademamix.lab.optimizers import pinned; print(pinned({f'{mine}:Mine'!r}))"
+AROUND = """
+def around(share, times):
+    def weight(step, n): return weight(step, n - 1) / step if n else share
+    def inner(p, g, m, *, lr=0.1, w):
+        m = m + (lambda x: w * times(x))(g)
+        return p - lr * m, m
+    return optimizer_from(inner, lambda step: {"w": (lambda x: abs(weight(x, 2)))(step)})
+Around = around(0.5, lambda x: 2.0 * x)
+"""
+
+
+@pytest.mark.parametrize("name", ["Mine", "Around"])
+def test_a_digest_is_the_same_in_every_process(name: str, mine: Path) -> None:
+    mine.write_text(RULE + AROUND)
+    code = f"from ademamix.lab.optimizers import pinned; print(pinned({f'{mine}:{name}'!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == pinned(f"{mine}:Mine")
+    digest = pinned(f"{mine}:{name}")
+    assert done.stdout.strip() == digest
+    for old, new in (
+        ("0.5, lambda", "0.25, lambda"),
+        ("2.0 * x", "3.0 * x"),
+        ("abs(weight", "-(weight"),
+        ("n - 1", "n - 2"),
+    ):
+        mine.write_text(RULE + AROUND.replace(old, new))
+        assert (pinned(f"{mine}:{name}") == digest) is (name == "Mine")
 
 
 def test_a_changed_rule_does_not_go_on(cli: Any, tiny: tuple[str, ...], mine: Path, capsys: Any) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -163,16 +164,47 @@ def coefficient_names(rule: Rule) -> tuple[str, ...]:
     return tuple(q.name for q in inspect.signature(rule).parameters.values() if q.kind is q.KEYWORD_ONLY)
 
 
+def with_numbers(function: Rule, convert: Callable[[Any], Any]) -> Rule:
+    """The function itself, its literal numbers (and all other constants) converted."""
+    code = function.__code__
+    function.__code__ = code.replace(co_consts=tuple(map(convert, code.co_consts)))
+    return function
+
+
 def called_functions(function: Rule) -> dict[str, types.FunctionType]:
-    """The plain functions that a rule calls by their global names."""
-    scope = function.__globals__
-    return {n: scope[n] for n in function.__code__.co_names if isinstance(scope.get(n), types.FunctionType)}
+    """The plain functions that a function, or one written inside it, calls by names from around it."""
+    cells = {n: c.cell_contents for n, c in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)}
+    scope = {**function.__globals__, **cells}
+    names = dict.fromkeys((*function.__code__.co_freevars, *global_names(function.__code__)))
+    return {n: scope[n] for n in names if isinstance(scope.get(n), types.FunctionType)}
 
 
-def bind(function: Callable[..., Any], xp: Any, wrap: Callable[[Rule], Any] = lambda f: f) -> Any:
-    """The same function over the array namespace ``xp``, wrapped; the functions that it calls are bound with it."""
-    called = {name: bind(f, xp, wrap) for name, f in called_functions(function).items()}
-    scope = {**function.__globals__, **called, "xp": xp}
-    bound = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    bound.__kwdefaults__ = function.__kwdefaults__
-    return wrap(bound)
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names of globals and attributes in a function and in those that are written inside it."""
+    inner = (global_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return (*code.co_names, *chain.from_iterable(inner))
+
+
+def bind(
+    function: Callable[..., Any],
+    xp: Any,
+    wrap: Callable[[Rule], Any] = lambda f: f,
+    done: dict[Any, Any] | None = None,
+) -> Any:
+    """The same function over the array namespace ``xp``, wrapped; the functions that it calls are bound with it.
+
+    What it finds by name from now on, as a global or in a function around it, is what was there by that name now.
+    """
+    done = {} if done is None else done  # functions may call each other
+    if function not in done:
+        called, code = called_functions(function), function.__code__
+        scope = {**function.__globals__, "xp": xp}
+        cells = tuple(types.CellType(c.cell_contents) for c in function.__closure__ or ())
+        bound = done[function] = types.FunctionType(code, scope, function.__name__, function.__defaults__, cells)
+        bound.__kwdefaults__ = function.__kwdefaults__
+        called = {name: bind(f, xp, wrap, done) for name, f in called.items()}
+        scope |= {name: f for name, f in called.items() if name not in code.co_freevars}
+        for name, cell in zip(code.co_freevars, cells, strict=True):
+            cell.cell_contents = xp if name == "xp" else called.get(name, cell.cell_contents)
+        done[function] = wrap(bound)
+    return done[function]

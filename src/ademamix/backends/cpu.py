@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba.core import types as nt
 from numba.extending import intrinsic
 
-from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names
+from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names, global_names, with_numbers
 from ademamix.cache import cache_folder
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
@@ -136,11 +136,15 @@ def _shift_right(x: Any, places: Any) -> Any:
 
 # Selections become one instruction of a vector; NumPy's functions would branch.
 _select = numba.njit(lambda condition, x, y: x if condition else y)
+_divide = numba.njit(lambda x, y: x / y, error_model="numpy")
 xp = _namespace(
-    **{name: getattr(np, name) for name in ("sqrt", "abs", "exp", "log", "minimum", "maximum")}, where=_select
+    **{name: getattr(np, name) for name in ("sqrt", "abs", "exp", "log", "minimum", "maximum")},
+    where=_select,
+    divide=_divide,
 )
 format_xp = _namespace(
     where=_select,
+    divide=_divide,
     maximum=numba.njit(lambda x, y: x if x > y else y),
     bits=_bits,
     from_bits=_from_bits,
@@ -319,22 +323,26 @@ class _Kernel:
         return hashlib.sha256(repr((made_of, numba.__version__, sys.version)).encode()).hexdigest()[:16]
 
 
-def fingerprint(function: Rule) -> str:
-    """All that decides what a rule computes: its bytecode, constants, globals and the functions that it calls.
+def fingerprint(function: Rule, outer: tuple[Rule, ...] = ()) -> str:
+    """All that decides what a function computes: its bytecode, constants, globals and the functions that it calls.
 
     Numba's own disk cache looks at the file of the function that it compiled, which for a kernel is not the rule's.
     """
     code = function.__code__
 
     def text(value: Any) -> str:
-        return repr((value.co_code, [text(c) for c in value.co_consts])) if hasattr(value, "co_code") else repr(value)
+        if not isinstance(value, types.CodeType):
+            return repr(value)
+        return repr((value.co_code, value.co_names, [text(c) for c in value.co_consts]))
 
     called = called_functions(function)
-    scope = {n: function.__globals__.get(n) for n in code.co_names if n not in called}
+    scope = {n: function.__globals__.get(n) for n in global_names(code) if n not in called}
     constants = {n: repr(v) for n, v in scope.items() if not isinstance(v, types.ModuleType)}
-    cells = [repr(c.cell_contents) for c in function.__closure__ or ()]
-    nested = {n: fingerprint(f) for n, f in called.items()}
-    names = (code.co_names, code.co_varnames, code.co_argcount, code.co_kwonlyargcount)
+    around = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    cells = [repr(c.cell_contents) for n, c in around if n not in called]
+    outer = (*outer, function)  # functions may call each other
+    nested = {n: outer.index(f) if f in outer else fingerprint(f, outer) for n, f in called.items()}
+    names = (code.co_varnames, code.co_argcount, code.co_kwonlyargcount)
     return repr((text(code), names, constants, cells, function.__defaults__, function.__kwdefaults__, nested))
 
 
@@ -360,10 +368,9 @@ def _stored(name: str, source: str) -> Path | None:
 def _jit(function: Rule, constant: Callable[[Any], Any], module: str) -> Any:
     """A function for Numba: all arguments positional, its literal numbers converted."""
     function.__module__ = function.__globals__["__name__"] = module  # its own may not be importable on loading
-    code = function.__code__
-    constants = tuple(constant(c) for c in code.co_consts)
+    code = with_numbers(function, constant).__code__
     count = code.co_argcount + code.co_kwonlyargcount
-    function.__code__ = code.replace(co_consts=constants, co_argcount=count, co_kwonlyargcount=0)
+    function.__code__ = code.replace(co_argcount=count, co_kwonlyargcount=0)
     function.__kwdefaults__ = None
     return numba.njit(error_model="numpy")(function)
 

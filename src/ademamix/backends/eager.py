@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ademamix.backends import Batch, bind, coefficient_names
+from ademamix.backends import Batch, bind, coefficient_names, with_numbers
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 20
@@ -24,6 +24,8 @@ PIECE = 1 << 20
 
 class Tensors:
     """A list of tensors that computes like one tensor."""
+
+    __array_ufunc__ = None  # so that NumPy's numbers leave arithmetic with lists to them
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -76,9 +78,22 @@ class xp:  # noqa: N801 - the namespace that rules are written against
     minimum, maximum = _foreach("minimum"), _foreach("maximum")
     where = _each(torch.where)
 
+    @staticmethod
+    def divide(x: Any, y: Any) -> Any:
+        if isinstance(x, Tensors):
+            return x / y
+        return _each(_quotient)(x, y) if isinstance(y, Tensors) else _quotient(x, y)
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    """A number over a tensor or a number; torch's own multiplies by the reciprocal and so rounds twice."""
+    like = y if isinstance(y, Tensor) and not isinstance(x, Tensor) else None
+    return x / y if like is None else torch.full((), x, dtype=like.dtype, device=like.device) / y
+
 
 class format_xp:  # noqa: N801 - the namespace that formats are written against; uint32 lives in int32
     where = staticmethod(torch.where)
+    divide = staticmethod(_quotient)
 
     @staticmethod
     def maximum(x: Tensor, least: float) -> Tensor:
@@ -166,7 +181,9 @@ class Launch:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.rule = bind(batch.rule, xp)
+        number = np.float64 if batch.double else np.float32
+        constant = lambda c: number(c) if type(c) is float else c  # noqa: E731
+        self.rule = bind(batch.rule, xp, lambda rule: with_numbers(rule, constant))
         self.names = coefficient_names(batch.rule)
         self.formats = (batch.format, batch.grad, *batch.formats)
         self.keys = torch.from_numpy(batch.keys.view(np.int32)).to(batch.parameters[0].device)
@@ -177,7 +194,7 @@ class Launch:
             lists[row] += _pieces(self.batch, i, g)
         rounded = coefficients.to(torch.float64 if self.batch.double else torch.float32)
         for row, pieces in lists.items():
-            numbers = rounded[row].tolist() if rounded.device.type == "cpu" else rounded[row].unbind()
+            numbers = list(rounded[row].numpy()) if rounded.device.type == "cpu" else rounded[row].unbind()
             while pieces:
                 count = elements = 0
                 while count < len(pieces) and elements < PIECE:
@@ -195,8 +212,10 @@ class Launch:
             for f, ts, ss in zip(self.formats, tensors, scales, strict=True)
         )
         factor, done, *rest = coefficients
-        results = self.rule(p, _foreach("mul")(g, factor), *slots, **dict(zip(self.names, rest, strict=True)))
+        with np.errstate(all="ignore"):  # of coefficients; other backends have no such warnings
+            results = self.rule(p, _foreach("mul")(g, factor), *slots, **dict(zip(self.names, rest, strict=True)))
         random = [self._noise(piece, done) if self.batch.stochastic else None for piece in pieces]
+        given = {id(t) for each in tensors for t in each}
         old: list[Tensor] = []
         new: list[Tensor] = []
         for k, result in zip((0, *range(2, len(self.formats))), results, strict=True):
@@ -205,7 +224,8 @@ class Launch:
                 continue
             if f.storage.startswith("float"):
                 old += tensors[k]
-                new += result.tensors
+                # What one slot takes over from another is copied first: that may be written before it is read.
+                new += [x.clone() if id(x) in given else x for x in result.tensors]
                 continue
             for x, t, s, h in zip(result.tensors, tensors[k], scales[k], random, strict=True):
                 places = 8 * max(k - 1, 0) % 32

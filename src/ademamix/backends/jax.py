@@ -26,7 +26,7 @@ Stored = Any  # a slot's leaf: an Array of the parameter's shape, or Blocks
 
 
 class format_xp:  # noqa: N801 - the namespace that formats are written against
-    where, maximum = staticmethod(jnp.where), staticmethod(jnp.maximum)
+    where, maximum, divide = staticmethod(jnp.where), staticmethod(jnp.maximum), staticmethod(jnp.divide)
 
     @staticmethod
     def bits(x: Array) -> Array:

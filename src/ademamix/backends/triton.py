@@ -6,12 +6,9 @@ calls the rule and the formats themselves.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-import ast
 import contextlib
 import hashlib
-import inspect
 import linecache
-import textwrap
 import types
 from collections.abc import Sequence
 from functools import cache
@@ -66,9 +63,11 @@ def _exp(x): return tl.exp(x)
 @triton.jit
 def _log(x): return tl.log(x)
 @triton.jit
-def _minimum(x, y): return tl.minimum(x, y)
+def _minimum(x, y): return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)  # as everywhere else
 @triton.jit
-def _maximum(x, y): return tl.maximum(x, y)
+def _maximum(x, y): return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+@triton.jit
+def _larger(x, y): return tl.maximum(x, y)
 @triton.jit
 def _where(condition, x, y): return tl.where(condition, x, y)
 @triton.jit
@@ -85,10 +84,13 @@ def _to_float(x): return x.to(tl.float32)
 def _to_int(x): return x.to(tl.int32).to(tl.uint32, bitcast=True)
 # fmt: on
 
-xp = _namespace(sqrt=_sqrt, abs=_abs, exp=_exp, log=_log, minimum=_minimum, maximum=_maximum, where=_where)
+xp = _namespace(
+    sqrt=_sqrt, abs=_abs, exp=_exp, log=_log, minimum=_minimum, maximum=_maximum, where=_where, divide=_divide
+)
 format_xp = _namespace(
     where=_where,
-    maximum=_maximum,
+    divide=_divide,
+    maximum=_larger,
     bits=_bits,
     from_bits=_from_bits,
     uint=_uint,
@@ -98,43 +100,14 @@ format_xp = _namespace(
 )
 
 
-class _Divisions(ast.NodeTransformer):
-    """Writes x / y as a call of _divide, if any of these variables is in it: constants alone stay as they are."""
-
-    def __init__(self, variables: Sequence[str]) -> None:
-        self.variables = set(variables)
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        self.generic_visit(node)
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        if not isinstance(node.op, ast.Div) or self.variables.isdisjoint(names):
-            return node
-        return ast.Call(ast.Name("_triton_divide", ast.Load()), [node.left, node.right], [])
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
-        assert isinstance(node.target, ast.Name)
-        before = ast.Name(node.target.id, ast.Load())
-        assigned: ast.stmt = self.visit(ast.Assign([node.target], ast.BinOp(before, node.op, node.value)))
-        return assigned
-
-
 def _jit(function: Rule) -> Any:
     """A function for Triton, which reads globals, also those in annotations, only if they are declared constant."""
     scope = function.__globals__
-    scope |= inspect.getclosurevars(function).nonlocals
     for name, value in scope.items():
         if not isinstance(value, types.ModuleType | triton.JITFunction) and not name.startswith("__"):
             scope[name] = tl.constexpr(value)
     scope["_triton_language"] = tl  # the interpreter looks for it among a function's globals
-    scope["_triton_divide"] = _divide
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    (definition,) = tree.body
-    assert isinstance(definition, ast.FunctionDef)
-    definition.decorator_list.clear()
-    _Divisions(function.__code__.co_varnames).visit(definition)
-    text = ast.unparse(ast.fix_missing_locations(tree))
-    _define(f"{function.__name__}_{_digest(text)}", text, scope)
-    return triton.jit(scope[function.__name__])
+    return triton.jit(function)
 
 
 def _digest(text: str) -> str:

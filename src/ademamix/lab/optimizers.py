@@ -177,5 +177,6 @@ def _digest(kind: type[RuleOptimizer]) -> str:
     from ademamix.backends.cpu import fingerprint
 
     coefficients: Any = kind.coefficients
-    computed = fingerprint(kind.rule_of(_defaults(kind, {}))) + fingerprint(coefficients)
+    defaults = _defaults(kind, {})
+    computed = fingerprint(kind.checked_rule(defaults)) + fingerprint(coefficients) + repr(defaults)
     return hashlib.sha256(computed.encode()).hexdigest()[:8]
