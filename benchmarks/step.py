@@ -279,11 +279,13 @@ def machine(device: torch.device) -> list[str]:
         with open("/proc/cpuinfo") as file:
             cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
     where = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    vectors = torch.backends.cpu.get_cpu_capability()  # processors of one name may differ in these
     names = ("numba", "triton", "bitsandbytes", "pytorch_optimizer")
     found = [f"{name} {version}" for name in names if (version := installed(name))]
     return [
         f"- command: `python {' '.join(sys.argv)}`",
-        f"- machine: {where}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        f"- machine: {where}{cpu}, {vectors}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{platform.system()}",
         f"- versions: ademamix {ademamix.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{', '.join(found)}",
         f"- date: {time.strftime('%Y-%m-%d')}",
