@@ -165,7 +165,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
         self._check_group({**self.defaults, **param_group})
-        if common := [name for name in WHOLE if name in param_group]:
+        own = {**{name: getattr(self, name) for name in WHOLE[1:]}, "state": self.state_format}
+        # ZeroRedundancyOptimizer repeats in each group what the optimizer was given.
+        if common := [name for name in WHOLE if name in param_group and param_group[name] != own[name]]:
             raise ValueError(f"{common[0]} is given to the optimizer, for all groups, got a group with {common}")
         given = param_group["params"]
         if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
@@ -209,14 +211,17 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             overflows to infinity for gradients above 1e19.
         """
         _check_bound("max_norm", max_norm)
-        every = chain.from_iterable(group["params"] for group in self.param_groups)
-        norm = global_norm(gradients([p for p in every if p.grad is not None]))
+        every = self._every()
+        norm = global_norm(gradients([p for p in every if p.grad is not None]), every)
         if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
             grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
         if grad_scale is not None:
             norm = norm / grad_scale
         self._norm = Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
         return norm
+
+    def _every(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _guard(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """What to multiply the gradients by, and whether to skip the step, where that is a question."""
@@ -229,7 +234,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 "or give it grad_scale=scaler.get_scale()"
             )
         if norm is None and self.skip_nonfinite:
-            norm = Norm(global_norm(grads), None, None)
+            norm = Norm(global_norm(grads, self._every()), None, None)
         factor, skip = None, None
         if norm is not None:
             factor = norm.factor
@@ -288,7 +293,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = list(chain.from_iterable(active))
-        if not params:
+        if not params:  # other processes may have gradients, and wait for this one's part in their norm
+            _, skip = self._guard([])
+            if skip is not None:
+                self._skipped = self._skipped + skip.long()
             return loss
         captured = self._is_captured(params)
         grads = gradients(params)

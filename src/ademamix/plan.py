@@ -282,5 +282,9 @@ def check_tensors(optimizer: RuleOptimizer, group: int, p: Tensor, g: Tensor) ->
             raise RuntimeError(f"{name}: {kind}; allowed with backend='eager' alone")
     if is_sharded(g) != is_sharded(p):
         raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
+    if is_sharded(p) and (g.device_mesh != p.device_mesh or any(x.is_partial() for x in p.placements)):
+        found = f"{p.placements} on {p.device_mesh}, with a gradient on {g.device_mesh}"
+        allowed = "allowed: Shard and Replicate, the gradient on the same mesh"
+        raise RuntimeError(f"{name}: a parameter in group {group} is placed as {found}; {allowed}")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: {where} has shape {tuple(g.shape)}: they must be equal")
