@@ -452,7 +452,9 @@ def state_loaded_in_another_format_or_placement_becomes_what_one_process_has() -
                     if name != "step":
                         assert value.placements == p.placements
                     assert_equal(value, expected.state[q][name], before, after, name)
-        copies = AdEMAMix([nn.Parameter(p.detach().redistribute(placements=[Replicate()])) for p in params], state=before)
+        copies = AdEMAMix(
+            [nn.Parameter(p.detach().redistribute(placements=[Replicate()])) for p in params], state=before
+        )
         copies.load_state_dict(of_parts.state_dict())
         for p, q in zip(copies.param_groups[0]["params"], whole, strict=True):
             for name, value in copies.state[p].items():
