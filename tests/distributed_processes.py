@@ -191,7 +191,7 @@ def a_process_may_lack_gradients_that_others_have() -> None:
         for bad in (False, True):
             for i, p in enumerate(experts):
                 number = torch.nan if bad and RANK == 1 else 2.0
-                p.grad = torch.full_like(p, number) if RANK == i + 1 else None  # process 0 and 3 have none at all
+                p.grad = torch.full_like(p, number) if i + 1 == RANK else None  # process 0 and 3 have none at all
             common.grad = torch.full((3,), 3.0) if RANK < 3 else None
             if skip_nonfinite is None:
                 norm = optimizer.clip_grad_norm_(1.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ademamix.adam import AdEMAMix
 from ademamix.formats import BLOCK
+from ademamix.optimizer import RuleOptimizer
 from ademamix.state import MASTER, decoded
 
 StateDict = dict[str, Any]
@@ -25,7 +26,7 @@ BITSANDBYTES = "__bnb_optimizer_quant_state__"
 RUNNING = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
 
-def from_adamw(state_dict: Mapping[str, Any], optimizer: AdEMAMix) -> StateDict:
+def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> StateDict:
     """A running AdamW training's state dict as one that ``optimizer``, an AdEMAMix, loads and goes on from.
 
     As in the paper (arXiv 2409.03137): the first moment becomes the fast EMA, the second moment and the

@@ -265,7 +265,7 @@ def _number_format(t: Tensor, *, stochastic: bool) -> Format:
     return FORMATS[str(t.dtype).removeprefix("torch.")]
 
 
-def check_tensors(optimizer: RuleOptimizer, group: int, p: Tensor, g: Tensor) -> None:
+def check_tensors(optimizer: RuleOptimizer, group: int, p: Any, g: Any) -> None:
     """Raise RuntimeError for a parameter and a gradient that cannot be served together."""
     name = type(optimizer).__name__
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
