@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -178,6 +178,42 @@ def clipping_costs_one_all_reduce_and_is_that_of_all_gradients() -> None:
         for p, q in zip(params, whole, strict=True):
             like = part(q.detach(), p.device_mesh, p.placements).to_local()
             torch.testing.assert_close(p.detach().to_local(), like, rtol=1e-5, atol=1e-6)  # steps of lr = 0.01
+
+
+@check
+def a_process_may_lack_gradients_that_others_have() -> None:
+    """As of an expert that got no tokens here: norms, skipped steps and the order of all-reduces are those of all."""
+    both = meshes()
+    for skip_nonfinite in (None, True):
+        experts = [nn.Parameter(part(torch.ones(8, 6), m, [Shard(0)] * m.ndim)) for m in both]
+        common = nn.Parameter(torch.ones(3))
+        optimizer = AdEMAMix([*experts, common], skip_nonfinite=skip_nonfinite)
+        for bad in (False, True):
+            for i, p in enumerate(experts):
+                number = torch.nan if bad and RANK == 1 else 2.0
+                p.grad = torch.full_like(p, number) if i + 1 == RANK else None  # process 0 and 3 have none at all
+            common.grad = torch.full((3,), 3.0) if RANK < 3 else None
+            if skip_nonfinite is None:
+                norm = optimizer.clip_grad_norm_(1.0)
+                assert norm.isnan() if bad else RANK == 3 or norm == (2 * 12 * 4.0 + 3 * 9.0) ** 0.5, norm
+            before = snapshot([*experts, common], optimizer)
+            optimizer.step()
+            assert optimizer.skipped_steps == bad
+            assert unchanged(before, [*experts, common], optimizer) == (bad or RANK == 3)
+
+
+@check
+def gradients_of_another_mesh_and_partial_parameters_are_named() -> None:
+    mesh, _ = meshes()
+    other = DeviceMesh("cpu", list(reversed(range(WORLD))))
+    p = nn.Parameter(part(torch.ones(64, 80), mesh, [Shard(0)]))
+    p.grad = part(torch.ones(64, 80), other, [Shard(0)])
+    q = nn.Parameter(DTensor.from_local(torch.ones(64, 80), mesh, [Partial()]))
+    q.grad = DTensor.from_local(torch.ones(64, 80), mesh, [Partial()])
+    for bad in (p, q):
+        for state in ("float32", "compact"):
+            with pytest.raises(RuntimeError, match="allowed: Shard and Replicate, the gradient on the same mesh"):
+                AdEMAMix([bad], state=state).step()
 
 
 @check
@@ -416,6 +452,13 @@ def state_loaded_in_another_format_or_placement_becomes_what_one_process_has() -
                     if name != "step":
                         assert value.placements == p.placements
                     assert_equal(value, expected.state[q][name], before, after, name)
+        copies = AdEMAMix(
+            [nn.Parameter(p.detach().redistribute(placements=[Replicate()])) for p in params], state=before
+        )
+        copies.load_state_dict(of_parts.state_dict())
+        for p, q in zip(copies.param_groups[0]["params"], whole, strict=True):
+            for name, value in copies.state[p].items():
+                assert_equal(value, old.state[q][name], before, name)
 
 
 def small() -> nn.Module:
@@ -485,6 +528,22 @@ def zero_redundancy_optimizer_takes_the_same_steps() -> None:
                     assert all(map(torch.equal, whole.state[p].values(), plain.state[q].values()))
     mine = sum(len(state) for state in zero.optim.state.values())
     assert 0 < mine < sum(len(state) for state in plain.state.values())
+
+
+@check
+def zero_redundancy_optimizer_takes_every_argument() -> None:
+    options = {"state": "compact", "backend": "eager", "skip_nonfinite": True, "offload": True, **SETTINGS}
+    model = small()
+    zero = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdEMAMix, **options)
+    for step in range(2):
+        model(batch(step, 0)).square().mean().backward()
+        zero.step()
+        zero.zero_grad()
+    assert same_everywhere(model)
+    for p, state in zero.optim.state.items():
+        assert state["exp_avg_slow"].dtype == (torch.int16 if p.numel() >= 4096 else torch.float32)
+    with pytest.raises(ValueError, match="state is given to the optimizer, for all groups, got a group with"):
+        zero.optim.add_param_group({"params": nn.Parameter(torch.ones(3)), "state": "float32"})
 
 
 def main(*wanted: str) -> None:

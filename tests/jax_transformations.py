@@ -318,6 +318,31 @@ def test_injected_hyperparameters() -> None:
         np.testing.assert_allclose(v - u, -lr * x, rtol=1e-4, atol=1e-6)  # differences of numbers of size 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_hyperparameters_in_16_bits_are_refused(dtype: Any) -> None:
+    """optax gives them the parameters' dtype, in which 0.9999 is 1."""
+    p = [jnp.asarray(v, dtype) for v in values()]
+    with pytest.raises(ValueError, match=r"must be float32 at least, got .*16; .* hyperparam_dtype=jnp.float32"):
+        optax.inject_hyperparams(ours.ademamix)(learning_rate=0.1).init(p)
+    tx = optax.inject_hyperparams(ours.ademamix, hyperparam_dtype=jnp.float32)(learning_rate=0.1)
+    for one, other in zip(train(tx, p)[0], train(ours.ademamix(0.1), p)[0], strict=True):
+        unit = float(jnp.finfo(dtype).eps)  # one rounding that falls otherwise, in 5 steps
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (one, other)), rtol=5 * unit, atol=5 * unit)
+
+
+def test_numbers_of_python_and_numpy_are_taken() -> None:
+    params = {"python": 1.5, "float32": np.ones((3, 2), np.float32), "float64": np.ones(4)}
+    converted = jax.tree.map(jnp.asarray, params)
+    grads = like(converted)
+    outcomes = []
+    for tree, alpha in ((params, np.asarray(3.0)), (converted, 3.0)):
+        tx = ours.ademamix(0.1, alpha=alpha)
+        state = tx.init(tree)
+        updates, state = tx.update(grads, state, tree)
+        outcomes.append((optax.apply_updates(tree, updates), state))
+    assert same(*outcomes)
+
+
 def test_injected_structure_is_refused() -> None:
     p = jnp.ones((3, 2))
     with pytest.raises(ValueError, match=r"count decides the state's structure: .* \(or in static_args\), got"):
@@ -502,9 +527,23 @@ def test_the_first_update_brings_state_of_another_format_into_the_own_one() -> N
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
 
 
+def test_master_weights_stay_in_torch() -> None:
+    p = torch.ones(64, 70, dtype=torch.bfloat16).requires_grad_()
+    optimizer = AdEMAMix([p], offload=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    params = [jnp.ones((64, 70), jnp.bfloat16)]
+    state = state_from_torch(optimizer.state_dict(), params)
+    assert jax.tree.structure(state) == jax.tree.structure(ours.ademamix(0.1).init(params))
+    with pytest.raises(ValueError, match=r"the state has no \['exp_avg'\], which the rule stores; it has \['exp_avg_f"):
+        ours.adamw(0.1).update(params, state, params)
+
+
 def test_state_that_does_not_fit_is_named() -> None:
     p, q = (torch.ones(3, 2, requires_grad=True) for _ in range(2))
     optimizer = AdEMAMix([p, q])
+    with pytest.raises(ValueError, match="the state dict has no state of its parameters"):
+        state_from_torch(optimizer.state_dict(), [jnp.ones((3, 2))] * 2)
     p.grad, q.grad = torch.ones(3, 2), torch.ones(3, 2)
     optimizer.step()
     saved = optimizer.state_dict()

@@ -125,6 +125,50 @@ def test_low_bit_adamw_states_are_taken_over(state: str, target: str) -> None:
     assert not optimizer.state[p]["exp_avg_slow"].any()
 
 
+def test_adamw_of_beta1_zero_brings_no_fast_average() -> None:
+    p = nn.Parameter(torch.randn(64, 70))
+    adamw = ademamix.AdamW([p], betas=(0.0, 0.99), state="compact")
+    p.grad = torch.randn_like(p)
+    adamw.step()
+    optimizer = AdEMAMix([p], state="compact")
+    optimizer.load_state_dict(from_adamw(adamw.state_dict(), optimizer))
+    fresh = AdEMAMix([q := nn.Parameter(p.detach().clone())], betas=(0.0, 0.99, 0.999), state="compact")
+    q.grad = p.grad
+    fresh.step()
+    assert optimizer.state[p].keys() == fresh.state[q].keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_master_weights_in_host_memory_move_along(dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    adamw = ademamix.AdamW(params, lr=0.01, offload=True)
+    train(params, adamw, range(3))
+    masters = [adamw.state[p]["master"].clone() for p in params]
+    assert not all(torch.equal(m, m.to(dtype)) for m in masters)
+    optimizer = AdEMAMix(params, offload=True)
+    optimizer.load_state_dict(from_adamw(adamw.state_dict(), optimizer))
+    back = ademamix.AdamW(params, offload=True)
+    back.load_state_dict(to_adamw(optimizer.state_dict()))
+    for p, m in zip(params, masters, strict=True):
+        assert torch.equal(optimizer.state[p]["master"], m)
+        assert torch.equal(back.state[p]["master"], m)
+    plain = torch.optim.AdamW(params)
+    plain.load_state_dict(to_adamw(optimizer.state_dict()))
+    train(params, plain, range(3, 5))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SimplifiedAdEMAMix", "KEMA"])
+def test_only_ademamix_goes_on_from_adamw(name: str) -> None:
+    with pytest.raises(ValueError, match=f"from_adamw: optimizer must be an ademamix.AdEMAMix, got {name}"):
+        from_adamw(adamw_state(), getattr(ademamix, name)(parameters()))
+
+
+def test_an_optimizer_in_the_place_of_its_state_dict_is_named() -> None:
+    optimizer = AdEMAMix(parameters())
+    with pytest.raises(ValueError, match=r"to_adamw: state_dict must be what .* returned, got AdEMAMix"):
+        to_adamw(optimizer)  # type: ignore[arg-type]
+
+
 def test_schedulers_and_group_entries_go_on() -> None:
     params = parameters()
     adamw = torch.optim.AdamW([("a", params[0]), ("b", params[1])], lr=0.1)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ademamix.adam import AdEMAMix
 from ademamix.formats import BLOCK
 from ademamix.optimizer import RuleOptimizer
-from ademamix.state import decoded
+from ademamix.state import MASTER, decoded
 
 StateDict = dict[str, Any]
 
@@ -44,9 +45,12 @@ def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> State
         optimizer: the AdEMAMix over the same parameters in the same groups.
 
     Raises:
-        ValueError: an entry is missing, unknown, or one that AdEMAMix cannot go on from (amsgrad); it is named.
+        ValueError: an entry is missing, unknown, or one that AdEMAMix cannot go on from (amsgrad); it is named. Or
+            the optimizer is no AdEMAMix.
     """
     source = "from_adamw"
+    if not isinstance(optimizer, AdEMAMix):
+        raise ValueError(f"{source}: optimizer must be an ademamix.AdEMAMix, got {type(optimizer).__name__}")
     own = optimizer.state_dict()["param_groups"]
     groups = _groups(source, state_dict, ADAMW)
     if len(groups) != len(own):
@@ -62,11 +66,8 @@ def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> State
             slots = _renamed(source, i, saved, {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq"})
             fast = slots["exp_avg_fast"]
             number = fast.dtype if fast.is_floating_point() or fast.is_complex() else torch.float32
-            members[i] = {
-                "step": _step(source, i, saved),
-                **slots,
-                "exp_avg_slow": torch.zeros_like(fast, dtype=number),
-            }
+            slow = torch.zeros_like(fast, dtype=number)
+            members[i] = {"step": _step(source, i, saved), **_of(old, slots), "exp_avg_slow": slow}
         state |= members
         betas = (*old["betas"], new["betas"][2])
         start = int(max((float(m["step"]) for m in members.values()), default=0.0))
@@ -168,7 +169,8 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
     """An AdEMAMix state dict as one that torch.optim.AdamW or :class:`ademamix.AdamW` loads and goes on from.
 
     The fast EMA becomes the first moment (zeros with beta1 = 0, where the next gradient replaces it), the second moment
-    and the steps done stay, the slow EMA is dropped; codes of low-bit state become float32 numbers.
+    and the steps done stay, the slow EMA is dropped; codes of low-bit state become float32 numbers. Master weights that
+    ``offload=True`` has made stay, for an :class:`ademamix.AdamW` with it.
 
     Raises:
         ValueError: an entry is missing or unknown; it is named.
@@ -182,7 +184,8 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
             slots = _renamed(source, i, saved, {name: name for name in names})
             squares = _numbers(source, i, slots, "exp_avg_sq")
             average = _numbers(source, i, slots, names[0]) if len(names) == 3 else torch.zeros_like(squares)
-            state[i] = {"step": _step(source, i, saved), "exp_avg": average, "exp_avg_sq": squares}
+            master = {MASTER: slots[MASTER]} if MASTER in slots else {}
+            state[i] = {"step": _step(source, i, saved), "exp_avg": average, "exp_avg_sq": squares, **master}
     dropped = ("alpha", "alpha_warmup", "beta3_warmup", "schedule_start", "beta3_schedule", "delta", "kappa")
     converted = [{**_without(group, dropped), "betas": tuple(group["betas"][:2])} for group in groups]
     return {"state": state, "param_groups": converted}
@@ -190,6 +193,9 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
 
 def _groups(source: str, state_dict: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
     """The parameter groups, which must have ``keys``, and three betas if alpha is among them."""
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise ValueError(f"{source}: state_dict must be what an optimizer's state_dict() returned, got {kind}")
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"{source}: an optimizer's state dict has {key!r}, this one has {sorted(state_dict)}")
@@ -216,7 +222,7 @@ def _without(group: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, Any]
 
 def _of(group: Mapping[str, Any], slots: dict[str, Any]) -> dict[str, Any]:
     """The slots that an AdEMAMix of the group's betas stores."""
-    return slots if group["betas"][0] > 0.0 else _without(slots, ("exp_avg_fast",))
+    return slots if group["betas"][0] > 0.0 else _without(slots, ("exp_avg_fast", "exp_avg_fast_scale"))
 
 
 def _saved(
@@ -239,11 +245,11 @@ def _renamed(source: str, i: Any, saved: Mapping[str, Any], names: Mapping[str, 
         slot = key.removesuffix("_scale")
         if key == "step":
             continue
-        if slot not in names:
+        if slot not in names and key != MASTER:
             raise ValueError(f"{where} has {key!r}, which has no place here; expected: {['step', *names]}")
         if not isinstance(value, Tensor):
             raise ValueError(f"{where} has a {type(value).__name__} as {key!r}; expected: a tensor")
-        renamed[names[slot] + key[len(slot) :]] = value
+        renamed[names.get(slot, slot) + key[len(slot) :]] = value
     return renamed
 
 

@@ -57,7 +57,8 @@ def local_part(t: Tensor, p: Any) -> Tensor:
 
             t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
         elif t.placements != p.placements:  # type: ignore[attr-defined]
-            t = t.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+            sent: Any = t.int() if t.dtype == torch.int16 else t  # neither NCCL nor gloo sends 16-bit integers
+            t = sent.redistribute(placements=p.placements).to(t.dtype)
     return local(t)
 
 
@@ -141,19 +142,20 @@ def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
     return [(slice(i * size, (i + 1) * size), Rows(number, at, stride)) for i, at in enumerate(starts.tolist())]
 
 
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
+def global_norm(grads: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     """The 2-norm of all gradients together, a tensor of no dimensions on the first one's device; each is read once.
 
-    Norms are accumulated in float32 at least, whatever the gradients' dtype. Gradients that are DTensors cost one
-    all-reduce of one number for each device mesh that they lie on.
+    Norms are accumulated in float32 at least, whatever the gradients' dtype. DTensors cost one all-reduce of one number
+    for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process may
+    have one.
     """
     plain: list[Tensor] = []
-    sharded: dict[Any, list[Any]] = defaultdict(list)
+    sharded: dict[Any, list[Any]] = {p.device_mesh: [] for p in params if is_sharded(p)}
     for g in grads:
         if g.layout != torch.strided:
             raise RuntimeError(f"the norm of the gradients takes dense ones (torch.strided) alone, got {g.layout}")
         if is_sharded(g):
-            sharded[g.device_mesh].append(g)  # type: ignore[attr-defined]
+            sharded.setdefault(g.device_mesh, []).append(g)  # type: ignore[attr-defined]
         else:
             plain.append(g)
     norms = _norms(plain)
@@ -183,6 +185,8 @@ def _norm_over(mesh: Any, grads: Sequence[Any]) -> Tensor:
     """The norm of gradients on one mesh, the same on all its processes."""
     # Of the copies of a replicated part, the one of the first process counts.
     place = mesh.get_coordinate()
+    if place is None:
+        raise RuntimeError(f"the norm of gradients on {mesh} needs processes of that mesh alone, got {dist.get_rank()}")
     counted = []
     for g in grads:
         if not any(placement.is_replicate() and at > 0 for placement, at in zip(g.placements, place, strict=True)):

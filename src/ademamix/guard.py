@@ -20,9 +20,11 @@ class Norm(NamedTuple):
     grad_scale: float | Tensor | None  # the gradients have been multiplied by it, and value divided
 
 
-def clipping(grads: Sequence[Tensor], max_norm: float, grad_scale: float | Tensor | None) -> Norm:
+def clipping(
+    grads: Sequence[Tensor], params: Sequence[Tensor], max_norm: float, grad_scale: float | Tensor | None
+) -> Norm:
     """The norm of gradients that have been multiplied by ``grad_scale``, with the factor that clips them."""
-    norm = global_norm(grads)
+    norm = global_norm(grads, params)
     if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
         grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
     if grad_scale is not None:

@@ -29,6 +29,7 @@ from ademamix.backends.jax import Blocks, Leaf, Stored
 from ademamix.formats import keys
 from ademamix.memories import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.optimizer import RuleOptimizer, check_number
+from ademamix.state import MASTER
 
 
 class State(NamedTuple):
@@ -67,8 +68,8 @@ class _Transformation:
         check_number("seed", self.seed, "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
         self.rule, self.coefficients = bind(rule, jnp), bind(optimizer.coefficients, jnp)
 
-    def _leaf(self, p: Array) -> Leaf:
-        return Leaf(p, self.formats, stochastic_rounding=self.rounding)
+    def _leaf(self, p: Any) -> Leaf:
+        return Leaf(jnp.asarray(p), self.formats, stochastic_rounding=self.rounding)
 
     def init(self, params: Any) -> State:
         slots = {name: jax.tree.map(lambda p: self._leaf(p).empty(name), params) for name in self.formats}  # noqa: B023
@@ -77,6 +78,8 @@ class _Transformation:
     def update(self, updates: Any, state: State, params: Any = None, **extra_args: Any) -> tuple[Any, State]:
         if params is None:
             raise ValueError("the rule needs the parameters: call update(grads, state, params)")
+        if missing := self.formats.keys() - state.slots.keys():
+            raise ValueError(f"the state has no {sorted(missing)}, which the rule stores; it has {sorted(state.slots)}")
         every, tree = jax.tree.flatten(params)
         leaves = [self._leaf(p) for p in every]
         coefficients = self._coefficients(state.count, {leaf.dtype for leaf in leaves})
@@ -159,11 +162,12 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
     ``jax.tree.leaves`` counts them; that is their position in the noise.
 
     Under ``optax.inject_hyperparams`` give ``mask``, ``seed`` and what decides the state's structure (KEMA's ``count``)
-    as ``static_args``. Hyperparameters become float32 there, which is coarse for decays near 1.
+    as ``static_args``. Hyperparameters become float32 there, which is coarse for decays near 1, or what the parameters
+    are: for bfloat16 and float16, whose decays near 1 are 1, give ``hyperparam_dtype=jnp.float32``.
 
     Raises:
-        ValueError: an argument is out of its range; the message names its value and what is allowed. Arrays and
-            schedules are not checked.
+        ValueError: an argument is out of its range; the message names its value and what is allowed. Of arrays only the
+            dtype is checked, and of schedules nothing.
     """
     arguments = _arguments(optimizer)
     shown = [q.replace(default=q.empty) if name == "lr" else q for name, q in arguments]
@@ -193,8 +197,11 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
 
 def _known(q: inspect.Parameter, value: Any) -> Any:
     """The value itself, or the default in the place of an array or a schedule."""
-    if not callable(value) and not isinstance(value, Array):
+    if not callable(value) and not isinstance(value, Array | np.ndarray):
         return value
+    if getattr(value, "dtype", None) in (jnp.bfloat16, jnp.float16):  # 1 - 0.999 would be 0
+        hint = "under optax.inject_hyperparams, give it hyperparam_dtype=jnp.float32"
+        raise ValueError(f"{q.name} must be float32 at least, got {value.dtype}; {hint}")
     if type(q.default) is int:
         raise ValueError(
             f"{q.name} decides the state's structure: it must be a number (or in static_args), got {value!r}"
@@ -231,7 +238,10 @@ def state_from_torch(state_dict: Mapping[str, Any], params: Any) -> State:
     steps = sorted({float(s.get("step", 0.0)) for s in states})
     if len(steps) > 1:
         raise ValueError(f"all parameters must have done the same number of steps, got {steps}")
-    names = [n for n, t in (states[0] if states else {}).items() if n != "step" and t is not None]
+    # Master weights have no place here.
+    names = [n for n, t in (states[0] if states else {}).items() if n not in ("step", MASTER) and t is not None]
+    if leaves and not names:
+        raise ValueError("the state dict has no state of its parameters: the optimizer has done no step")
     slots = {}
     for name in (n for n in names if not n.endswith("_scale")):
         for i, (s, p) in enumerate(zip(states, leaves, strict=True)):

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, overload
@@ -158,7 +158,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
         self._check_group({**self.defaults, **param_group})
-        if common := [name for name in WHOLE if name in param_group]:
+        own = {**{name: getattr(self, name) for name in WHOLE[1:]}, "state": self.state_format}
+        # ZeroRedundancyOptimizer repeats in each group what the optimizer was given.
+        if common := [name for name in WHOLE if name in param_group and param_group[name] != own[name]]:
             raise ValueError(f"{common[0]} is given to the optimizer, for all groups, got a group with {common}")
         given = param_group["params"]
         if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
@@ -202,9 +204,26 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             overflows to infinity for gradients above 1e19.
         """
         _check_bound("max_norm", max_norm)
-        every = chain.from_iterable(group["params"] for group in self.param_groups)
-        self._norm = clipping(gradients([p for p in every if p.grad is not None]), max_norm, grad_scale)
+        every = self._every()
+        self._norm = clipping(gradients([p for p in every if p.grad is not None]), every, max_norm, grad_scale)
         return self._norm.value
+
+    def _every(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _factor_and_skip(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        norm, self._norm = self._norm, None
+        if norm is None and self.skip_nonfinite:
+            norm = Norm(global_norm(grads, self._every()), None, None)
+        # A GradScaler sets these two for the time of a step.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return factor_and_skip(norm, scale, found_inf, self.skip_nonfinite is not False)
+
+    def _count(self, skip: Tensor) -> None:
+        if skip.device.type == "cpu":
+            self._skipped += int(skip)
+        else:
+            self._skipped += sent_to(getattr(self._skipped, "device", skip.device), skip)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -234,23 +253,21 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = list(chain.from_iterable(active))
-        if not params:
+        if not params:  # other processes may have gradients, and wait for this one's part in their norm
+            _, skip = self._factor_and_skip([])
+            if skip is not None:
+                self._count(skip)
             return loss
         captured = is_captured(params, self.param_groups)
         grads = gradients(params)
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
-        norm, self._norm = self._norm, None
-        if norm is None and self.skip_nonfinite:
-            norm = Norm(global_norm(grads), None, None)
-        # A GradScaler sets these two for the time of a step.
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        factor, skip = factor_and_skip(norm, scale, found_inf, self.skip_nonfinite is not False)
+        factor, skip = self._factor_and_skip(grads)
         if self.offload:
             factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
         if skip is not None and skip.device.type == "cpu":  # there it is known
+            self._count(skip)
             if skip:
-                self._skipped += 1
                 return loss
             skip = None
         with_tensors = skip is not None or any(group["capturable"] for group in self.param_groups)
@@ -284,8 +301,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             plan.fresh = False
             plan.all_states = list(self.state.values())
         if skip is not None:
-            assert isinstance(self._skipped, Tensor)
-            self._skipped += sent_to(self._skipped.device, skip)
+            self._count(skip)
         increment_version(params)  # state is in nobody's graph
         if trip is not None:
             trip.finish()

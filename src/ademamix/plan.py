@@ -265,7 +265,7 @@ def _number_format(t: Tensor, *, stochastic: bool) -> Format:
     return FORMATS[str(t.dtype).removeprefix("torch.")]
 
 
-def check_tensors(optimizer: RuleOptimizer, group: int, p: Tensor, g: Tensor) -> None:
+def check_tensors(optimizer: RuleOptimizer, group: int, p: Any, g: Any) -> None:
     """Raise RuntimeError for a parameter and a gradient that cannot be served together."""
     name = type(optimizer).__name__
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
@@ -282,5 +282,9 @@ def check_tensors(optimizer: RuleOptimizer, group: int, p: Tensor, g: Tensor) ->
             raise RuntimeError(f"{name}: {kind}; allowed with backend='eager' alone")
     if is_sharded(g) != is_sharded(p):
         raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
+    if is_sharded(p) and (g.device_mesh != p.device_mesh or any(x.is_partial() for x in p.placements)):
+        found = f"{p.placements} on {p.device_mesh}, with a gradient on {g.device_mesh}"
+        allowed = "allowed: Shard and Replicate, the gradient on the same mesh"
+        raise RuntimeError(f"{name}: a parameter in group {group} is placed as {found}; {allowed}")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: {where} has shape {tuple(g.shape)}: they must be equal")
