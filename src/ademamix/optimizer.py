@@ -291,9 +291,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             self._plan = plan = Plan(self, updated, grads, saved, of_group, settings, with_tensors)
         if captured and plan not in self._captured:
             self._captured.append(plan)
-        if with_tensors and getattr(self._skipped, "device", CPU) == CPU:
+        where = params[0].device if skip is None else skip.device
+        if with_tensors and where != CPU and getattr(self._skipped, "device", CPU) == CPU:
             # Also if nothing is skipped yet: a graph that made the count would set it anew in each replay.
-            where = params[0].device if skip is None else skip.device
             self._skipped = torch.full((), int(self._skipped), device=where)
         plan.run(self, grads, factor, skip, trip)
         if plan.fresh:

@@ -164,10 +164,11 @@ def coefficient_names(rule: Rule) -> tuple[str, ...]:
     return tuple(q.name for q in inspect.signature(rule).parameters.values() if q.kind is q.KEYWORD_ONLY)
 
 
-def with_numbers(function: Rule, convert: Callable[[Any], Any]) -> Rule:
-    """The function itself, its literal numbers (and all other constants) converted."""
+def with_numbers(function: Rule, number: Callable[[float], Any]) -> Rule:
+    """The function itself, its literal floating-point numbers made ``number`` of."""
     code = function.__code__
-    function.__code__ = code.replace(co_consts=tuple(map(convert, code.co_consts)))
+    constants = tuple(number(c) if type(c) is float else c for c in code.co_consts)
+    function.__code__ = code.replace(co_consts=constants)
     return function
 
 
@@ -185,26 +186,26 @@ def global_names(code: types.CodeType) -> tuple[str, ...]:
     return (*code.co_names, *chain.from_iterable(inner))
 
 
-def bind(
-    function: Callable[..., Any],
-    xp: Any,
-    wrap: Callable[[Rule], Any] = lambda f: f,
-    done: dict[Any, Any] | None = None,
-) -> Any:
+def bind(function: Callable[..., Any], xp: Any, wrap: Callable[[Rule], Any] = lambda f: f) -> Any:
     """The same function over the array namespace ``xp``, wrapped; the functions that it calls are bound with it.
 
     What it finds by name from now on, as a global or in a function around it, is what was there by that name now.
     """
-    done = {} if done is None else done  # functions may call each other
-    if function not in done:
-        called, code = called_functions(function), function.__code__
+    done: dict[Any, Any] = {}  # functions may call each other
+
+    def bound(function: Callable[..., Any]) -> Any:
+        if function in done:
+            return done[function]
+        code = function.__code__
         scope = {**function.__globals__, "xp": xp}
         cells = tuple(types.CellType(c.cell_contents) for c in function.__closure__ or ())
-        bound = done[function] = types.FunctionType(code, scope, function.__name__, function.__defaults__, cells)
-        bound.__kwdefaults__ = function.__kwdefaults__
-        called = {name: bind(f, xp, wrap, done) for name, f in called.items()}
+        copy = done[function] = types.FunctionType(code, scope, function.__name__, function.__defaults__, cells)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        called = {name: bound(f) for name, f in called_functions(function).items()}
         scope |= {name: f for name, f in called.items() if name not in code.co_freevars}
         for name, cell in zip(code.co_freevars, cells, strict=True):
             cell.cell_contents = xp if name == "xp" else called.get(name, cell.cell_contents)
-        done[function] = wrap(bound)
-    return done[function]
+        done[function] = wrap(copy)
+        return done[function]
+
+    return bound(function)

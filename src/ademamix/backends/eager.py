@@ -87,8 +87,9 @@ class xp:  # noqa: N801 - the namespace that rules are written against
 
 def _quotient(x: Any, y: Any) -> Any:
     """A number over a tensor or a number; torch's own multiplies by the reciprocal and so rounds twice."""
-    like = y if isinstance(y, Tensor) and not isinstance(x, Tensor) else None
-    return x / y if like is None else torch.full((), x, dtype=like.dtype, device=like.device) / y
+    if isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x / y
+    return torch.full((), x, dtype=y.dtype, device=y.device) / y
 
 
 class format_xp:  # noqa: N801 - the namespace that formats are written against; uint32 lives in int32
@@ -182,8 +183,7 @@ class Launch:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         number = np.float64 if batch.double else np.float32
-        constant = lambda c: number(c) if type(c) is float else c  # noqa: E731
-        self.rule = bind(batch.rule, xp, lambda rule: with_numbers(rule, constant))
+        self.rule = bind(batch.rule, xp, lambda rule: with_numbers(rule, number))
         self.names = coefficient_names(batch.rule)
         self.formats = (batch.format, batch.grad, *batch.formats)
         self.keys = torch.from_numpy(batch.keys.view(np.int32)).to(batch.parameters[0].device)
