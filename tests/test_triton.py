@@ -1,6 +1,7 @@
 """The Triton backend: in the interpreter, compiled ahead for GPUs that need not be there, and on one that is."""
 
 import copy
+import inspect
 import os
 import re
 import subprocess
@@ -39,19 +40,27 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def compiled(rule: Any, formats: Any, target: str) -> str:
+def compiled(rule: Any, formats: Any, target: str, aligned: bool = True) -> str:
     """The machine's assembly of the kernel, as Launch would have it compiled for this target."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from ademamix.backends.triton import OPTIONS, kernel
 
-    types = {"tensors": "*i32", "firsts": "*i64", "skip": "*u8", "table": "*i64", "shapes": "*i64", "lengths": "*i64"}
+    types = {"tensors": "*i32", "begins": "*i32", "skip": "*u8", "table": "*i64", "shapes": "*i64", "lengths": "*i64"}
     types |= {"coefficients": "*fp64", "keys": "*i32"}
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
     used = tuple(f and FORMATS[f] for f in formats)
-    made = kernel(traced(rule), used, any(f and f.scale for f in used))
-    source = ASTSource(fn=made, signature=types, constexprs={}, attrs=attributes)
+    made = kernel(traced(rule), used, any(f and f.scale for f in used), False)
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+        given: dict[str, Any] = {"signature": types | {"ALIGNED": "constexpr"}, "constexprs": {"ALIGNED": aligned}}
+    else:  # before Triton 3.3
+        from triton.backends.compiler import AttrsDescriptor
+
+        divisible = {"arg_properties": {"tt.divisibility": tuple(range(len(types)))}, "cls": "AttrsDescriptor"}
+        attributes = AttrsDescriptor.from_dict(divisible)
+        given = {"signature": types, "constants": {"ALIGNED": aligned}}
+    source = ASTSource(fn=made, attrs=attributes, **given)
     code = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS).asm
     text: str = code.get("ptx") or code["amdgcn"]
     return text

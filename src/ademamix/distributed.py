@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ademamix.backends import Rows, whole
+from ademamix.backends import Rows, row_length, whole
 from ademamix.formats import BLOCK
 from ademamix.table import sent_to
 
@@ -123,7 +123,8 @@ def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
     strides = _strides(p.shape)
     first = sum(o * s for o, s in zip(offsets, strides, strict=True))
     if blocked:
-        return [(None, Rows(number, first, strides[0]))]
+        stride = row_length(p.shape)
+        return [(None, Rows(number, offsets[0] * stride + first % strides[0], stride))]
     levels = [(1, 0)]  # (how many, how far apart): neighbouring dimensions without a gap between them are one
     for size, stride in zip(shape, strides, strict=True):
         if size > 1 and levels[-1][1] == size * stride:

@@ -6,6 +6,7 @@ called in each step with that step's gradients and coefficients.
 
 import importlib
 import inspect
+import math
 import os
 import types
 import warnings
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ademamix.formats import Format
+from ademamix.formats import BLOCK, Format
 
 Rule = Callable[..., tuple[Any, ...]]
 
@@ -28,20 +29,28 @@ _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
 
 
 class Rows(NamedTuple):
-    """A tensor's elements in their order as rows of equal length, and where these lie in the whole parameter.
+    """A tensor's elements in their order as rows of equal length, and which noise is theirs.
 
-    A tensor may be the part of a parameter that one process has; noise belongs to the element of the whole.
+    A tensor may be the part of a parameter that one process has; noise belongs to the element of the whole. There,
+    elements are counted in the order of their memory; where a slot has scales, along the rows that its blocks lie
+    along, each of them filled up to whole blocks.
     """
 
     number: int
-    first: int  # index, in the whole parameter, of the first element of row 0
+    first: int  # the number of the first element of row 0
     stride: int  # and how much further on that of the next row is
 
 
 def whole(t: torch.Tensor, blocked: bool) -> Rows:
-    """The rows of a parameter that is all here: blocks lie along those of dimension 0, noise along its memory."""
-    number = t.shape[0] if blocked else 1
-    return Rows(number, 0, t.numel() // max(1, number))
+    """The rows of a parameter that is all here."""
+    if not blocked:
+        return Rows(1, 0, t.numel())
+    return Rows(t.shape[0], 0, row_length(t.shape))
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Elements of a row of a parameter seen as [dim 0, rest], filled up to whole blocks."""
+    return BLOCK * -(-math.prod(shape[1:]) // BLOCK)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ademamix.backends import bind
+from ademamix.backends import bind, row_length
 from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, turned
 from ademamix.state import SMALLEST
 
@@ -61,11 +61,12 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape or (1,))[0], int(np.prod(shape[1:], dtype=np.int64))
 
 
-def noise(key: Any, steps: Array, shape: tuple[int, ...]) -> Array:
+def noise(key: Any, steps: Array, shape: tuple[int, ...], blocked: bool) -> Array:
     """``formats.noise`` of all elements of a parameter after so many steps; elements 2**32 apart have the same."""
     rows, rest = _rows(shape)
     row, column = (lax.broadcasted_iota(jnp.uint32, (rows, rest), dim) for dim in (0, 1))
-    index, of_step = row * jnp.uint32(rest) + column, _hashed(jnp.uint32(key), jnp.uint32(steps))
+    stride = jnp.uint32(row_length(shape) if blocked else rest)
+    index, of_step = row * stride + column, _hashed(jnp.uint32(key), jnp.uint32(steps))
     bits = _hashed(of_step, index & (LANES - 1)) ^ _hashed(of_step ^ jnp.uint32(OTHER), index >> 8)
     return bits.reshape(shape)
 
@@ -150,7 +151,8 @@ class Leaf:
         numbers = [decode(slots[name], self.dtype) if name in slots else 0.0 for name in names]
         after, *results = rule(before, g.astype(self.dtype), *numbers, **coefficients)
         stochastic = self.own.stochastic or any(self.formats[name].stochastic for name in slots)
-        random = noise(key, steps, self.p.shape) if stochastic else None
+        blocked = any(self.formats[name].scale is not None for name in slots)
+        random = noise(key, steps, self.p.shape, blocked) if stochastic else None
         new = {}
         for k, (name, x) in enumerate(zip(names, results, strict=True), start=1):
             if name in slots:

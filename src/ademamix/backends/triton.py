@@ -1,13 +1,16 @@
 """The GPU backend (CUDA and ROCm): the rule compiled by Triton, one launch for all parameters of a batch.
 
-A program of the kernel takes a tile of ROWS blocks of one tensor, which it finds in tables on the device; a warp holds
-a block, so a block's maximum is found without leaving it. The kernel is text made for the rule and the formats; it
-calls the rule and the formats themselves.
+A program of the kernel walks over TILES tiles of one tensor, which it finds in tables on the device. A tile is ROWS
+blocks, each of them in one warp, so a block's maximum is found without leaving it. The kernel is text made for the rule
+and the formats; it calls the rule and the formats themselves. Tensors whose memory is aligned and those whose memory is
+not are two launches: one kernel for both would take the registers of the worse one.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import ast
 import contextlib
 import hashlib
+import inspect
 import linecache
 import types
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +28,10 @@ from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 from ademamix.table import sent_to
 
-ROWS = 4  # blocks in a tile, each of them in one warp: 8 elements a thread, 16 or 32 bytes of each wide stream
-OPTIONS = {"num_warps": ROWS, "enable_fp_fusion": False}  # eager has no fused multiply-add either
+BLOCKS = 8  # of one program, which computes once what they share: addresses, coefficients, the noise of lanes
+OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}  # eager has no fused multiply-add either
 ALIGNMENT = 16  # bytes of the widest access, and elements: of codes of one byte
-STAGED = 8  # host buffers of tables that are made at a time
+STAGED = 32  # host buffers of tables that are made at a time
 
 STORAGES = {  # in memory, and as which integers codes are decoded
     "float64": ("float64", None),
@@ -71,6 +75,8 @@ def _larger(x, y): return tl.maximum(x, y)
 @triton.jit
 def _where(condition, x, y): return tl.where(condition, x, y)
 @triton.jit
+def _double(x): return tl.full((), x, tl.float64)
+@triton.jit
 def _bits(x): return x.to(tl.uint32, bitcast=True)
 @triton.jit
 def _from_bits(x): return x.to(tl.float32, bitcast=True)
@@ -85,7 +91,15 @@ def _to_int(x): return x.to(tl.int32).to(tl.uint32, bitcast=True)
 # fmt: on
 
 xp = _namespace(
-    sqrt=_sqrt, abs=_abs, exp=_exp, log=_log, minimum=_minimum, maximum=_maximum, where=_where, divide=_divide
+    sqrt=_sqrt,
+    abs=_abs,
+    exp=_exp,
+    log=_log,
+    minimum=_minimum,
+    maximum=_maximum,
+    where=_where,
+    divide=_divide,
+    double=_double,
 )
 format_xp = _namespace(
     where=_where,
@@ -120,16 +134,45 @@ def _define(name: str, text: str, scope: dict[str, Any]) -> None:
     exec(compile(text, f"<{name}>", "exec"), scope)
 
 
+class _Plain(ast.NodeTransformer):
+    """A traced rule in the Python that every Triton reads alike: before 3.9, keyword-only arguments are dropped and
+    numbers given to a function are float32."""
+
+    def __init__(self, double: bool) -> None:
+        self.double = double
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        node.args, node.kwonlyargs, node.kw_defaults = [*node.args, *node.kwonlyargs], [], []
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        return ast.parse(f"xp.double({node.value!r})", mode="eval").body if self.double else node
+
+
+def _rule(rule: Rule, double: bool) -> Any:
+    """A traced rule compiled by Triton, its coefficients positional."""
+    text = ast.unparse(_Plain(double).visit(ast.parse(inspect.getsource(rule))))
+    scope: dict[str, Any] = {"__name__": rule.__module__, "xp": xp}
+    _define(f"{rule.__name__}_{_digest(text)}_rule", text, scope)
+    return _jit(scope[rule.__name__])
+
+
 def _of(format: Format | None) -> Format:
     assert format is not None
     return format
 
 
-def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool) -> str:
-    """The kernel's text; formats are those of p, g and the slots, and without ``in_rows`` each tensor is one row.
+def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted: bool) -> str:
+    """The kernel's text.
 
     A row of ``table`` has the addresses of a parameter's tensors (p, g, the stored slots, then their scales), its row
     of coefficients, and whether all is aligned.
+
+    Args:
+        rule: a traced rule.
+        formats: of p, g and the slots.
+        in_rows: whether a tensor may have more than one row.
+        shifted: whether a row may begin between two blocks of lanes of the noise.
     """
     kept = [k for k, f in enumerate(formats) if f is not None]
     stream = {k: s for s, k in enumerate(kept)}
@@ -142,69 +185,73 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool) -> str:
     names = coefficient_names(rule)
     stochastic = any(f is not None and f.stochastic for f in formats)
 
-    def loaded(k: int) -> list[str]:
-        memory, integer = STORAGES[_of(formats[k]).storage]
-        lines = [f"a{k} = start_of(entry + {stream[k]}, tl.{memory}, ALIGNED)"]
-        raw = f"tl.load(a{k} + index, mask=mask, other=0)"
+    def loaded(k: int) -> str:
+        _, integer = STORAGES[_of(formats[k]).storage]
+        raw = f"tl.load(a{k} + start + place, mask=mask, other=0)"
         if integer is None:
-            return [*lines, f"x{k} = {raw}.to(tl.{arithmetic})"]
-        given = f"tl.load(b{k} + block, mask=exists, other=0.0)[:, None]" if k in scale else "0.0"
-        return [*lines, f"x{k} = decode{k}({raw}.to(tl.{integer}), {given})"]
+            return f"x{k} = {raw}.to(tl.{arithmetic})"
+        return f"x{k} = decode{k}({raw}.to(tl.{integer}), {f'tl.load(b{k} + block)' if k in scale else '0.0'})"
 
     def stored(k: int) -> list[str]:
         memory, _ = STORAGES[_of(formats[k]).storage]
         x, lines = f"r{k}", []
         if k in scale:
             lines = [
-                f"s{k} = scale{k}(from_bits(tl.max(tl.where(mask, bits(r{k}) & 0x7FFFFFFF, 0), 1)))",
-                f"tl.store(b{k} + block, s{k}, mask=exists)",
+                f"s{k} = scale{k}(from_bits(tl.max(tl.where(mask, bits(r{k}) & 0x7FFFFFFF, 0), 0)))",
+                f"tl.store(b{k} + block, s{k})",
             ]
         if k in coded:
             places = 8 * max(k - 1, 0) % 32
             random = "random" if not places else f"turned(random, {places})"
-            given = f"s{k}[:, None]" if k in scale else "0.0"
+            given = f"s{k}" if k in scale else "0.0"
             x = f"encode{k}(r{k}, {given}, {random if _of(formats[k]).stochastic else '0'})"
-        return [*lines, f"tl.store(a{k} + index, {x}.to(tl.{memory}), mask=mask)"]
+        return [*lines, f"tl.store(a{k} + start + place, {x}.to(tl.{memory}), mask=mask)"]
 
-    noisy = [
-        "key = hashed(uint(tl.load(keys + tensor)), uint(tl.load(row_of + 1)))",
-        "first = tl.load(shapes + 4 * tensor + 2) + row * tl.load(shapes + 4 * tensor + 3)",
-        f"first += column * {BLOCK}",
-        f"lane = (first & {LANES - 1}).to(tl.int32)[:, None] + place",  # below 2 * LANES
-        f"of_lane = hashed(key, lane & {LANES - 1})",
-        f"of_block = hashed(key ^ uint({OTHER}), first >> 8)[:, None]",
-        f"of_next = hashed(key ^ uint({OTHER}), (first >> 8) + 1)[:, None]",
-        f"random = uint(of_lane ^ tl.where(lane < {LANES}, of_block, of_next))",
-    ]
+    # What lies under one program: the same for all of its blocks.
+    key = ["key = hashed(uint(tl.load(keys + tensor)), uint(tl.load(row_of + 1)))"]
+    key += ["origin, stride = tl.load(shapes + 4 * tensor + 2), tl.load(shapes + 4 * tensor + 3)"]
+    lanes = [] if shifted else ["of_lane = hashed(key, place)"]
+    # And the noise of a tile.
+    noise = [f"first = origin + row * stride + column * {BLOCK}"]
+    noise += [f"of_block = hashed(key ^ uint({OTHER}), first >> 8)"]
+    if shifted:
+        noise += [
+            f"lane = (first & {LANES - 1}).to(tl.int32) + place",  # below 2 * LANES
+            f"of_lane = hashed(key, lane & {LANES - 1})",
+            f"of_next = hashed(key ^ uint({OTHER}), (first >> 8) + 1)",
+            f"of_block = tl.where(lane < {LANES}, of_block, of_next)",
+        ]
+    noise += ["random = uint(of_lane ^ of_block)"]
     slots = [f"x{k}" if k in stream else "0.0" for k in range(2, len(formats))]
-    coefficients = [f"{name}=tl.load(row_of + {i}).to(tl.{arithmetic})" for i, name in enumerate(names, 2)]
     results = ", ".join(["r0", *(f"r{k}" for k in range(2, len(formats)))])
-    body = [
-        f"entry = table + tensor * {width}",
+    coefficients = [f"c{i}" for i, _ in enumerate(names)]
+    head = [
         f"row_of = coefficients + tl.load(entry + {width - 2}) * {2 + len(names)}",
         "rest = tl.load(shapes + 4 * tensor)",
-        "across = tl.load(shapes + 4 * tensor + 1)",
-        f"block = tl.cast(tile, tl.int64) * {ROWS} + tl.arange(0, {ROWS})",
-        "exists = block < tl.load(lengths + tensor)",
-        "if ALIGNED:",
-        f"    rest = tl.multiple_of(rest, {ALIGNMENT})",
-        *(["row, column = block // across, block % across"] if in_rows else ["row, column = 0, block"]),
+        "across = tl.load(shapes + 4 * tensor + 1).to(tl.int32)",
+        *(f"a{k} = start_of(entry + {stream[k]}, tl.{STORAGES[_of(formats[k]).storage][0]}, ALIGNED)" for k in kept),
+        *(f"b{k} = start_of(entry + {scale[k]}, tl.float32, False)" for k in scaled),
+        f"factor = tl.load(row_of).to(tl.{arithmetic})",
+        *(f"{c} = tl.load(row_of + {i}).to(tl.{arithmetic})" for i, c in enumerate(coefficients, 2)),
+        f"place = tl.arange(0, {BLOCK})",
+        *([*key, *lanes] if stochastic else []),
+        "begin = tl.load(begins + tl.program_id(0))",
+        f"end = tl.minimum(begin + {BLOCKS}, tl.load(lengths + tensor).to(tl.int32))",
+    ]
+    tile = [
+        f"row, column = {'block // across, block % across' if in_rows else '0, block'}",
+        f"row, column = tl.cast(row, tl.int64), tl.cast(column, tl.int64)",
         f"start = row * rest + column * {BLOCK}",
-        f"number = tl.where(exists, rest - column * {BLOCK}, 0)",
+        f"number = tl.minimum(rest - column * {BLOCK}, {BLOCK}).to(tl.int32)",
         "if ALIGNED:",
         f"    start = tl.multiple_of(start, {ALIGNMENT})",
         f"    number = tl.multiple_of(number, {ALIGNMENT})",
-        f"place = tl.arange(0, {BLOCK})[None, :]",
-        "index = start[:, None] + place",
-        "mask = place < number[:, None]",
-        *(f"b{k} = start_of(entry + {scale[k]}, tl.float32, False)" for k in scaled),
-        *(line for k in kept for line in loaded(k)),
-        *(noisy if stochastic else []),
-        f"g = x1 * tl.load(row_of).to(tl.{arithmetic})",
-        f"{results}, = rule({', '.join(['x0', 'g', *slots, *coefficients])})",
+        "mask = place < number",
+        *map(loaded, kept),
+        *(noise if stochastic else []),
+        f"{results}, = rule({', '.join(['x0', 'x1 * factor', *slots, *coefficients])})",
         *(line for k in written for line in stored(k)),
     ]
-    arguments = "table, shapes, lengths, coefficients, keys"
     return "\n".join(
         [
             "def start_of(pointer, dtype: tl.constexpr, ALIGNED: tl.constexpr):",
@@ -213,30 +260,26 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool) -> str:
             f"        start = tl.multiple_of(start, {ALIGNMENT})",
             "    return start",
             "",
-            f"def update(tensor, tile, {arguments}, ALIGNED: tl.constexpr):",
-            *(f"    {line}" for line in body),
-            "",
-            f"def kernel(tensors, firsts, skip, {arguments}):",
-            "    if tl.load(skip) == 0:",
-            "        tensor = tl.load(tensors + tl.program_id(0))",
-            "        tile = tl.program_id(0) - tl.load(firsts + tensor)",
-            f"        if tl.load(table + tensor * {width} + {width - 1}) != 0:",
-            f"            update(tensor, tile, {arguments}, True)",
-            "        else:",
-            f"            update(tensor, tile, {arguments}, False)",
+            "def kernel(tensors, begins, skip, table, shapes, lengths, coefficients, keys, ALIGNED: tl.constexpr):",
+            "    tensor = tl.load(tensors + tl.program_id(0))",
+            f"    entry = table + tensor * {width}",
+            f"    if (tl.load(skip) == 0) & ((tl.load(entry + {width - 1}) != 0) == ALIGNED):",
+            *(f"        {line}" for line in head),
+            "        for block in range(begin, end):",
+            *(f"            {line}" for line in tile),
             "",
         ]
     )
 
 
 @cache
-def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool) -> Any:
-    """The kernel for a rule and the formats of parameter, gradient and slots, not compiled yet."""
-    text = source(rule, formats, in_rows)
+def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool, shifted: bool) -> Any:
+    """The kernel of :func:`source`, not compiled yet."""
+    text = source(rule, formats, in_rows, shifted)
     name = f"{rule.__name__}_{_digest(text)}"
     scope: dict[str, Any] = {"__name__": name, "tl": tl, "bits": _bits, "from_bits": _from_bits, "uint": _uint}
     scope |= {
-        "rule": bind(rule, xp, _jit),
+        "rule": _rule(rule, _of(formats[0]).storage == "float64"),
         "hashed": bind(hashed, format_xp, _jit),
         "turned": bind(turned, format_xp, _jit),
     }
@@ -246,7 +289,7 @@ def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool) -> Any
             if f.scale is not None:
                 scope[f"scale{k}"] = bind(f.scale, format_xp, _jit)
     _define(name, text, scope)
-    for function in ("start_of", "update", "kernel"):
+    for function in ("start_of", "kernel"):
         scope[function] = triton.jit(scope[function])
     return scope["kernel"]
 
@@ -255,74 +298,98 @@ class Launch:
     """See :class:`ademamix.backends.Launch`."""
 
     def __init__(self, batch: Batch) -> None:
-        in_rows = batch.blocked or any(rows.number > 1 for rows in batch.rows)
-        self.kernel = kernel(batch.rule, (batch.format, batch.grad, *batch.formats), in_rows)
+        number, first, stride = np.array(batch.rows, np.int64).T
+        shifted = batch.stochastic and bool((first % LANES).any() or (stride % LANES)[number > 1].any())
+        formats = (batch.format, batch.grad, *batch.formats)
+        self.kernel = kernel(batch.rule, formats, bool((number > 1).any()), shifted)
         self.device = batch.parameters[0].device
         self.tensors = [  # the pointers are theirs; the second is replaced by the gradient's
             [t for t in (p, p, *slots, *scales) if t is not None]
             for p, slots, scales in zip(batch.parameters, batch.slots, batch.scales, strict=True)
         ]
-        number, first, stride = np.array(batch.rows, np.int64).T
+        pointers = np.array([[t.data_ptr() for t in tensors] for tensors in self.tensors], np.int64)
         rest = np.array([p.numel() for p in batch.parameters]) // np.maximum(number, 1)
         across = -(-rest // BLOCK)
         lengths = across * number
-        tiles = -(-lengths // ROWS)
-        self.tiles = int(tiles.sum())
-        self.static = tuple(
-            sent_to(self.device, torch.from_numpy(array))
-            for array in (
-                np.repeat(np.arange(len(tiles), dtype=np.int32), tiles),
-                np.cumsum([0, *tiles[:-1]], dtype=np.int64),
-                np.stack([rest, np.maximum(across, 1), first, stride], 1),
-                lengths,
-                batch.keys.view(np.int32),
-            )
-        )
-        pointers = [[t.data_ptr() for t in tensors] for tensors in self.tensors]
-        self.entries = np.array([[*each, 0, 0] for each in pointers], np.int64)
-        own = [all(address % ALIGNMENT == 0 for address in each) for each in pointers]
-        self.even = np.array(own) & (rest % ALIGNMENT == 0)
+        if lengths.max() >= 1 << 31:
+            raise ValueError(f"a tensor must have less than 2**31 blocks of {BLOCK} elements, got {lengths.max()}")
+        # An aligned tensor is left to the other kernel in a step whose gradient is not aligned.
+        self.even = (pointers % ALIGNMENT == 0).all(1) & (rest % ALIGNMENT == 0)
+        self.programs = [self._programs(lengths, which) for which in (self.even, ~self.even)]
+        shapes = np.stack([rest, np.maximum(across, 1), first, stride], 1)
+        self.static = [
+            sent_to(self.device, torch.from_numpy(array)) for array in (shapes, lengths, batch.keys.view(np.int32))
+        ]
+        self.entries = np.concatenate([pointers, np.zeros((len(pointers), 2), np.int64)], 1)
         self.sent: tuple[list[int], list[int]] | None = None  # the pointers and rows that the table has
         self.staged: list[Tensor] = []
-        self.captured: list[Tensor] = []  # the host buffers that graphs send again whenever they are replayed
+        self.captured: dict[bytes, Tensor] = {}  # the host buffers that graphs send again whenever they are replayed
         self.never = torch.zeros((), dtype=torch.uint8, device=self.device)
-        self._send([each[1] for each in pointers], [0] * len(pointers))
-        with self._on_device():
-            self.kernel.warmup(*self._arguments(self.never.double(), self.never), grid=(1,), **OPTIONS)
+        self._send([each[1] for each in pointers.tolist()], [0] * len(pointers))
+        with self._on_device():  # also what no gradient needs yet: a graph must not have to compile
+            for aligned, programs in ((True, self.programs[0]), (False, self.programs[1])):
+                if len(programs[0]) or not aligned:
+                    arguments = self._arguments(programs, self.never.double(), self.never)
+                    self.kernel.warmup(*arguments, aligned, grid=(1,), **OPTIONS)
 
-    def _stage(self) -> list[Tensor]:
+    def _programs(self, lengths: npt.NDArray[np.int64], which: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """The tensor of each program, and its first block there, for these tensors."""
+        of_tensor = -(-lengths // BLOCKS) * which
+        tensors = np.repeat(np.arange(len(lengths), dtype=np.int32), of_tensor)
+        before = np.repeat(np.cumsum(of_tensor) - of_tensor, of_tensor)
+        begins = (BLOCKS * (np.arange(len(tensors)) - before)).astype(np.int32)
+        return sent_to(self.device, torch.from_numpy(tensors)), sent_to(self.device, torch.from_numpy(begins))
+
+    def _stage(self) -> None:
         pinned = self.device.type == "cuda"
-        return [*torch.empty((STAGED, *self.entries.shape), dtype=torch.int64, device="cpu", pin_memory=pinned)]
+        self.staged += torch.empty((STAGED, *self.entries.shape), dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def _send(self, grads: list[int], rows: list[int]) -> None:
         """Send the table. Its host buffer is written only once: the copy may be under way for long, and a captured
         graph repeats it. Graphs must not allocate pinned memory, so some buffers are kept ready."""
         self.entries[:, 1], self.entries[:, -2] = grads, rows
-        self.entries[:, -1] = self.even & (np.array(grads) % ALIGNMENT == 0)
+        aligned = self.entries[:, 1] % ALIGNMENT == 0
+        self.entries[:, -1] = self.even & aligned
+        self.launches = [(self.programs[0], True)] * bool(self.entries[:, -1].any())
+        self.launches += [(self.programs[0], False)] * bool((self.even & ~aligned).any())
+        self.launches += [(self.programs[1], False)] * bool(len(self.programs[1][0]))
         captured = capturing(self.device)
-        if len(self.staged) < (1 if captured else STAGED // 2):
-            self.staged += self._stage()
-        host = self.staged.pop()
-        self.table = host.copy_(torch.from_numpy(self.entries)).to(self.device, non_blocking=True)
-        self.sent = None if captured else (grads, rows)  # a graph's table holds nothing before it is replayed
         if captured:
-            self.captured.append(host)
+            host = self._captured()
+        else:
+            if len(self.staged) <= STAGED // 2:
+                self._stage()
+            host = self.staged.pop().copy_(torch.from_numpy(self.entries))
+        self.table = host.to(self.device, non_blocking=True)
+        self.sent = None if captured else (grads, rows)  # a graph's table holds nothing before it is replayed
+
+    def _captured(self) -> Tensor:
+        """A host buffer with the table, which no step after this capture writes."""
+        content = self.entries.tobytes()
+        if content not in self.captured:
+            if not self.staged:
+                raise RuntimeError(
+                    f"a CUDA graph can capture {STAGED // 2} steps with gradients in different places after one that "
+                    "is not captured: take such a step, or keep the gradients where they are (zero_grad("
+                    "set_to_none=False))"
+                )
+            self.captured[content] = self.staged.pop().copy_(torch.from_numpy(self.entries))
+        return self.captured[content]
 
     def __call__(self, grads: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor, skip: Tensor | None) -> None:
-        if not self.tiles:
-            return
-        pointers = [g.data_ptr() for g in grads]
-        if self.sent != (pointers, list(rows)) or capturing(self.device):  # a graph keeps no table of others alive
+        pointers = list(map(Tensor.data_ptr, grads))
+        if self.sent != (pointers, rows) or capturing(self.device):  # a graph keeps no table of others alive
             self._send(pointers, list(rows))
         if coefficients.device != self.device:
             coefficients = sent_to(self.device, coefficients)
         flag = self.never if skip is None else skip.view(torch.uint8)
         with self._on_device():
-            self.kernel[(self.tiles,)](*self._arguments(coefficients, flag), **OPTIONS)
+            for programs, aligned in self.launches:
+                self.kernel[(len(programs[0]),)](*self._arguments(programs, coefficients, flag), aligned, **OPTIONS)
 
-    def _arguments(self, coefficients: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
-        of_tile, firsts, shapes, lengths, keys = self.static
-        return (of_tile, firsts, flag, self.table, shapes, lengths, coefficients, keys)
+    def _arguments(self, programs: tuple[Tensor, Tensor], coefficients: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
+        shapes, lengths, keys = self.static
+        return (*programs, flag, self.table, shapes, lengths, coefficients, keys)
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
