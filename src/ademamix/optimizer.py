@@ -176,6 +176,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group({**param_group, "params": given})
 
     @property
+    def backends_in_use(self) -> tuple[str, ...]:
+        """The backends that the last step ran on, such as ``("triton",)``; empty before the first.
+
+        "eager" among them under ``backend="auto"`` on CPUs and on CUDA or ROCm devices means that the fused backend
+        failed there; a warning has said why.
+        """
+        return () if self._plan is None else self._plan.backends
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
         return int(self._skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ademamix.distributed import is_sharded, local, rows_of
 from ademamix.formats import FORMATS, Format, keys
 from ademamix.offload import CHUNK, Trip
 from ademamix.state import CPU, fits, slot_formats, state_of, tensor_names
-from ademamix.table import on_device, on_host, sent_to
+from ademamix.table import Tape, on_device, on_host, sent_to
 
 if TYPE_CHECKING:
     from ademamix.optimizer import RuleOptimizer
@@ -76,9 +77,13 @@ class Plan:
         self.complex = [i for i, p in enumerate(params) if p.is_complex()]
         self.layouts = [t.stride() for t in self.targets]
 
-        self.places: dict[tuple[torch.device, int], list[int]] = defaultdict(list)
+        self.places: dict[torch.device, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for index, (i, p) in enumerate(zip(of_group, params, strict=True)):
-            self.places[p.device, i].append(index)
+            self.places[p.device][i].append(index)
+        self.rows = [0] * len(params)  # in tables that are made on devices
+        for of_device in self.places.values():
+            for row, m in enumerate(chain.from_iterable(of_device.values())):
+                self.rows[m] = row
         buckets: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         names = backends.slot_names(optimizer.rule)
         every = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -112,6 +117,18 @@ class Plan:
             )
             slices = [cut for _, cut, _ in cuts]
             self.launches.append((backends.launch(optimizer.backend, batch), members, slices if any(slices) else None))
+        used: dict[torch.device, set[str]] = defaultdict(set)
+        for launch, members, _ in self.launches:
+            used[self.targets[members[0]].device].add(backends.name_of(launch))
+        self.backends = tuple(sorted(set().union(*used.values())))
+        self.tables = {
+            device: importlib.import_module("ademamix.backends.triton_coefficients").Table(
+                [self.steps[m] for members in self.places[device].values() for m in members],
+                [i for i, members in self.places[device].items() for _ in members],
+            )
+            for device, names_there in used.items()
+            if self.on_device and names_there == {"triton"}
+        }
 
     def _pointers(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
@@ -170,7 +187,7 @@ class Plan:
             skip: boolean, of one element: if it is true, nothing changes.
             trip: brings the gradients of stand-ins, and these back.
         """
-        rows, table = self._table(optimizer)
+        rows, table = self._table(optimizer, factor, skip)
         if self.sharded:
             grads = list(map(local, grads))
         for i in self.complex:
@@ -190,14 +207,7 @@ class Plan:
         for n, (launch, members, slices) in enumerate(self.launches):
             device = self.targets[members[0]].device
             if device not in given:
-                coefficients = table(device)
-                if factor is not None:
-                    if factor.device.type != "cpu":
-                        coefficients = sent_to(device, coefficients)
-                        coefficients[:, 0] *= sent_to(device, factor).squeeze()
-                    else:  # a number of the host's, which multiplies on any device
-                        coefficients[:, 0] *= factor.squeeze()
-                given[device] = coefficients, None if skip is None else sent_to(device, skip)
+                given[device] = table(device), None if skip is None else sent_to(device, skip)
             theirs = [grads[m] for m in members]
             if slices is not None:
                 theirs = list(map(_cut, theirs, slices))
@@ -208,33 +218,66 @@ class Plan:
                 trip.send(chunks[n])
         for i in self.copied:
             _real(local(self.params[i])).copy_(self.targets[i])
-        self._count(skip)
-
-    def _table(self, optimizer: RuleOptimizer) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
-        names = backends.coefficient_names(optimizer.rule)
-        if not self.on_device:
-            done = [counter[()] for counter in self.counters]
-            return on_host(optimizer.coefficients, names, optimizer.param_groups, self.of_group, done)
-        rows = [0] * len(self.params)
-        tables: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for (device, i), members in self.places.items():
-            first = sum(map(len, tables[device]))
-            for row, m in enumerate(members, first):
-                rows[m] = row
-            done = [self.steps[m] for m in members]
-            tables[device].append(on_device(optimizer.coefficients, names, optimizer.param_groups[i], done))
-        return rows, lambda device: torch.cat(tables[device])
-
-    def _count(self, skip: Tensor | None) -> None:
         for counter in self.counters:
             counter[()] += 1.0
+
+    def _table(
+        self, optimizer: RuleOptimizer, factor: Tensor | None, skip: Tensor | None
+    ) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
+        """The parameters' rows in tables of coefficients, and what gives a device its own."""
+        names, groups = backends.coefficient_names(optimizer.rule), optimizer.param_groups
         if self.on_device:
-            for (device, _), members in self.places.items():
-                steps = [self.steps[m] for m in members]
-                if skip is None:
-                    torch._foreach_add_(steps, 1.0)
-                else:  # without alpha, torch would take the tensor for a number and wait for it
-                    torch._foreach_add_(steps, 1.0 - sent_to(device, skip).float(), alpha=1.0)
+            tapes = self._tapes(optimizer)
+            return self.rows, lambda device: self._counted(optimizer, tapes, device, factor, skip)
+        done = [counter[()] for counter in self.counters]
+        rows, table = on_host(optimizer.coefficients, names, groups, self.of_group, done)
+        return rows, lambda device: _multiplied(table(device), factor, device)
+
+    def _tapes(self, optimizer: RuleOptimizer) -> list[Tape]:
+        """Each group's coefficients, for devices that compute them in one launch."""
+        names = backends.coefficient_names(optimizer.rule)
+        try:
+            return [Tape(optimizer.coefficients, names, group) for group in optimizer.param_groups if self.tables]
+        except (TypeError, ValueError, AttributeError):  # made of other things than arithmetic
+            self.tables = {}
+            return []
+
+    def _counted(
+        self,
+        optimizer: RuleOptimizer,
+        tapes: Sequence[Tape],
+        device: torch.device,
+        factor: Tensor | None,
+        skip: Tensor | None,
+    ) -> Tensor:
+        """A device's table, for the step that is counted there at once."""
+        skip = None if skip is None else sent_to(device, skip)
+        if factor is not None and factor.device.type != "cpu":
+            factor = sent_to(device, factor)
+        if tapes and device in self.tables:
+            inside = factor is not None and factor.device == device
+            table = self.tables[device](tapes, factor if inside else None, skip)
+            if table is not None:
+                return table if inside else _multiplied(table, factor, device)
+        names, groups = backends.coefficient_names(optimizer.rule), optimizer.param_groups
+        of_group = {i: [self.steps[m] for m in members] for i, members in self.places[device].items()}
+        table = torch.cat([on_device(optimizer.coefficients, names, groups[i], of_group[i]) for i in of_group])
+        steps = list(chain.from_iterable(of_group.values()))
+        if skip is None:
+            torch._foreach_add_(steps, 1.0)
+        else:  # without alpha, torch would take the tensor for a number and wait for it
+            torch._foreach_add_(steps, 1.0 - skip.float(), alpha=1.0)
+        return _multiplied(table, factor, device)
+
+
+def _multiplied(table: Tensor, factor: Tensor | None, device: torch.device) -> Tensor:
+    """A table with a factor on the gradients, which a device knows, or the host: then it multiplies on any device."""
+    if factor is None:
+        return table
+    if factor.device.type != "cpu":
+        table, factor = sent_to(device, table), sent_to(device, factor)
+    table[:, 0] *= factor.squeeze()
+    return table
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:

@@ -138,10 +138,7 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
-def launch(
-    backend: str,
-    batch: Batch,
-) -> Launch:
+def launch(backend: str, batch: Batch) -> Launch:
     """A launch on the chosen backend; "auto" falls back to eager, with one warning, where the fused one fails."""
     name = choose(backend, batch.parameters[0].device)
     if (name, batch.rule) in _unavailable and backend == "auto":
@@ -154,10 +151,22 @@ def launch(
         if backend != "auto" or name == "eager":
             raise
         _unavailable.add((name, batch.rule))
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"ademamix: the {name!r} backend is not available, using 'eager' ({reason})", stacklevel=5)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Triton's own message is the kernel's text
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        warnings.warn(
+            f"ademamix: the {name!r} backend failed, so {batch.rule.__name__!r} runs on 'eager', several times slower "
+            f"({reason}; torch {torch.__version__}). backend={name!r} raises the whole error.",
+            stacklevel=5,
+        )
         return launch(backend, batch)
     return made
+
+
+def name_of(launch: Launch) -> str:
+    """The backend that a launch is of."""
+    return type(launch).__module__.rpartition(".")[2]
 
 
 @cache

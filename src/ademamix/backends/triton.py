@@ -6,7 +6,7 @@ and the formats; it calls the rule and the formats themselves. Tensors whose mem
 not are two launches: one kernel for both would take the registers of the worse one.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 import ast
 import contextlib
 import hashlib
@@ -55,6 +55,10 @@ def _namespace(**functions: Any) -> types.ModuleType:
 # ruff: noqa: E704
 # fmt: off
 @triton.jit
+def _start_of(pointer, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    start = tl.load(pointer).to(tl.pointer_type(dtype))
+    return tl.multiple_of(start, 16) if ALIGNED else start
+@triton.jit
 def _sqrt(x):
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)  # float32's plain one is approximate
 @triton.jit
@@ -90,6 +94,7 @@ def _to_float(x): return x.to(tl.float32)
 def _to_int(x): return x.to(tl.int32).to(tl.uint32, bitcast=True)
 # fmt: on
 
+
 xp = _namespace(
     sqrt=_sqrt,
     abs=_abs,
@@ -124,14 +129,18 @@ def _jit(function: Rule) -> Any:
     return triton.jit(function)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def define(name: str, text: str, scope: dict[str, Any]) -> Any:
+    """The last function of a text, which Triton reads once more, where Python looks for it."""
+    full = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    linecache.cache[f"<{full}>"] = (len(text), None, text.splitlines(keepends=True), f"<{full}>")
+    scope["__name__"] = full
+    exec(compile(text, f"<{full}>", "exec"), scope)
+    return scope[name]
 
 
-def _define(name: str, text: str, scope: dict[str, Any]) -> None:
-    """Carry out a text of functions; Triton reads it once more, where Python looks for it."""
-    linecache.cache[f"<{name}>"] = (len(text), None, text.splitlines(keepends=True), f"<{name}>")
-    exec(compile(text, f"<{name}>", "exec"), scope)
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes it the current one, for which Triton compiles and launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class _Plain(ast.NodeTransformer):
@@ -152,9 +161,7 @@ class _Plain(ast.NodeTransformer):
 def _rule(rule: Rule, double: bool) -> Any:
     """A traced rule compiled by Triton, its coefficients positional."""
     text = ast.unparse(_Plain(double).visit(ast.parse(inspect.getsource(rule))))
-    scope: dict[str, Any] = {"__name__": rule.__module__, "xp": xp}
-    _define(f"{rule.__name__}_{_digest(text)}_rule", text, scope)
-    return _jit(scope[rule.__name__])
+    return _jit(define(rule.__name__, text, {"xp": xp}))
 
 
 def _of(format: Format | None) -> Format:
@@ -163,7 +170,7 @@ def _of(format: Format | None) -> Format:
 
 
 def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted: bool) -> str:
-    """The kernel's text.
+    """The kernel's text, from its arguments on.
 
     A row of ``table`` has the addresses of a parameter's tensors (p, g, the stored slots, then their scales), its row
     of coefficients, and whether all is aligned.
@@ -240,7 +247,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
     ]
     tile = [
         f"row, column = {'block // across, block % across' if in_rows else '0, block'}",
-        f"row, column = tl.cast(row, tl.int64), tl.cast(column, tl.int64)",
+        "row, column = tl.cast(row, tl.int64), tl.cast(column, tl.int64)",
         f"start = row * rest + column * {BLOCK}",
         f"number = tl.minimum(rest - column * {BLOCK}, {BLOCK}).to(tl.int32)",
         "if ALIGNED:",
@@ -254,13 +261,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
     ]
     return "\n".join(
         [
-            "def start_of(pointer, dtype: tl.constexpr, ALIGNED: tl.constexpr):",
-            "    start = tl.load(pointer).to(tl.pointer_type(dtype))",
-            "    if ALIGNED:",
-            f"        start = tl.multiple_of(start, {ALIGNMENT})",
-            "    return start",
-            "",
-            "def kernel(tensors, begins, skip, table, shapes, lengths, coefficients, keys, ALIGNED: tl.constexpr):",
+            "(tensors, begins, skip, table, shapes, lengths, coefficients, keys, ALIGNED: tl.constexpr):",
             "    tensor = tl.load(tensors + tl.program_id(0))",
             f"    entry = table + tensor * {width}",
             f"    if (tl.load(skip) == 0) & ((tl.load(entry + {width - 1}) != 0) == ALIGNED):",
@@ -275,10 +276,9 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
 @cache
 def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool, shifted: bool) -> Any:
     """The kernel of :func:`source`, not compiled yet."""
-    text = source(rule, formats, in_rows, shifted)
-    name = f"{rule.__name__}_{_digest(text)}"
-    scope: dict[str, Any] = {"__name__": name, "tl": tl, "bits": _bits, "from_bits": _from_bits, "uint": _uint}
+    scope: dict[str, Any] = {"tl": tl, "bits": _bits, "from_bits": _from_bits, "uint": _uint}
     scope |= {
+        "start_of": _start_of,
         "rule": _rule(rule, _of(formats[0]).storage == "float64"),
         "hashed": bind(hashed, format_xp, _jit),
         "turned": bind(turned, format_xp, _jit),
@@ -288,10 +288,8 @@ def kernel(rule: Rule, formats: tuple[Format | None, ...], in_rows: bool, shifte
             scope |= {f"encode{k}": bind(f.encode, format_xp, _jit), f"decode{k}": bind(f.decode, format_xp, _jit)}
             if f.scale is not None:
                 scope[f"scale{k}"] = bind(f.scale, format_xp, _jit)
-    _define(name, text, scope)
-    for function in ("start_of", "kernel"):
-        scope[function] = triton.jit(scope[function])
-    return scope["kernel"]
+    name = f"{rule.__name__}_kernel"
+    return triton.jit(define(name, f"def {name}{source(rule, formats, in_rows, shifted)}", scope))
 
 
 class Launch:
@@ -326,7 +324,7 @@ class Launch:
         self.captured: dict[bytes, Tensor] = {}  # the host buffers that graphs send again whenever they are replayed
         self.never = torch.zeros((), dtype=torch.uint8, device=self.device)
         self._send([each[1] for each in pointers.tolist()], [0] * len(pointers))
-        with self._on_device():  # also what no gradient needs yet: a graph must not have to compile
+        with on_device(self.device):  # also what no gradient needs yet: a graph must not have to compile
             for aligned, programs in ((True, self.programs[0]), (False, self.programs[1])):
                 if len(programs[0]) or not aligned:
                     arguments = self._arguments(programs, self.never.double(), self.never)
@@ -383,13 +381,10 @@ class Launch:
         if coefficients.device != self.device:
             coefficients = sent_to(self.device, coefficients)
         flag = self.never if skip is None else skip.view(torch.uint8)
-        with self._on_device():
+        with on_device(self.device):
             for programs, aligned in self.launches:
                 self.kernel[(len(programs[0]),)](*self._arguments(programs, coefficients, flag), aligned, **OPTIONS)
 
     def _arguments(self, programs: tuple[Tensor, Tensor], coefficients: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
         shapes, lengths, keys = self.static
         return (*programs, flag, self.table, shapes, lengths, coefficients, keys)
-
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
