@@ -1,7 +1,6 @@
 """The Triton backend: in the interpreter, compiled ahead for GPUs that need not be there, and on one that is."""
 
 import copy
-import inspect
 import os
 import re
 import subprocess
@@ -13,14 +12,15 @@ import numpy as xp
 import pytest
 import torch
 
-from ademamix import AdamW, AdEMAMix, rules
-from ademamix.backends import slot_names
-from ademamix.elementwise import traced
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix, rules
+from ademamix.backends import coefficient_names, slot_names
 from ademamix.formats import FORMATS
+from ademamix.table import Tape
 
 triton = pytest.importorskip("triton", reason="Triton is there on Linux alone")
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+from kernels import BITS, HEADS, TARGETS, compiled, rows, update  # noqa: E402
+
 STATES = {  # parameter, gradient, then the formats of AdEMAMix's slots
     "float32": ("float32", "float32", "float32", "float32", "float32"),
     "compact": ("float32", "float32", "int8", "int16", "float8"),
@@ -29,7 +29,6 @@ STATES = {  # parameter, gradient, then the formats of AdEMAMix's slots
     "float16 parameters, no fast average": ("float16", "float32", None, "float32", "float32"),
     "float64": ("float64", "float64", "float64", "float64", "float64"),
 }
-BITS = {"float64": 64, "float32": 32, "float16": 16, "bits16": 16, "int16": 16, "int8": 8, "uint8": 8}
 
 
 def test_in_the_interpreter() -> None:
@@ -40,28 +39,8 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def compiled(rule: Any, formats: Any, target: str, aligned: bool = True) -> str:
-    """The machine's assembly of the kernel, as Launch would have it compiled for this target."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from ademamix.backends.triton import OPTIONS, kernel
-
-    types = {"tensors": "*i32", "begins": "*i32", "skip": "*u8", "table": "*i64", "shapes": "*i64", "lengths": "*i64"}
-    types |= {"coefficients": "*fp64", "keys": "*i32"}
-    used = tuple(f and FORMATS[f] for f in formats)
-    made = kernel(traced(rule), used, any(f and f.scale for f in used), False)
-    if "constexprs" in inspect.signature(ASTSource).parameters:
-        attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
-        given: dict[str, Any] = {"signature": types | {"ALIGNED": "constexpr"}, "constexprs": {"ALIGNED": aligned}}
-    else:  # before Triton 3.3
-        from triton.backends.compiler import AttrsDescriptor
-
-        divisible = {"arg_properties": {"tt.divisibility": tuple(range(len(types)))}, "cls": "AttrsDescriptor"}
-        attributes = AttrsDescriptor.from_dict(divisible)
-        given = {"signature": types, "constants": {"ALIGNED": aligned}}
-    source = ASTSource(fn=made, attrs=attributes, **given)
-    code = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=OPTIONS).asm
+def assembly_of(rule: Any, formats: Any, target: str, aligned: bool = True) -> str:
+    code = update(rule, formats, target, aligned).asm
     text: str = code.get("ptx") or code["amdgcn"]
     return text
 
@@ -81,7 +60,7 @@ def test_nvidia_accesses_are_as_wide_as_they_can_be(state: str, target: str) -> 
     """A thread of an aligned tile has 8 neighbouring elements: 128 bits of 16-bit streams, two times 128 of float32,
     64 of codes of 8 bits."""
     formats = STATES[state]
-    assembly = compiled(rules.ademamix, formats, target)
+    assembly = assembly_of(rules.ademamix, formats, target)
     storages = [BITS[FORMATS[f].storage] for f in formats if f is not None]
     loads, stores = wide(assembly, "ld"), wide(assembly, "st")
     assert loads.get(128, 0) == sum(8 * bits // 128 for bits in storages if bits >= 16)
@@ -94,11 +73,60 @@ def test_nvidia_accesses_are_as_wide_as_they_can_be(state: str, target: str) -> 
         assert other not in assembly
 
 
+def test_kernels_are_no_worse_than_they_were() -> None:
+    """Registers, spills, widths and instructions are those of the table; `python benchmarks/kernels.py --out
+    docs/results/kernels.md` makes it anew."""
+    text = (Path(__file__).parents[1] / "docs" / "results" / "kernels.md").read_text()
+    if f"triton {triton.__version__}\n" not in text:
+        pytest.skip(f"the table is of another Triton than {triton.__version__}")
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert table[0] == HEADS
+    known = {tuple(cells[:3]): cells[3:] for cells in table[1:]}
+    targets = ("sm_90", "gfx942")
+    found = {tuple(cells[:3]): cells[3:] for cells in rows(targets)}
+    assert len(found) == sum(key[2] in targets for key in known)
+    for key, cells in found.items():
+        assert [cell for cell in cells if cell] == [cell for cell in known[key] if cell.strip()], key
+        assert cells[1] == "0"  # nothing is spilled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdEMAMix, {"alpha_warmup": 100, "beta3_warmup": 100}),
+        (AdEMAMix, {"beta3_schedule": "log-time"}),
+        (AdamW, {}),
+        (SimplifiedAdEMAMix, {"beta1_warmup": 100}),
+        (ADana, {}),
+        (KEMA, {}),
+    ],
+)
+def test_coefficients_compile_without_a_number_in_them(kind: Any, options: Any, target: str) -> None:
+    """The host's numbers are data: another learning rate compiles nothing."""
+    from ademamix.backends.triton_coefficients import kernel as coefficients
+
+    runs = []
+    for lr in (0.1, 0.2):
+        optimizer = kind([torch.zeros(3, requires_grad=True)], lr=lr, weight_decay=lr, **options)
+        names = coefficient_names(optimizer.rule)
+        tape = Tape(optimizer.coefficients, names, optimizer.param_groups[0])
+        assert len(tape.results) == 1 + len(names)
+        runs.append(coefficients(tape.lines, tape.results, len(tape.numbers)))
+    assert runs[0] is runs[1]
+    signature = {"steps": "*i64", "rows": "*i32", "groups": "*i32", "numbers": "*fp64", "factor": "*fp32"}
+    code = compiled(runs[0], {**signature, "skip": "*u8", "table": "*fp64", "members": "i32"}, {}, target)
+    text = code.asm.get("ptx") or code.asm["amdgcn"]
+    assert re.search(r"fma\.rn\.f64|v_fma_f64", text)  # exp and log of float64
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_it_compiles_for_amd(state: str) -> None:
-    assembly = compiled(rules.ademamix, STATES[state], "gfx942")
-    assert re.search(r"(global|buffer|flat)_load_dwordx4", assembly)
-    assert re.search(r"(global|buffer|flat)_store_dwordx[24]", assembly)
+    """A lane has 4 neighbouring elements of a block: 128 bits of float32 streams, 64 of 16-bit ones."""
+    assembly = assembly_of(rules.ademamix, STATES[state], "gfx942")
+    for kind in ("load", "store"):
+        widths = re.findall(rf"(?:global|buffer|flat)_{kind}_dword(x\d)?", assembly)
+        assert "x4" in widths or "x2" in widths
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -108,7 +136,7 @@ def test_it_compiles_for_amd(state: str) -> None:
 def test_the_other_rules_compile_too(rule: Any, target: str) -> None:
     for format, *own in (("float32", "float32", "float32"), ("bfloat16", "int8", "float8")):
         averages = own[:1] * (len(slot_names(rule)) - 1)
-        assert compiled(rule, (format, "float32", *averages, own[1]), target)
+        assert assembly_of(rule, (format, "float32", *averages, own[1]), target)
 
 
 THIRD = 1.0 / 3.0
@@ -124,7 +152,7 @@ def varied(p: Any, g: Any, a: Any, b: Any, *, lr: Any, w: Any) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("number", ["float32", "float64"])
 def test_a_user_s_rule_compiles_and_rounds_to_nearest(number: str, target: str) -> None:
-    assembly = compiled(varied, (number,) * 4, target)
+    assembly = assembly_of(varied, (number,) * 4, target)
     if target != "gfx942":
         size = number[-2:]
         for name in (f"div.rn.f{size}", f"sqrt.rn.f{size}", *(["max.NaN.f32", "min.NaN.f32"] if size == "32" else [])):
