@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ademamix import AdamW, AdEMAMix
+from ademamix.offload import Trip, _Slabs
 
 SHAPES = ((64, 96), (5,), (3, 700), (), (70, 257))
 SETTINGS: dict[str, Any] = {"lr": 0.01, "alpha": 5.0, "alpha_warmup": 7, "beta3_warmup": 5, "weight_decay": 0.1}
@@ -52,6 +54,49 @@ def test_steps_on_the_host_have_the_bits_of_steps_in_place(dtype: torch.dtype, s
     plan = optimizers[0]._plan
     assert plan is not None
     assert len(plan.launches) >= 3
+
+
+def test_a_step_that_only_the_device_knows_to_skip_changes_nothing() -> None:
+    """On a GPU gradients are on their way by then."""
+    params = parameters()
+    optimizer = AdEMAMix(params, offload=True, state="compact", **SETTINGS)
+    train(params, optimizer, range(2))
+    plan = optimizer._plan
+    assert plan is not None
+
+    def tensors() -> list[torch.Tensor]:
+        return [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    before = tensors()
+    for skip in (True, False):
+        active = [p for p in params if p.grad is not None]
+        trip = Trip(optimizer._host, active, [p.grad for p in active])
+        with torch.no_grad():
+            taken = plan.run(optimizer, trip.arriving(), torch.ones(()), torch.tensor(skip), trip)
+        assert taken is not skip
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
+
+
+def test_host_memory_is_cut_from_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes a power of two of each request for pinned memory."""
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def requested(size: Any, **options: Any) -> torch.Tensor:
+        sizes.append(size)
+        return empty(size, **options)
+
+    shapes = [(50257, 768), (1024, 768), *[(768, 3 * 768), (768, 768), (768,), (5,)] * 12]
+    slabs, like = _Slabs(), [torch.empty(s, device="meta") for s in shapes]
+    monkeypatch.setattr(torch, "empty", requested)
+    tensors = [slabs.empty(t, torch.float32, torch.device("cpu")) for t in like]
+    assert [t.shape for t in tensors] == [t.shape for t in like]
+    assert all(t.is_contiguous() and t.data_ptr() % 64 == 0 for t in tensors)
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(size & (size - 1) == 0 for size in sizes)
+    wanted = sum(t.nbytes for t in tensors)
+    assert sum(sizes) < 1.3 * wanted < sum(1 << (t.nbytes - 1).bit_length() for t in tensors)
 
 
 @LOW
@@ -160,7 +205,7 @@ def test_clipping_scaling_and_bad_gradients() -> None:
                 p.grad = torch.randn(p.shape, generator=generator) * scaler.get_scale()
             if step == 2:
                 params[0].grad[3, 4] = torch.inf
-            optimizer.clip_grad_norm_(0.5, grad_scale=scaler.get_scale())
+            optimizer.clip_grad_norm_(0.5, grad_scale=scaler)
             scaler.step(optimizer)
             scaler.update()
     assert [o.skipped_steps for o in optimizers] == [1, 1]

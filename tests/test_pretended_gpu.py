@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ademamix import AdEMAMix, backends
 from ademamix.offload import Host, Trip
@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped": {"clip": True},
     "clipped, capturable": {"clip": True, "capturable": True},
     "guarded": {"skip_nonfinite": True},
+    "with a learning rate that the GPU has": {"late_lr": True, "skip_nonfinite": True},
+    "with a learning rate that the GPU has, capturable": {"late_lr": True, "capturable": True},
     "scaled": {"scale": "cuda:0"},
     "scaled and guarded": {"scale": "cuda:0", "skip_nonfinite": True},
     "clipped on two GPUs": {"clip": True, "devices": 2},
@@ -117,13 +119,14 @@ class Kernel:
     def __init__(self) -> None:
         self.launched = 0
 
-    def warmup(self, *tensors: Tensor, grid: Any, **_: Any) -> None:
+    def warmup(self, *arguments: Any, grid: Any, **_: Any) -> None:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
         assert {t.device for t in tensors} == {tensors[0].device}
         assert tensors[0].is_cuda
 
     def __getitem__(self, grid: Any) -> Any:
-        def launch(*tensors: Tensor, **options: Any) -> None:
-            self.warmup(*tensors, grid=grid, **options)
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.warmup(*arguments, grid=grid, **options)
             self.launched += 1
 
         return launch
@@ -134,6 +137,7 @@ def step_thrice(
     *,
     clip: bool = False,
     scale: str | None = None,  # where a GradScaler has what it says
+    late_lr: bool = False,
     devices: int = 1,
     and_cpu: bool = False,
     dtype: torch.dtype,
@@ -143,6 +147,8 @@ def step_thrice(
     shapes = [(name, shape) for name in names for shape in ((64, 96), (5,))]
     params = [torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for device, shape in shapes]
     optimizer = AdEMAMix(params, backend=backend, state="compact", **options)
+    if late_lr:
+        optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda:0")
     for _ in range(3):
         for p in params:
             p.grad = torch.empty_like(p)
@@ -164,14 +170,35 @@ def step_thrice(
 def test_a_step_waits_for_nothing_and_mixes_no_devices(
     pretended: pytest.MonkeyPatch, backend: str, case: str, dtype: torch.dtype
 ) -> None:
-    kernel = Kernel()
+    kernel, table = Kernel(), Kernel()
     if backend == "triton":
         pytest.importorskip("triton", reason="Triton is there on Linux alone")
         pretended.setattr("ademamix.backends.triton.kernel", lambda *_: kernel)
+        pretended.setattr("ademamix.backends.triton_coefficients.kernel", lambda *_: table)
     with FakeTensorMode():
         optimizer = step_thrice(backend, dtype=dtype, **CASES[case])
     assert all(t.is_cuda for state in optimizer.state.values() for t in state.values())
-    assert kernel.launched == (0 if backend == "eager" else 3 * 2 * CASES[case].get("devices", 1))
+    devices = CASES[case].get("devices", 1) if backend == "triton" else 0
+    assert kernel.launched == 3 * 2 * devices  # the small parameter is not aligned
+    assert table.launched == 3 * devices
+
+
+def test_a_grad_scaler_and_clipping_wait_for_nothing(pretended: pytest.MonkeyPatch) -> None:
+    """README's loop; the scaler's own get_scale() would wait."""
+    pretended.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(shape, device="cuda:0")) for shape in ((64, 96), (5,))]
+        optimizer = AdEMAMix(params, backend="eager")
+        scaler = torch.amp.GradScaler("cuda")
+        for _ in range(2):
+            scaler.scale(torch.empty((), device="cuda:0"))
+            for p in params:
+                p.grad = torch.empty_like(p)
+            optimizer.clip_grad_norm_(1.0, grad_scale=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+        with pytest.raises(DataDependentOutputException):
+            scaler.get_scale()
 
 
 def test_only_what_is_on_the_host_is_pinned(pretended: pytest.MonkeyPatch) -> None:

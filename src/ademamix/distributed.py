@@ -166,8 +166,8 @@ def global_norm(grads: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     of_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for n in norms:
         of_device[n.device].append(n.float())
-    together = torch.cat([sent_to(norms[0].device, torch.stack(ns)) for ns in of_device.values()])
-    norm: Tensor = torch.linalg.vector_norm(together)
+    together = [sent_to(norms[0].device, torch.stack(ns)) for ns in of_device.values()]
+    norm: Tensor = torch.linalg.vector_norm(together[0] if len(together) == 1 else torch.cat(together))
     return norm
 
 

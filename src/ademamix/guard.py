@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from ademamix import backends
 from ademamix.distributed import global_norm
@@ -21,10 +22,15 @@ class Norm(NamedTuple):
 
 
 def clipping(
-    grads: Sequence[Tensor], params: Sequence[Tensor], max_norm: float, grad_scale: float | Tensor | None
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    max_norm: float,
+    grad_scale: float | Tensor | GradScaler | None,
 ) -> Norm:
     """The norm of gradients that have been multiplied by ``grad_scale``, with the factor that clips them."""
     norm = global_norm(grads, params)
+    if isinstance(grad_scale, GradScaler):  # its get_scale() would wait for the device
+        grad_scale = grad_scale._get_scale_async() if grad_scale.is_enabled() else None
     if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
         grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
     if grad_scale is not None:
@@ -51,12 +57,12 @@ def factor_and_skip(
         if norm.factor is not None and norm.grad_scale is None and scale is not None:
             raise RuntimeError(
                 "clip_grad_norm_ has seen scaled gradients: call scaler.unscale_(optimizer) before it, "
-                "or give it grad_scale=scaler.get_scale()"
+                "or give it grad_scale=scaler"
             )
         factor = norm.factor
         scale = norm.grad_scale if norm.grad_scale is not None else scale
         if skip_nonfinite:
-            skip = ~norm.value.isfinite()
+            skip = (norm.value - norm.value) != 0.0  # of an infinity or a NaN that is a NaN; isfinite() takes 6 kernels
     if scale is not None:
         inverse = 1.0 / (scale if isinstance(scale, Tensor) else scalar(scale))
         factor = inverse if factor is None else factor * inverse

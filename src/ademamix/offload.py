@@ -16,6 +16,8 @@ from torch import Tensor
 from ademamix.distributed import joined, local, local_part
 from ademamix.state import CPU, MASTER
 
+LARGEST_SLAB = 1 << 26  # bytes that are allocated together, if a tensor has not more
+ALIGNMENT = 64  # bytes
 CHUNK = 1 << 24  # elements that are sent and worked on together, if a parameter has not more
 LOW = (torch.bfloat16, torch.float16)
 
@@ -30,9 +32,33 @@ class StandIn:
     seen: tuple[int, ...] | None = None  # the parameter's versions after the last step
 
 
-def _pinned(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Contiguous host memory, which ``device`` can copy from and to while others work."""
-    return torch.empty(like.shape, dtype=dtype, device=CPU, pin_memory=device.type == "cuda")
+class _Slabs:
+    """Contiguous host memory, which GPUs can copy from and to while others work.
+
+    It is cut from slabs of a power of two: torch rounds each request for pinned memory up to one, which for every
+    tensor of its own would be up to twice the memory.
+    """
+
+    def __init__(self) -> None:
+        self.rooms: dict[bool, list[Tensor]] = {True: [], False: []}  # what is left of each slab, pinned or not
+        self.bytes = 0
+
+    def empty(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        pinned = device.type == "cuda"
+        rooms, size = self.rooms[pinned], like.numel() * dtype.itemsize
+        n = next((n for n, room in enumerate(rooms) if len(room) >= size), len(rooms))
+        if n == len(rooms):
+            slab = max(_power_of_two(size), min(LARGEST_SLAB, _power_of_two(self.bytes)))
+            rooms.append(torch.empty(slab, dtype=torch.uint8, device=CPU, pin_memory=pinned))
+            self.bytes += slab
+        room = rooms[n]
+        rooms[n] = room[-(-size // ALIGNMENT) * ALIGNMENT :]
+        return room[:size].view(dtype).view(like.shape)
+
+
+def _power_of_two(size: int) -> int:
+    """The least that is not less."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _stream(device: torch.device) -> Any:
@@ -48,6 +74,7 @@ class Host:
 
     def __init__(self) -> None:
         self.of: dict[Tensor, StandIn] = {}
+        self.slabs = _Slabs()
         self.ways: dict[torch.device, tuple[Any, Any]] = {}  # a stream to the host, and one from it
 
     def stand_in(self, p: Tensor, master: Any = None) -> StandIn:
@@ -57,13 +84,13 @@ class Host:
             return known
         part = local(p).detach()
         if p.dtype not in LOW:
-            copy = _pinned(part, p.dtype, part.device)
+            copy = self.slabs.empty(part, p.dtype, part.device)
             made = StandIn(joined(copy, p, p.shape), copy)
         else:
             numbers = part if master is None else local_part(master, p)
             own = numbers.to(CPU, torch.float32).contiguous()
             fits = master is not None and own is local(master)
-            made = StandIn(master if fits else joined(own, p, p.shape), _pinned(part, p.dtype, part.device))
+            made = StandIn(master if fits else joined(own, p, p.shape), self.slabs.empty(part, p.dtype, part.device))
         self.of[p] = made
         return made
 
@@ -98,7 +125,7 @@ class Trip:
                 way.wait_stream(torch.cuda.current_stream(device))
         for its, g in zip(self.stand_ins, self.grads, strict=True):
             if its.grad is None or its.grad.dtype != g.dtype:
-                its.grad = _pinned(its.rounded, g.dtype, g.device)
+                its.grad = host.slabs.empty(its.rounded, g.dtype, g.device)
 
     def arriving(self) -> list[Tensor]:
         """The gradients in host memory, once :meth:`arrived` has waited for them."""

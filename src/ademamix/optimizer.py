@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.amp import GradScaler
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
@@ -196,7 +197,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     @_disable_dynamo
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | None = None) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | GradScaler | None = None) -> Tensor:
         """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
 
         The gradients are read once and stay as they are: the next :meth:`step` multiplies them on its way by
@@ -205,8 +206,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
         Args:
             max_norm: the largest norm, >= 0; ``math.inf`` to look at the norm without clipping.
-            grad_scale: what the gradients have been multiplied by, that is, a GradScaler's scale if its ``unscale_``
-                was not called; None if they are as they should be.
+            grad_scale: the GradScaler whose ``unscale_`` was not called, or whatever else the gradients have been
+                multiplied by; None if they are as they should be. A GradScaler's scale is read on the device, while
+                its ``get_scale()`` waits for it.
 
         Returns:
             The norm before clipping (and without the scale), a tensor of no dimensions on the gradients' device. It
@@ -272,14 +274,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         of_group = [i for i, members in enumerate(active) for _ in members]
         settings = [self._settings(group) for group in self.param_groups]
         factor, skip = self._factor_and_skip(grads)
-        if self.offload:
-            factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
         if skip is not None and skip.device.type == "cpu":  # there it is known
             self._count(skip)
             if skip:
                 return loss
             skip = None
-        with_tensors = skip is not None or any(group["capturable"] for group in self.param_groups)
+        on_device = not self.offload and skip is not None
+        with_tensors = on_device or any(group["capturable"] for group in self.param_groups)
         updated, trip = params, None
         if self.offload:
             for i, p, g in zip(of_group, params, grads, strict=True):
@@ -304,12 +305,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if with_tensors and where != CPU and getattr(self._skipped, "device", CPU) == CPU:
             # Also if nothing is skipped yet: a graph that made the count would set it anew in each replay.
             self._skipped = torch.full((), int(self._skipped), device=where)
-        plan.run(self, grads, factor, skip, trip)
+        if not plan.run(self, grads, factor, skip, trip):
+            self._skipped += 1
+            return loss
         if plan.fresh:
             self.state.update(zip(params, plan.states, strict=True))
             plan.fresh = False
             plan.all_states = list(self.state.values())
-        if skip is not None:
+        if skip is not None and on_device:
             self._count(skip)
         increment_version(params)  # state is in nobody's graph
         if trip is not None:

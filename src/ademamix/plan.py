@@ -177,7 +177,7 @@ class Plan:
         factor: Tensor | None,
         skip: Tensor | None,
         trip: Trip | None = None,
-    ) -> None:
+    ) -> bool:
         """Update all parameters and count the step.
 
         Args:
@@ -186,7 +186,21 @@ class Plan:
             factor: multiplies all gradients; of one element.
             skip: boolean, of one element: if it is true, nothing changes.
             trip: brings the gradients of stand-ins, and these back.
+
+        Returns:
+            Whether the step was taken, as far as the host knows: False if its skip is true.
         """
+        chunks = [list(dict.fromkeys(members)) for _, members, _ in self.launches] if trip is not None else []
+        events = []
+        if trip is not None:
+            events = trip.begin(chunks)  # under way before the host waits to know what to do with them
+            factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
+            if skip:
+                for event in events:  # the gradients' memory may be used for other things once the step is over
+                    trip.arrived(event)
+                trip.finish()
+                return False
+            skip = None
         rows, table = self._table(optimizer, factor, skip)
         if self.sharded:
             grads = list(map(local, grads))
@@ -202,8 +216,6 @@ class Plan:
         for i in self.copied:
             self.targets[i].copy_(_real(local(self.params[i])))
         given: dict[torch.device, tuple[Tensor, Tensor | None]] = {}  # each device's own table and flag
-        chunks = [list(dict.fromkeys(members)) for _, members, _ in self.launches] if trip is not None else []
-        events = trip.begin(chunks) if trip is not None else []
         for n, (launch, members, slices) in enumerate(self.launches):
             device = self.targets[members[0]].device
             if device not in given:
@@ -220,6 +232,7 @@ class Plan:
             _real(local(self.params[i])).copy_(self.targets[i])
         for counter in self.counters:
             counter[()] += 1.0
+        return True
 
     def _table(
         self, optimizer: RuleOptimizer, factor: Tensor | None, skip: Tensor | None
