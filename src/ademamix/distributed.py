@@ -19,8 +19,13 @@ from ademamix.formats import BLOCK
 from ademamix.table import sent_to
 
 
+def may_be_sharded() -> bool:
+    """Whether there may be DTensors: importing them takes half a second, and who has one has done it."""
+    return "torch.distributed.tensor" in sys.modules
+
+
 def is_sharded(t: Any) -> bool:
-    """Whether t is a DTensor; importing those takes half a second, and who has one has done it."""
+    """Whether t is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -150,35 +155,35 @@ def global_norm(grads: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process may
     have one.
     """
-    plain: list[Tensor] = []
-    sharded: dict[Any, list[Any]] = {p.device_mesh: [] for p in params if is_sharded(p)}
-    for g in grads:
-        if g.layout != torch.strided:
-            raise RuntimeError(f"the norm of the gradients takes dense ones (torch.strided) alone, got {g.layout}")
-        if is_sharded(g):
+    if grads and {g.layout for g in grads} != {torch.strided}:
+        found = next(g.layout for g in grads if g.layout != torch.strided)
+        raise RuntimeError(f"the norm of the gradients takes dense ones (torch.strided) alone, got {found}")
+    plain: Sequence[Tensor] = grads
+    sharded: dict[Any, list[Any]] = {}
+    if may_be_sharded():
+        sharded = {p.device_mesh: [] for p in params if is_sharded(p)}
+        plain = [g for g in grads if not is_sharded(g)]
+        for g in filter(is_sharded, grads):
             sharded.setdefault(g.device_mesh, []).append(g)  # type: ignore[attr-defined]
-        else:
-            plain.append(g)
-    norms = _norms(plain)
-    norms += [_norm_over(mesh, members) for mesh, members in sharded.items()]
+    norms = _norms(plain) + [_norm_over(mesh, members).view(1) for mesh, members in sharded.items()]
     if not norms:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    of_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for n in norms:
-        of_device[n.device].append(n.float())
-    together = [sent_to(norms[0].device, torch.stack(ns)) for ns in of_device.values()]
+    together = [sent_to(norms[0].device, each.float()) for each in norms]
     norm: Tensor = torch.linalg.vector_norm(together[0] if len(together) == 1 else torch.cat(together))
     return norm
 
 
 def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each gradient: a vector for each device and dtype."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for g in grads:
-        real = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-        alike[real.device, real.dtype].append(real)
-    norms: list[Tensor] = []
+        alike[g.device, g.dtype].append(g)
+    norms = []
     for (_, dtype), members in alike.items():
-        norms += torch._foreach_norm(members, 2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        if dtype.is_complex:
+            members = [torch.view_as_real(g.resolve_conj()) for g in members]
+        wide = torch.float64 if dtype.to_real() == torch.float64 else torch.float32
+        norms.append(torch.stack(torch._foreach_norm(members, 2.0, dtype=wide)))
     return norms
 
 
@@ -195,8 +200,8 @@ def _norm_over(mesh: Any, grads: Sequence[Any]) -> Tensor:
     devices = [local(g).device for g in grads]  # the mesh's, unless they are offloaded; it need not be the current one
     on = next((device for device in devices if device.type == mesh.device_type), mesh.device_type)
     total = torch.zeros((), dtype=torch.float64, device=on)
-    for norm in _norms(counted):
-        total += sent_to(total.device, norm).double().square()
+    for norms in _norms(counted):
+        total += sent_to(total.device, norms).double().square().sum()
     everyone = mesh.size() == dist.get_world_size()
     for group in [None] if everyone else [mesh.get_group(d) for d in range(mesh.ndim)]:
         dist.all_reduce(total, group=group)

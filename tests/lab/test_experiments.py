@@ -378,6 +378,16 @@ def test_grids_run_every_point_once_and_both_optimizers_are_tuned_alike(recipe, 
     }
 
 
+@pytest.mark.parametrize(
+    ("devices", "workers", "running"),
+    [(["cpu"] * 2, 0, 2), (["cuda:0", "cuda:1"], 0, 8), (["cuda:0", "cuda:1"], 3, 3), (["mps"], 0, 1)],
+)
+def test_small_runs_share_a_gpu(devices, workers, running, tmp_path, monkeypatch):
+    monkeypatch.setattr("ademamix.lab.trials._devices", lambda _: devices)
+    with Trials(tmp_path, "auto", workers, per_gpu=4) as trials:
+        assert trials.workers == running
+
+
 def outcome(out: Path) -> list[str]:
     return json.loads((out / "outcome.json").read_text())["headlines"]
 

@@ -21,6 +21,7 @@ from ademamix.backends.triton import define, on_device
 from ademamix.table import Tape, sent_to
 
 ROWS = 128  # of one program
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 # ruff: noqa: E704
@@ -120,7 +121,7 @@ class Table:
                     given[n, k] = sent_to(self.device, x).squeeze()
             with on_device(self.device):
                 count = len(arrays[0])
-                kernel[(triton.cdiv(count, ROWS),)](*arrays, given, factor, flag, table, count, num_warps=4)
+                kernel[(triton.cdiv(count, ROWS),)](*arrays, given, factor, flag, table, count, **OPTIONS)
             if captured:
                 self.captured.append((arrays, given))
         return table

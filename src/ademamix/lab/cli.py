@@ -216,7 +216,8 @@ def _experiment(settings: "Settings") -> None:
     with ExitStack() as held:
         out, typed = _claim(f"run {name}", settings, held)
         say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
-        with _stoppable(f"run {name}", out), Trials(out, settings.job.device, settings.job.workers) as trials:
+        job, per_gpu = settings.job, 1 if settings.preset == "paper" else 4
+        with _stoppable(f"run {name}", out), Trials(out, job.device, job.workers, per_gpu) as trials:
             _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 
 

@@ -72,16 +72,17 @@ class Trials:
     Args:
         out: the folder; an Optuna journal (trials.log) and the runs' own folders are kept there.
         device: "auto", or the device of all runs.
-        workers: runs at a time; 0 for one a GPU, or one a core, with one thread each.
+        workers: runs at a time; 0 for one a core of the CPU, with one thread each, or ``per_gpu`` on each GPU.
+        per_gpu: how many runs share a GPU.
     """
 
-    def __init__(self, out: Path, device: str, workers: int) -> None:
+    def __init__(self, out: Path, device: str, workers: int, per_gpu: int = 1) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         (out / f"{JOURNAL}.lock").unlink(missing_ok=True)  # of a process that was killed while it wrote
         self.out = out
         self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
         devices = _devices(device)
-        self.workers = workers or len(devices)
+        self.workers = workers or len(devices) * (per_gpu if devices[0].startswith("cuda") else 1)
         context = multiprocessing.get_context("spawn")
         places = context.SimpleQueue()
         for i in range(self.workers):

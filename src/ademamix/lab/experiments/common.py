@@ -38,7 +38,8 @@ class Workplace:
     device: str = "auto"
     """Device to train on: auto takes the accelerators that are there, else the cpu."""
     workers: int = 0
-    """Runs at a time; 0 for one a GPU, or one a core, with one thread each."""
+    """Runs at a time; 0 for one per core of the CPU, with one thread each, or on GPUs four per GPU with the preset gpu,
+    whose small models leave a large one idle, and one per GPU with the preset paper."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
