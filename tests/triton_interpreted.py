@@ -5,6 +5,7 @@ is not: parameters are compared up to that, all state bit for bit.
 """
 
 import itertools
+import math
 import os
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends, optimizer_from
-from ademamix.backends import Rows, cpu, eager, triton
+from ademamix.backends import Rows, cpu, eager, triton, triton_coefficients
 from ademamix.backends.triton import xp
 from ademamix.elementwise import traced
 from ademamix.formats import FORMATS
@@ -315,3 +316,70 @@ def test_captures_allocate_no_host_memory_and_say_how_many_there_may_be(monkeypa
     with pytest.raises(RuntimeError, match=f"a CUDA graph can capture {triton.STAGED // 2} steps with gradients"):
         steps()
     assert len(launch.captured) >= triton.STAGED // 2
+
+
+of_ademamix = AdEMAMix.coefficients
+
+
+class Swinging(AdEMAMix):
+    """Coefficients that are made of torch's own functions, which no kernel is made of."""
+
+    @staticmethod
+    def coefficients(step: Any, group: Any) -> dict[str, Any]:
+        swing = step.cos() if isinstance(step, torch.Tensor) else math.cos(step)
+        return {**of_ademamix(step, group), "lr": group["lr"] * swing}
+
+
+GROUPS = {
+    "alike": (AdEMAMix, {"lr": 0.2}, True),
+    "with other schedules": (AdEMAMix, {"alpha_warmup": 3, "maximize": True}, True),
+    "with a learning rate that is a tensor": (AdEMAMix, {"lr": torch.tensor(0.2)}, True),
+    "of torch's own functions": (Swinging, {}, False),
+}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("case", GROUPS)
+def test_one_launch_computes_coefficients_and_counts(case: str, skip: bool) -> None:
+    """What only the device knows, against torch's operations: to 1e-6, a few roundings of float32, of a step of 0.1."""
+    kind, other, in_one = GROUPS[case]
+    runs = []
+    for which in ("triton", "eager"):
+        params = parameters(torch.float32, ((3, 5), (4,), (300,), ()))
+        groups = [{"params": params[:2]}, {"params": params[2:], **other}]
+        optimizer = kind(groups, lr=0.1, beta3_warmup=5, backend=which, capturable=True)
+        for step in range(4):
+            give_gradients(params, step)
+            if step == 1:
+                params[1].grad = None  # so the counts differ
+            if skip and step == 2:
+                params[0].grad[0, 0] = torch.nan
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        assert bool(optimizer._plan.tables) == (which == "triton" and in_one)  # type: ignore[union-attr]
+        runs.append((params, [optimizer.state[p]["step"].item() for p in params], optimizer.skipped_steps))
+    assert runs[0][1:] == runs[1][1:] == ([4.0 - skip, 3.0 - skip, 4.0 - skip, 4.0 - skip], int(skip))
+    for p, q in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_capture_sends_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes with those that are there, or lets torch put new ones into its operations."""
+    p = torch.zeros(8, 512, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdEMAMix([p], backend="triton", capturable=True)
+    optimizer.step()
+    (table,) = optimizer._plan.tables.values()  # type: ignore[union-attr]
+    (numbers,) = table.sent[1]
+    for module in (triton, triton_coefficients):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    optimizer.step()
+    assert table.captured[0][1] is numbers
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert len(table.captured) == 1
+    assert optimizer.state[p]["step"] == 3.0
+    monkeypatch.undo()
+    optimizer.step()
+    assert table.sent[1][0] is not numbers
+    assert optimizer.state[p]["step"] == 4.0
