@@ -200,8 +200,8 @@ def made(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[torch.
     return params
 
 
-def head(title: str, columns: Sequence[str]) -> list[str]:
-    return [f"### {title}", "", f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
+def head(title: str, columns: Sequence[str], align: str = "--:") -> list[str]:
+    return [f"### {title}", "", f"| {' | '.join(columns)} |", "|---|" + f"{align}|" * (len(columns) - 1)]
 
 
 def rules(rounds: int, device: torch.device) -> Iterator[str]:
@@ -291,7 +291,7 @@ GOALS: list[Goal] = [
 
 def goals(figures: dict[str, Figures]) -> list[str]:
     """What steps of GPT-2 are to cost on a GPU, and what they do."""
-    rows = ["### Goals", "", "| program | goal | measured | met |", "|---|---|--:|---|"]
+    rows = head("Goals", ["program", "goal", "measured", "met"], align="---")
     for program, goal, figure, met in GOALS:
         value = figure(figures[program]) if program in figures else None
         cells = ["not measured", "-"] if value is None else [f"{value:.3g}", "yes" if met(value) else "**no**"]
@@ -507,18 +507,11 @@ def main() -> None:
             if file:
                 print(line, file=file, flush=True)
 
-        for line in (
-            f"# One optimizer step on a {'GPU' if device.type == 'cuda' else 'CPU'}",
-            "",
-            *machine(device),
-            "",
-        ):
+        where = "GPU" if device.type == "cuda" else "CPU"
+        for line in (f"# One optimizer step on a {where}", "", *machine(device)):
             write(line)
-        failed = [
-            name
-            for name in parts
-            if options.only in (None, name) and not written(name, parts[name], options.rounds, write)
-        ]
+        chosen = [name for name in parts if options.only in (None, name)]
+        failed = [name for name in chosen if not written(name, parts[name], options.rounds, write)]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

@@ -121,7 +121,7 @@ def test_nothing_runs_beside_what_is_timed(device: str, tmp_path: Path, monkeypa
         def wait(self) -> None:
             self.calls.append(("wait", ""))
 
-    monkeypatch.setattr(lab, "missing", lambda wheels: [])
+    monkeypatch.setattr(lab, "missing", lambda which, wheels: [])
     recorder: Any = Recorder()
     parts.run(recorder, tmp_path, tmp_path, tmp_path, device)
     at = recorder.calls.index(("wait", ""))

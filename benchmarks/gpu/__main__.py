@@ -36,20 +36,21 @@ def with_tests() -> list[str]:
 def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> None:
     """All parts, those that are timed after all that are not."""
     python, cuda = sys.executable, device == "cuda"
-    scale = 1.0 if cuda else 2.0  # a dry run's machine is slow
+    scale = 1.0 if cuda else 3.0  # a dry run's machine is slow
     driver.run(Part("environment", module("environment"), 40 * scale, work / "environment.txt"))
     driver.run(Part("smoke", module("smoke"), 90 * scale))
 
-    lacking = lab.missing(wheels)
-    if lacking:
-        driver.skip("lm, train", f"no {', '.join(lacking)}, neither installed nor in {wheels.name}/")
-    elif found := sorted(map(str, wheels.glob("*.whl"))):
+    lacking = {name: lab.missing(name, wheels) for name in lab.NEEDED}
+    for name, packages in lacking.items():
+        if packages:
+            driver.skip(name, f"no {', '.join(packages)}, neither installed nor in {wheels.name}/")
+    if not lacking["train"] and (found := sorted(map(str, wheels.glob("*.whl")))):
         pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target"]
         driver.run(Part("wheels", [*pip, str(work / "site"), *found], 60 * scale))
     if cuda:
         for i in range(COMPILING):
             driver.start(Part(f"compile {i}", module("compile", str(i), str(COMPILING)), 150))
-    if not lacking:
+    if not lacking["lm"]:
         driver.start(Part("lm", lab.command("lm", device, work / "lm"), 190 * scale))
 
     if importlib.util.find_spec("pytest"):
@@ -66,7 +67,7 @@ def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> Non
         driver.skip("correct: streams", "a GPU's own")
     driver.run(Part("correct: exact", module("correct", "exact"), 110 * scale))
     driver.wait()
-    if not lacking:
+    if not lacking["lm"]:
         lab.lm_page(out / "lm-gpu.md", work / "lm" / "report.md")
 
     step = [python, "benchmarks/step.py", "--device", device, "--out", os.path.relpath(out / "step-gpu.md", ROOT)]
@@ -75,7 +76,7 @@ def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> Non
         driver.run(Part("sweep", module("sweep"), 70 * scale))
     else:
         driver.skip("sweep", "no triton")
-    if not lacking:
+    if not lacking["train"]:
         driver.run(Part("train", lab.command("train", device, work / "train"), 75 * scale))
         with open(out / "lm-gpu.md", "a") as page:
             page.write(lab.train_rows(device, work / "train" / "result.json"))

@@ -64,7 +64,7 @@ class Running:
     def kill(self) -> None:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # nobody is left; macOS says the latter of those that ended
             return
         with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the system, and die when that lets go
             self.process.wait(5)

@@ -5,7 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-NEEDED = ("tyro", "rich", "optuna", "plotly", "transformers", "filelock")
+TRAINING = ("tyro", "rich", "optuna", "plotly", "transformers", "filelock")
+NEEDED = {"lm": (*TRAINING, "matplotlib"), "train": TRAINING}  # a report has pictures
 SEEDS = ["--seeds", "0", "1", "--budgets", "1.5"]
 ONE_EACH = [f"--tuning.{name}" for name in ("adamw-lr", "adamw-beta2", "ademamix-lr", "ademamix-beta3")]
 LM = {
@@ -29,10 +30,10 @@ TRAIN = {
 }
 
 
-def missing(wheels: Path) -> list[str]:
+def missing(which: str, wheels: Path) -> list[str]:
     """Which packages are neither installed nor in the folder of wheels."""
     there = {file.name.split("-")[0].lower() for file in wheels.glob("*.whl")}
-    return [name for name in NEEDED if name not in there and importlib.util.find_spec(name) is None]
+    return [name for name in NEEDED[which] if name not in there and importlib.util.find_spec(name) is None]
 
 
 def command(which: str, device: str, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ def section(page: Path, title: str) -> list[str]:
         return []
     below = lines[starts[0] + 1 :]
     end = next((i for i, line in enumerate(below) if line.startswith("#")), len(below))
-    return [line for line in below[:end] if line]
+    return "\n".join(below[:end]).strip().splitlines()
 
 
 def tests(output: Path) -> list[str]:
