@@ -19,7 +19,7 @@ bench: $(READY)  ## one optimizer step against torch.optim
 	$(BIN)/python benchmarks/step.py
 
 gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/gpu.md)
-	PYTHONPATH=src:benchmarks $(PYTHON) -m gpu
+	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu
 
 clean:  ## remove the environment
 	rm -rf .venv

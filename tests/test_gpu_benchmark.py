@@ -98,6 +98,7 @@ parts.main()
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "| quick | ended |" in text
     assert "| long | stopped |" in text
+    assert "| background | stopped |" in text
     assert text in said
     assert len(os.listdir(tmp_path / "out")) <= 8
 
@@ -177,10 +178,10 @@ def test_a_check_that_fails_is_a_row_like_others(tmp_path: Path, monkeypatch: py
 def test_the_lab_s_page_has_what_there_is(tmp_path: Path) -> None:
     page, result = tmp_path / "lm-gpu.md", tmp_path / "result.json"
     lab.lm_page(page, tmp_path / "report.md")
-    assert "did not end" in page.read_text()
+    assert "did not come to its end" in page.read_text()
     (tmp_path / "report.md").write_text(f"# AdamW\n\n![x](pictures.png)\n\n    ademamix run lm --out {tmp_path}\n")
     lab.lm_page(page, tmp_path / "report.md")
     assert page.read_text() == "# AdamW\n\n\n    ademamix run lm --out FOLDER\n"
-    assert "did not end" in lab.train_rows("cuda", result)
+    assert "did not come to its end" in lab.train_rows("cuda", result)
     result.write_text(json.dumps({"seen": 1000, "seconds": 0.5, "optimizer_ms": 1.234, "valid_loss": 2.0}))
     assert "| tokens per second | 2,000 |" in lab.train_rows("cuda", result)

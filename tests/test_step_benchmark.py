@@ -32,6 +32,7 @@ def test_one_program_at_a_time_has_state_beside_the_references(monkeypatch: pyte
         gc.enable()
     assert max(alive) == len(benchmark.FUSED) + 1
     assert len(rows) == 4 + 1 + len(made)  # title and head; copy is no optimizer
+    assert {goal[0] for goal in benchmark.GOALS} <= {row.split(" | ")[0][2:] for row in rows}
 
 
 def test_kernels_are_what_the_gpu_works_on_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:

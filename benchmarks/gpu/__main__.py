@@ -81,7 +81,7 @@ def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> Non
         with open(out / "lm-gpu.md", "a") as page:
             page.write(lab.train_rows(device, work / "train" / "result.json"))
     if cuda and shutil.which("ncu"):
-        ncu = ["ncu", "--clock-control", "none", "-k", "regex:kernel", "-c", "8"]
+        ncu = ["ncu", "--clock-control", "none", "-k", "regex:^(kernel|(un)?aligned)", "-c", "8"]
         for name in SECTIONS:
             ncu += ["--section", name]
         driver.run(Part("ncu", [*ncu, *module("counters")], 45, work / "ncu.txt"))
@@ -109,11 +109,12 @@ def main() -> None:
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="ademamix-gpu-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
+        paths = [ROOT / "src", ROOT / "benchmarks", work / "site", os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
             "DEVICE": device,
             "OUT": str(out),
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "benchmarks", work / "site"))),
+            "PYTHONPATH": os.pathsep.join(map(str, paths)).rstrip(os.pathsep),
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }

@@ -21,7 +21,7 @@ TITLES = {
 def main() -> None:
     name = sys.argv[1]
     about = "Each rule against float64 and against eager, and what training runs, streams and graphs do with it."
-    page = Page("gpu-correct.md", "Whether a GPU computes the right numbers", about)
+    page = Page("gpu-correct.md", "Correctness on a GPU", about)
     page.table(TITLES[name], ["check", "verdict", "what", "time"])
     checks = importlib.import_module(f"gpu.{name}").CHECKS
     verdicts = Counter(check(page, what, act) for what, act in checks.items())

@@ -5,7 +5,7 @@ from gpu.sweep import KINDS, optimizer
 
 def main() -> None:
     for kind in KINDS:
-        step = optimizer(kind, [(8192, 8192)] * 2).step
+        step = optimizer(kind, [(8192, 8192)]).step
         for _ in range(2):
             step()
 

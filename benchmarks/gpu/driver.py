@@ -117,7 +117,8 @@ class Driver:
     def stop(self) -> None:
         """Kill what runs in the background."""
         while self.background:
-            self.background.pop().kill()
+            (running := self.background.pop()).kill()
+            self._over(Outcome(running.part.name, "stopped", time.monotonic() - running.began))
 
     def _start(self, part: Part) -> Running | None:
         limit = min(part.limit, self.left)

@@ -46,7 +46,7 @@ def lm_page(page: Path, report: Path) -> None:
     text = (
         report.read_text()
         if report.exists()
-        else "# AdamW against AdEMAMix\n\n`ademamix run lm` did not end in time.\n"
+        else "# AdamW against AdEMAMix\n\n`ademamix run lm` did not come to its end.\n"
     )
     lines = [line for line in text.splitlines() if not line.startswith("![")]
     page.write_text("\n".join(lines).replace(str(report.parent), "FOLDER") + "\n")
@@ -55,7 +55,7 @@ def lm_page(page: Path, report: Path) -> None:
 def train_rows(device: str, result: Path) -> str:
     """What `ademamix train` says of its speed."""
     if not result.exists():
-        return "\n## Tokens per second\n\n`ademamix train` did not end in time.\n"
+        return "\n## Tokens per second\n\n`ademamix train` did not come to its end.\n"
     found = json.loads(result.read_text())
     rows = {
         "tokens per second": f"{found['seen'] / found['seconds']:,.0f}",

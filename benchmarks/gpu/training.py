@@ -158,7 +158,8 @@ def memory_of_a_step() -> tuple[bool, str]:
 
 
 def fsdp() -> tuple[bool, str]:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513", "RANK": "0", "WORLD_SIZE": "1"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513", "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {**where, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # there may be no other network
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
     try:
         runs = []
