@@ -102,8 +102,8 @@ class Program:
 def compiled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer after a first step. Raises RuntimeError if that ran on eager, whose figures are not ours."""
     optimizer.step()
-    if "eager" in (used := getattr(optimizer, "backend_in_use", ())):
-        raise RuntimeError(f"{type(optimizer).__name__} ran on {used}, not on the fused backend")
+    if "eager" in getattr(optimizer, "backends_in_use", ()):  # others' optimizers have no such thing
+        raise RuntimeError(f"{type(optimizer).__name__} ran on {optimizer.backends_in_use}, not on the fused backend")
     return optimizer
 
 

@@ -81,7 +81,7 @@ def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> Non
         with open(out / "lm-gpu.md", "a") as page:
             page.write(lab.train_rows(device, work / "train" / "result.json"))
     if cuda and shutil.which("ncu"):
-        ncu = ["ncu", "--clock-control", "none", "-k", "regex:^(kernel|(un)?aligned)", "-c", "8"]
+        ncu = ["ncu", "--clock-control", "none", "-k", "ademamix_kernel", "-c", "8"]
         for name in SECTIONS:
             ncu += ["--section", name]
         driver.run(Part("ncu", [*ncu, *module("counters")], 45, work / "ncu.txt"))

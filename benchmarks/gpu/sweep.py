@@ -1,4 +1,4 @@
-"""Tiles, warps and registers of the Triton kernel, for steps of 268M aligned elements: writes sweep.md."""
+"""Blocks, warps and registers of the Triton kernel, for steps of 268M aligned elements: writes sweep.md."""
 
 import gc
 import sys
@@ -33,41 +33,24 @@ ROUNDS = 7 if CUDA else 1
 class Variant:
     """What differs from the backend's own constants."""
 
-    constants: dict[str, int] = field(default_factory=dict)
+    blocks: int = triton.BLOCKS
     options: dict[str, Any] = field(default_factory=dict)
 
     def use(self) -> None:
         """Make the backend's next kernels so."""
-        for name, value in {**OWN, **self.constants}.items():
-            setattr(triton, name, value)
-        triton.OPTIONS = {**OWN_OPTIONS, **self.options}
+        triton.BLOCKS, triton.OPTIONS = self.blocks, {**OPTIONS, **self.options}
         triton.kernel.cache_clear()
 
 
-def tiles(rows: int, walked: int, warps: int, **options: Any) -> Variant:
-    return Variant({"ROWS": rows, "TILES": walked}, {"num_warps": warps, **options})
-
-
-OWN = {name: getattr(triton, name) for name in ("ROWS", "TILES") if hasattr(triton, name)}
-OWN_OPTIONS = dict(triton.OPTIONS)
+BLOCKS, OPTIONS = triton.BLOCKS, dict(triton.OPTIONS)
 VARIANTS = {
     "as it is": Variant(),
-    "4 blocks, 4 warps": tiles(4, 1, 4),
-    "4 blocks, 4 warps, 2 tiles": tiles(4, 2, 4),
-    "4 blocks, 4 warps, 4 tiles": tiles(4, 4, 4),
-    "4 blocks, 4 warps, 8 tiles": tiles(4, 8, 4),
-    "2 blocks, 2 warps": tiles(2, 1, 2),
-    "2 blocks, 4 warps": tiles(2, 1, 4),
-    "8 blocks, 8 warps": tiles(8, 1, 8),
-    "8 blocks, 4 warps": tiles(8, 1, 4),
-    "1 block, 1 warp": tiles(1, 1, 1),
-    "4 blocks, 8 warps": tiles(4, 1, 8),
-    "as it is, at most 64 registers": Variant(options={"maxnreg": 64}),
-    "as it is, at most 96 registers": Variant(options={"maxnreg": 96}),
-    "as it is, at most 128 registers": Variant(options={"maxnreg": 128}),
-    "as it is, 1 stage": Variant(options={"num_stages": 1}),
-    "as it is, 4 stages": Variant(options={"num_stages": 4}),
-    "as it is, fused multiply-add": Variant(options={"enable_fp_fusion": True}),
+    **{f"{blocks} blocks": Variant(blocks) for blocks in (1, 2, 4, 8, 16, 32) if blocks != BLOCKS},
+    **{f"{blocks} blocks, 2 warps": Variant(blocks, {"num_warps": 2}) for blocks in (4, 8, 16)},
+    "4 warps": Variant(options={"num_warps": 4}),
+    **{f"{stages} stages": Variant(options={"num_stages": stages}) for stages in (2, 3)},
+    **{f"at most {most} registers": Variant(options={"maxnreg": most}) for most in (64, 96, 128)},
+    "fused multiply-add": Variant(options={"enable_fp_fusion": True}),
 }
 
 
@@ -79,17 +62,22 @@ def optimizer(kind: str, shapes: list[tuple[int, ...]]) -> AdEMAMix:
     return AdEMAMix(params, state=state, backend="triton")
 
 
+def compiled_kernels() -> list[Any]:
+    """All that are alive. Their launcher keeps them where each version of Triton likes to."""
+    return [k for k in gc.get_objects() if type(k) is CompiledKernel]
+
+
 def registers(known: set[int]) -> str:
     """What the driver says of the kernels that were loaded since."""
-    found = [k for k in gc.get_objects() if isinstance(k, CompiledKernel) and id(k) not in known]
+    found = [k for k in compiled_kernels() if id(k) not in known]
     of_each = {(k.n_regs, k.n_spills) for k in found if getattr(k, "n_regs", None)}
     return ", ".join(f"{registers} registers, {spilt} spilt" for registers, spilt in sorted(of_each)) or "?"
 
 
 def main() -> None:
     shapes = [(16384, 8192), *[(2048, 2048)] * 32] if CUDA else [(64, 512)]
-    page = Page("sweep.md", "Tiles of the Triton kernel", "AdEMAMix, ms a step on the GPU; blocks have 256 elements.")
-    page.add(f"As it is: {OWN}, {OWN_OPTIONS}.", "")
+    page = Page("sweep.md", "Variants of the Triton kernel", "AdEMAMix, ms per step on the GPU.")
+    page.add(f"As it is, a program updates {BLOCKS} blocks of 256 elements; options: {OPTIONS}.", "")
     page.table(f"{sum(torch.Size(s).numel() for s in shapes) / 1e6:.0f}M elements", ["variant", *KINDS])
     best: dict[str, tuple[float, str]] = {}
     own: dict[str, float] = {}
@@ -100,7 +88,7 @@ def main() -> None:
                 cells.append("not run")
                 continue
             variant.use()
-            known = {id(k) for k in gc.get_objects() if isinstance(k, CompiledKernel)}
+            known = set(map(id, compiled_kernels()))
             try:
                 program = Program.of(optimizer(kind, shapes))
                 taken = timed({name: program}, ROUNDS, DEVICE)[name]
