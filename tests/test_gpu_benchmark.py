@@ -69,10 +69,13 @@ def test_a_part_that_hangs_is_killed_with_all_it_started_and_the_next_one_runs(
 
 
 def test_parts_have_the_time_that_is_left_and_none_is_started_without(drive: Callable[[float], Driver]) -> None:
-    driver = drive(1.0)
+    driver = drive(6.0)
+    driver.kept = 5.0
     assert not driver.run(Part("long", python("import time; time.sleep(600)"), 300.0))
     assert not driver.run(Part("late", python("print()"), 300.0))
     assert [outcome.end for outcome in driver.outcomes] == ["killed at its limit of 1 s", "not run: no time left"]
+    driver.kept = 0.0
+    assert driver.run(Part("kept for", python("print()"), 300.0))
 
 
 def test_the_summary_comes_when_everything_is_stopped(tmp_path: Path) -> None:
@@ -106,6 +109,8 @@ parts.main()
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_nothing_runs_beside_what_is_timed(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder:
+        left = 570.0
+
         def __init__(self) -> None:
             self.calls: list[tuple[str, str]] = []
 

@@ -85,6 +85,7 @@ class Driver:
         self, seconds: float, log: Path, work: Path, environment: Mapping[str, str], told: Callable[[], Any]
     ) -> None:
         self.ends = time.monotonic() + seconds
+        self.kept = 0.0  # seconds that are kept for parts to come
         self.log, self.work, self.environment, self.told = log, work, environment, told
         self.background: list[Running] = []
         self.outcomes: list[Outcome] = []
@@ -92,7 +93,8 @@ class Driver:
 
     @property
     def left(self) -> float:
-        return self.ends - time.monotonic()
+        """Seconds that the next part may take."""
+        return self.ends - self.kept - time.monotonic()
 
     def run(self, part: Part) -> bool:
         """Whether the part came to a good end."""
