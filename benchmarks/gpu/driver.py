@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Running:
             code = None
         finally:
             self.kill()
-        if code is None:
+        if code is None or (code == -signal.SIGKILL and time.monotonic() >= self.began + self.limit):
             return f"killed at its limit of {self.limit:.0f} s"
         return "ended" if code == 0 else f"failed, exit code {code}"
 
@@ -106,6 +107,9 @@ class Driver:
         running = self._start(part)
         if running is not None:
             self.background.append(running)
+            timer = threading.Timer(running.limit, running.kill)  # nobody waits for it then
+            timer.daemon = True
+            timer.start()
 
     def wait(self) -> None:
         """Wait for what runs in the background."""
