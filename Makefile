@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(READY)  ## train AdamW and AdEMAMix on the same text, a few minutes on 2 cores, and write a report
 	$(BIN)/ademamix compare
@@ -17,6 +17,9 @@ lint: $(READY)  ## formatting, lint and types, as CI does
 
 bench: $(READY)  ## one optimizer step against torch.optim
 	$(BIN)/python benchmarks/step.py
+
+gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/gpu.md)
+	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu
 
 clean:  ## remove the environment
 	rm -rf .venv

@@ -255,7 +255,9 @@ def test_layouts_do_not_matter() -> None:
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def gpu(test: Any) -> Any:
+    """A test that `make gpu` runs."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
 
 
 @gpu

@@ -1,6 +1,7 @@
 """benchmarks/step.py where it may go wrong unseen on a machine without a GPU."""
 
 import gc
+import itertools
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,12 @@ def test_one_program_at_a_time_has_state_beside_the_references(monkeypatch: pyte
     monkeypatch.setitem(benchmark.SHAPES, "small", ("two tensors", [(64, 64), (5,)]))
     gc.disable()  # a step must not have to wait for it
     try:
-        rows = benchmark.steps("small", 1, torch.device("cpu"), ["float32", "compact"])
+        rows = list(benchmark.steps("small", 1, torch.device("cpu"), ["float32", "compact"]))
     finally:
         gc.enable()
     assert max(alive) == len(benchmark.FUSED) + 1
     assert len(rows) == 4 + 1 + len(made)  # title and head; copy is no optimizer
+    assert {goal[0] for goal in benchmark.GOALS} <= {row.split(" | ")[0][2:] for row in rows}
 
 
 def test_kernels_are_what_the_gpu_works_on_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,4 +58,48 @@ def test_kernels_are_what_the_gpu_works_on_without_copies(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert benchmark.kernels(lambda: None) == (1, 0.5)
+    assert benchmark.kernels(lambda: None) == (1, 1, 0.5)
+
+
+def test_on_a_gpu_a_step_is_timed_anew_behind_a_longer_pause_until_the_host_was_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[int] = []
+    needed = 10 * benchmark.PAUSE
+
+    class Event:
+        def __init__(self, **_: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            """Whether the GPU has got here: the pause is over."""
+            return pauses[-1] < needed
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, _: Any) -> float:
+            return 1.0 if pauses[-1] >= needed else 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", pauses.append)
+    assert benchmark.seconds(lambda: None, torch.device("cuda")) == 1e-3
+    assert pauses == [benchmark.PAUSE, 4 * benchmark.PAUSE, 16 * benchmark.PAUSE]
+    needed = 10 * benchmark.LONGEST  # the host is never ahead
+    assert benchmark.seconds(lambda: None, torch.device("cuda")) == 5e-3
+    assert pauses[-1] <= benchmark.LONGEST
+
+
+def test_gradients_that_move_do_so_for_those_steps_only() -> None:
+    """In a GPU's tables their addresses would be new for every other step too."""
+    params = benchmark.made([(8, 8)] * 3, torch.device("cpu"))
+    seen: dict[str, list[int]] = {}
+    for name, program in benchmark.ways(params).items():
+        for _ in range(3):
+            program.prepare()
+            seen.setdefault(name, []).append(params[0].grad.data_ptr())
+    assert all(len(set(at)) == (2 if "move" in name else 1) for name, at in seen.items())
+    assert all(a != b for name, at in seen.items() if "move" in name for a, b in itertools.pairwise(at))

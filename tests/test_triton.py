@@ -172,7 +172,12 @@ def test_where_it_may_run() -> None:
 
 # --------------------------------------------------------------------------------- on a GPU
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+def gpu(test: Any) -> Any:
+    """A test that `make gpu` runs."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
+
+
 SHAPES = ((64, 96), (5,), (3, 7000), (), (128, 1024))
 
 

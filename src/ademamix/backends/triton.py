@@ -1,9 +1,9 @@
 """The GPU backend (CUDA and ROCm): the rule compiled by Triton, one launch for all parameters of a batch.
 
-A program of the kernel walks over TILES tiles of one tensor, which it finds in tables on the device. A tile is ROWS
-blocks, each of them in one warp, so a block's maximum is found without leaving it. The kernel is text made for the rule
-and the formats; it calls the rule and the formats themselves. Tensors whose memory is aligned and those whose memory is
-not are two launches: one kernel for both would take the registers of the worse one.
+A program of the kernel is one warp, which walks over BLOCKS blocks of one tensor, found in tables on the device: a
+block's maximum never leaves the warp. The kernel is text made for the rule and the formats; it calls the rule and the
+formats themselves. Tensors whose memory is aligned and those whose memory is not are two launches: one kernel for both
+would take the registers of the worse one.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"

@@ -1,0 +1,1 @@
+"""What has to run on a GPU, as one command of at most ten minutes: `make gpu` (docs/gpu.md)."""
