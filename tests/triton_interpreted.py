@@ -162,7 +162,7 @@ def test_unaligned_memory_as_eager(state: str) -> None:
     runs = []
     for which in ("triton", "eager"):
         memory = torch.randn(2, 8193, generator=torch.Generator().manual_seed(1))
-        params = [memory[0, 1:4097].view(64, 64).requires_grad_(), memory[1, 3:4099].view(16, 256).requires_grad_()]
+        params = [memory[0, 1:4097].view(4, 1024).requires_grad_(), memory[1, 3:4099].view(16, 256).requires_grad_()]
         optimizer = AdEMAMix(params, lr=0.1, backend=which, state=state)
         for step in range(3):
             other = torch.randn(2, 4100, generator=torch.Generator().manual_seed(step))
@@ -265,7 +265,7 @@ def test_nothing_changes_where_the_device_says_skip() -> None:
 
 def test_graphs_and_other_steps_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured copy is carried out by replays alone; here, what it would write shows which tables it writes."""
-    p = torch.zeros(8, 512, requires_grad=True)
+    p = torch.zeros(256, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
@@ -297,7 +297,7 @@ def test_graphs_and_other_steps_have_tables_of_their_own(monkeypatch: pytest.Mon
 
 
 def test_captures_allocate_no_host_memory_and_say_how_many_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = torch.zeros(8, 512, requires_grad=True)
+    p = torch.zeros(256, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
@@ -365,7 +365,7 @@ def test_one_launch_computes_coefficients_and_counts(case: str, skip: bool) -> N
 
 def test_a_capture_sends_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """It computes with those that are there, or lets torch put new ones into its operations."""
-    p = torch.zeros(8, 512, requires_grad=True)
+    p = torch.zeros(256, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
