@@ -353,7 +353,7 @@ def test_with_numba_s_compiler_switched_off_auto_falls_back() -> None:
     code = "\n    import warnings; warnings.simplefilter('default')" + STEP.format(backend="auto")
     result = python(code, NUMBA_DISABLE_JIT="1")
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("using 'eager' (RuntimeError: NUMBA_DISABLE_JIT is set") == 1
+    assert result.stderr.count("on 'eager', several times slower (RuntimeError: NUMBA_DISABLE_JIT is set") == 1
 
 
 def test_without_numba_auto_falls_back_with_one_warning() -> None:
@@ -369,7 +369,7 @@ def test_without_numba_auto_falls_back_with_one_warning() -> None:
         for _ in range(3):
             optimizer = AdEMAMix([p])
             optimizer.step()
-    print(len(caught), caught[0].message)
+    print(optimizer.backends_in_use, len(caught), caught[0].message)
     try:
         AdEMAMix([p], backend="cpu").step()
     except ImportError:
@@ -378,7 +378,11 @@ def test_without_numba_auto_falls_back_with_one_warning() -> None:
     result = python(code)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
-    assert first.startswith("1 ademamix: the 'cpu' backend is not available, using 'eager' (ModuleNotFoundError")
+    assert first.startswith(
+        "('eager',) 1 ademamix: the 'cpu' backend failed, so the rule 'ademamix' runs on 'eager', several times slower "
+        "(ModuleNotFoundError: import of numba halted; None in sys.modules; torch 2."
+    )
+    assert first.endswith("). backend='cpu' raises the whole error.")
     assert second == "asked for by name: ImportError"
 
 
@@ -397,11 +401,23 @@ def test_a_rule_that_numba_cannot_compile_falls_back_with_one_warning(monkeypatc
     p.grad = torch.ones(3)
     with monkeypatch.context() as patched:
         patched.setattr(cpu, "kernel", kernel)
-        with pytest.warns(UserWarning, match=r"using 'eager' \(NotImplementedError: a later Numba\)") as caught:
+        with pytest.warns(UserWarning, match=r"'eager'.*\(NotImplementedError: a later Numba; torch") as caught:
             Uncompilable([p]).step()
     assert len(caught) == 1
     Uncompilable([p]).step()  # and no second one, which would be an error here
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))
+
+
+def test_an_optimizer_names_its_backends() -> None:
+    p = torch.ones(3, requires_grad=True)
+    for asked, used in (("auto", "cpu"), ("cpu", "cpu"), ("eager", "eager")):
+        optimizer = AdEMAMix([p], backend=asked)
+        optimizer.step()
+        assert optimizer.backends_in_use == ()  # nothing to do
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer.backends_in_use == (used,)
+        p.grad = None
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

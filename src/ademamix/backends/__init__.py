@@ -156,8 +156,8 @@ def launch(backend: str, batch: Batch) -> Launch:
             cause = cause.__cause__
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         warnings.warn(
-            f"ademamix: the {name!r} backend failed, so {batch.rule.__name__!r} runs on 'eager', several times slower "
-            f"({reason}; torch {torch.__version__}). backend={name!r} raises the whole error.",
+            f"ademamix: the {name!r} backend failed, so the rule {batch.rule.__name__!r} runs on 'eager', several "
+            f"times slower ({reason}; torch {torch.__version__}). backend={name!r} raises the whole error.",
             stacklevel=5,
         )
         return launch(backend, batch)
