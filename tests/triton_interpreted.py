@@ -363,6 +363,21 @@ def test_one_launch_computes_coefficients_and_counts(case: str, skip: bool) -> N
         assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
 
 
+def test_where_the_kernel_of_coefficients_fails_torch_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*args: Any) -> None:
+        raise ValueError("an operation that this Triton has not") from NotImplementedError("exp of float64")
+
+    p = torch.zeros(256, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdEMAMix([p], backend="triton", capturable=True)
+    monkeypatch.setattr(triton_coefficients, "kernel", kernel)
+    with pytest.warns(UserWarning, match=r"in some 40 launches \(NotImplementedError: exp of float64\)"):
+        optimizer.step()
+    optimizer.step()  # without another warning, which would be an error here
+    assert optimizer.state[p]["step"] == 2.0
+    assert optimizer.backends_in_use == ("triton",)
+
+
 def test_a_capture_sends_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """It computes with those that are there, or lets torch put new ones into its operations."""
     p = torch.zeros(256, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -269,7 +270,15 @@ class Plan:
             factor = sent_to(device, factor)
         if tapes and device in self.tables:
             inside = factor is not None and factor.device == device
-            table = self.tables[device](tapes, factor if inside else None, skip)
+            try:
+                table: Tensor | None = self.tables[device](tapes, factor if inside else None, skip)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # nothing has been counted: its kernel did not compile
+                table = None
+                del self.tables[device]
+                why = f"torch computes the coefficients of a step, in some 40 launches ({backends.reason(error)})"
+                warnings.warn(f"ademamix: {why}", stacklevel=5)
             if table is not None:
                 return table if inside else _multiplied(table, factor, device)
         names, groups = backends.coefficient_names(optimizer.rule), optimizer.param_groups

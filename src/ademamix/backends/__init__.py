@@ -151,17 +151,20 @@ def launch(backend: str, batch: Batch) -> Launch:
         if backend != "auto" or name == "eager":
             raise
         _unavailable.add((name, batch.rule))
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # Triton's own message is the kernel's text
-            cause = cause.__cause__
-        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         warnings.warn(
             f"ademamix: the {name!r} backend failed, so the rule {batch.rule.__name__!r} runs on 'eager', several "
-            f"times slower ({reason}; torch {torch.__version__}). backend={name!r} raises the whole error.",
+            f"times slower ({reason(error)}; torch {torch.__version__}). backend={name!r} raises the whole error.",
             stacklevel=5,
         )
         return launch(backend, batch)
     return made
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in the first place, in a line: Triton's own message is the kernel's text."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def name_of(launch: Launch) -> str:
