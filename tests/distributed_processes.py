@@ -6,6 +6,7 @@ All checks share one start of the processes. Each process writes what became of 
 import contextlib
 import copy
 import datetime
+import inspect
 import json
 import re
 import sys
@@ -54,6 +55,15 @@ def meshes() -> tuple[DeviceMesh, DeviceMesh]:
     return init_device_mesh("cpu", (WORLD,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
 
+def rows_in_two_turns() -> int:
+    """Rows that need not be a multiple of 4 for a part of a part, unless this torch cuts only evenly, as 2.6 does."""
+    try:
+        _StridedShard(0, split_factor=2)._split_tensor(torch.zeros(10), 2)
+    except AssertionError:
+        return 12
+    return 10
+
+
 ROWS_UNEVEN, ROWS_EMPTY = (7, 700), (3, 2048)  # of the one, processes have 2, 2, 2, 1 rows, of the other 1, 1, 1, 0
 # Shapes, the mesh's dimensions and placements of parameters whose parts keep blocks of 256 elements whole,
 WHOLE_BLOCKS: list[tuple[tuple[int, ...], int, Sequence[Any]]] = [
@@ -68,7 +78,7 @@ WHOLE_BLOCKS: list[tuple[tuple[int, ...], int, Sequence[Any]]] = [
     ((6, 1024), 2, [Shard(1), Shard(0)]),
     ((7, 700), 2, [Replicate(), Shard(0)]),
     ((10, 600), 2, [Shard(0), Shard(0)]),
-    ((10, 600), 2, [_StridedShard(0, split_factor=2), Shard(0)]),  # tensor parallelism, then FSDP, of one dimension
+    ((rows_in_two_turns(), 600), 2, [_StridedShard(0, split_factor=2), Shard(0)]),  # tensor parallelism, then FSDP
     ((2, 2048), 2, [_StridedShard(1, split_factor=2), Shard(1)]),
 ]
 # and of others.
@@ -92,7 +102,14 @@ def values(cases: Sequence[Any], dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def part(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    """A tensor that every process has, cut without communication."""
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    mine, place = whole, mesh.get_coordinate()  # as in torch 2.6, which would send it around
+    for d, placement in enumerate(placements):
+        if placement.is_shard():
+            mine = placement._split_tensor(mine, mesh.size(d), with_padding=False, contiguous=True)[0][place[d]]
+    return DTensor.from_local(mine.clone(), mesh, placements, shape=whole.shape, stride=whole.stride())
 
 
 def assert_equal(one: torch.Tensor, other: torch.Tensor, *where: Any) -> None:
@@ -319,6 +336,8 @@ def parallel(how: str) -> nn.Module:
 def models_under_fsdp_and_tensor_parallelism_train_as_on_one_process() -> None:
     pairs = [(how, "float32") for how in ("fsdp", "replicas of fsdp", "tensor parallel", "tensor parallel and fsdp")]
     pairs += [("fsdp", "compact"), ("replicas of fsdp", "compact"), ("tensor parallel and fsdp", "bfloat16")]
+    if not hasattr(torch.cpu.Stream, "record_event"):  # as in torch 2.6, whose fully_shard trains on GPUs only
+        pairs = [("tensor parallel", "float32")]
     for how, state in pairs:
         reference, model = blocks(), parallel(how)
         optimizers = [AdEMAMix(m.parameters(), lr=0.01, eps=1e-3, state=state, alpha=5.0) for m in (reference, model)]

@@ -142,6 +142,8 @@ def test_named_parameters_and_a_single_tensor() -> None:
     ],
     ids=["cosine", "one-cycle", "lambda", "sequential"],
 )
+# Old versions' SequentialLR (2.6 has one) gives its own schedulers the epoch that they deprecate.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning:torch.optim.lr_scheduler")
 def test_torch_s_schedulers_drive_lr_as_number_and_as_tensor(make: Any, schedule: Any) -> None:
     number, tensor, by_hand = model(), model(), model()
     optimizers = [
@@ -158,7 +160,10 @@ def test_torch_s_schedulers_drive_lr_as_number_and_as_tensor(make: Any, schedule
         for s in schedulers:
             s.step()
     assert same(list(number.parameters()), list(by_hand.parameters()))
-    assert isinstance(optimizers[1].param_groups[0]["lr"], torch.Tensor)
+    group = optimizers[1].param_groups[0]
+    assert isinstance(group["lr"], torch.Tensor)
+    if group["lr"] is group["initial_lr"]:
+        pytest.skip("this torch's SequentialLR overwrites initial_lr if lr is a tensor, under any optimizer")
     for p, q in zip(number.parameters(), tensor.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)  # the tensor's schedule rounds by itself
 

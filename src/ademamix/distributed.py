@@ -58,10 +58,15 @@ def local_part(t: Tensor, p: Any) -> Tensor:
     """The part of t that belongs to this process's part of p; a DTensor of another placement is sent around."""
     if is_sharded(p):
         if not is_sharded(t):
-            from torch.distributed.tensor import distribute_tensor
-
-            t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
-        elif t.placements != p.placements:  # type: ignore[attr-defined]
+            if p.device_mesh.get_coordinate() is None:  # this process has no part
+                return t.new_empty(0)
+            shape, offsets = _place(t.shape, p)
+            part = t
+            for d, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
+                part = part.narrow(d, offset, size)
+            # A view would keep all of t alive, and a step would write into it.
+            return t if part.shape == t.shape else part.clone(memory_format=torch.contiguous_format)
+        if t.placements != p.placements:  # type: ignore[attr-defined]
             sent: Any = t.int() if t.dtype == torch.int16 else t  # neither NCCL nor gloo sends 16-bit integers
             t = sent.redistribute(placements=p.placements).to(t.dtype)
     return local(t)
@@ -83,6 +88,13 @@ def joined(part: Tensor, p: Any, shape: Sequence[int]) -> Tensor:
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Of a contiguous tensor."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _place(shape: Sequence[int], p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of this process's part of a tensor that is placed as p is, and where it begins in each dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(torch.Size(shape), p.device_mesh, p.placements)
 
 
 def cut_dimensions(p: Any) -> dict[int, list[int]]:
@@ -122,9 +134,7 @@ def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
     number = part.shape[0] if blocked else 1
     if part is p or part.numel() == 0:
         return [(None, whole(part, blocked))]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    shape, offsets = _place(p.shape, p)
     strides = _strides(p.shape)
     first = sum(o * s for o, s in zip(offsets, strides, strict=True))
     if blocked:

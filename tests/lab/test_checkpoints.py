@@ -108,7 +108,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(where, run, recipe,
     assert not marker.exists()
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable")
 def test_where_nothing_refuses_them_the_planted_pickles_run_code(run, tmp_path):
     first, second = complete(run / "checkpoints")
     reliability.planted_description(first, tmp_path / "described")

@@ -78,12 +78,16 @@ class Checkpoints:
         self.wait()
         _expect_one_process()
         aside = self.folder / f"step-{step:08}{PARTIAL}"
-        saved = async_save(_state(model, optimizer), checkpoint_id=aside, process_group=self.group)
+        state = _state(model, optimizer)
+        if torch.__version__ < "2.7":  # its async_save copies from GPUs only, and the training goes on
+            state = _copied(state)
+        saved = async_save(state, checkpoint_id=aside, process_group=self.group)
         self.writing = aside, self.thread.submit(self._finish, saved, aside, about)
 
     def _finish(self, saved: Any, aside: Path, about: dict[str, Any]) -> None:
         """Give the written files their manifest, and the folder its name; runs in the thread."""
-        entries = saved.result().storage_data.values()
+        saved.result()  # its metadata has no names of files in torch 2.11, so what was written is read
+        entries = _Reader(aside).read_metadata().storage_data.values()
         names = sorted({entry.relative_path for entry in entries} | {".metadata"})
         mine = names[self.processes.rank :: self.processes.size]
         files: dict[str, list[Any]] = {}
@@ -197,6 +201,15 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {"model": in_model, "optimizer": in_optimizer}
 
 
+def _copied(value: Any) -> Any:
+    """The same with copies of the tensors in host memory."""
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_copied(entry) for entry in value]
+    return value.clone() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
 def _read(path: Path, state: dict[str, Any]) -> None:
     reader = _Reader(path)
     reader.read_metadata()  # what the library meets there it takes for an absent file
@@ -271,8 +284,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _expect_one_process() -> None:
-    """Keep the library from warning that it saves and loads in a single process."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+    """Keep torch from warning that it saves and loads in a single process, and (2.6) by what means it does."""
+    warnings.filterwarnings("ignore", "torch.distributed is (disabled, )?unavailable or uninitialized")
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", module=r"torch\.")
 
 
 def _refuse(why: str) -> None:
