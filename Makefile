@@ -1,14 +1,25 @@
 PYTHON ?= python3
+PYTHON310 ?= python3.10
+PYTHON312 ?= python3.12
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench gpu clean
+# The tests whose outcome depends on the versions of torch, Triton, NumPy and Numba.
+VERSIONED := $(addprefix tests/,$(addsuffix .py,test_golden test_optimizer test_backends test_formats test_guard \
+	test_triton test_pretended_gpu test_distributed lab/test_checkpoints))
+
+.PHONY: demo test test-lowest test-2.11 lint bench gpu clean
 
 demo: $(READY)  ## train AdamW and AdEMAMix on the same text, a few minutes on 2 cores, and write a report
 	$(BIN)/ademamix compare
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+test-lowest: .venv-lowest/.ready  ## the tests that depend on versions, with the oldest ones allowed; needs Python 3.10
+test-2.11: .venv-2.11/.ready  ## the same with torch 2.11; needs Python 3.12
+test-lowest test-2.11:
+	$(<D)/bin/python -m pytest $(VERSIONED)
 
 lint: $(READY)  ## formatting, lint and types, as CI does
 	$(BIN)/ruff format --check .
@@ -21,11 +32,19 @@ bench: $(READY)  ## one optimizer step against torch.optim
 gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/gpu.md)
 	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu
 
-clean:  ## remove the environment
-	rm -rf .venv
+clean:  ## remove the environments
+	rm -rf .venv .venv-lowest .venv-2.11
 
 # Made anew only when the dependencies change; removed if an install fails half way.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-lowest/.ready: private PYTHON := $(PYTHON310)
+.venv-2.11/.ready: private PYTHON := $(PYTHON312)
+.venv-%/.ready: pyproject.toml constraints-%.txt
+	@$(PYTHON) -c "" 2>/dev/null || { echo "make test-$* needs $(PYTHON)" >&2; exit 1; }
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt --editable ".[lab]" pytest hypothesis
 	touch $@
