@@ -218,7 +218,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
     key = ["key = hashed(uint(tl.load(keys + tensor)), uint(tl.load(row_of + 1)))"]
     key += ["origin, stride = tl.load(shapes + 4 * tensor + 2), tl.load(shapes + 4 * tensor + 3)"]
     lanes = [] if shifted else ["of_lane = hashed(key, place)"]
-    # And the noise of a tile.
+    # And the noise of a block.
     noise = [f"first = origin + row * stride + column * {BLOCK}"]
     noise += [f"of_block = hashed(key ^ uint({OTHER}), first >> 8)"]
     if shifted:
@@ -245,7 +245,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
         "begin = tl.load(begins + tl.program_id(0))",
         f"end = tl.minimum(begin + {BLOCKS}, tl.load(lengths + tensor).to(tl.int32))",
     ]
-    tile = [
+    body = [
         f"row, column = {'block // across, block % across' if in_rows else '0, block'}",
         "row, column = tl.cast(row, tl.int64), tl.cast(column, tl.int64)",
         f"start = row * rest + column * {BLOCK}",
@@ -267,7 +267,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
             f"    if (tl.load(skip) == 0) & ((tl.load(entry + {width - 1}) != 0) == ALIGNED):",
             *(f"        {line}" for line in head),
             "        for block in range(begin, end):",
-            *(f"            {line}" for line in tile),
+            *(f"            {line}" for line in body),
             "",
         ]
     )
