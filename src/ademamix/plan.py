@@ -63,7 +63,7 @@ class Plan:
             for n in f
             for name in tensor_names(n, f)
         ]
-        self.tensors = [*params, *(state[name] for state, name in slots)]
+        self.tensors = [*params, *self.steps, *(state[name] for state, name in slots)]
         self.sharded = any(map(is_sharded, params))
         self.pointers, self.shapes = self._pointers(), self._shapes()
         self.grad_kinds = _kinds(grads)
