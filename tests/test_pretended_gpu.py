@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ademamix import AdEMAMix, backends
 from ademamix.offload import Host, Trip
@@ -181,6 +182,46 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(
     devices = CASES[case].get("devices", 1) if backend == "triton" else 0
     assert kernel.launched == 3 * 2 * devices  # the small parameter is not aligned
     assert table.launched == 3 * devices
+
+
+class Started(TorchDispatchMode):
+    """Counts torch's operations that start a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        view = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        if function.namespace == "aten" and not view and not function.__name__.startswith("empty"):
+            self.names.append(function.__name__)
+        return made
+
+
+@pytest.mark.parametrize(("options", "clip", "most"), [({"capturable": True}, False, 0), ({}, True, 10)])
+def test_what_a_step_starts_on_the_gpu(
+    pretended: pytest.MonkeyPatch, options: dict[str, Any], clip: bool, most: int
+) -> None:
+    """A launch for the coefficients, one for the update, and torch's operations for the norm: no more for more
+    parameters. Before there was a kernel of coefficients, they took 47 and 65 operations of torch's."""
+    pytest.importorskip("triton", reason="Triton is there on Linux alone")
+    kernel, table = Kernel(), Kernel()
+    pretended.setattr("ademamix.backends.triton.kernel", lambda *_: kernel)
+    pretended.setattr("ademamix.backends.triton_coefficients.kernel", lambda *_: table)
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(64, 96, device="cuda:0")) for _ in range(30)]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer = AdEMAMix(params, backend="triton", alpha_warmup=9, beta3_warmup=9, **options)
+        for _ in range(3):
+            kernel.launched = table.launched = 0
+            with Started() as started:
+                if clip:
+                    optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+    assert len(started.names) <= most, started.names
+    assert (kernel.launched, table.launched) == (1, 1)
 
 
 def test_a_grad_scaler_and_clipping_wait_for_nothing(pretended: pytest.MonkeyPatch) -> None:
