@@ -476,9 +476,7 @@ def main() -> None:
     device, states = options.device, options.state
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current one
-    warnings.filterwarnings(
-        "error", message="ademamix: the"
-    )  # eager's times must not pass for those of another backend
+    warnings.filterwarnings("error", message="ademamix: ")  # eager's times must not pass for those of another backend
     if options.tiny:
         SHAPES.update(TINY)
     parts: dict[str, Callable[[int], Iterator[str]]] = {

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -75,6 +76,48 @@ def test_a_step_that_only_the_device_knows_to_skip_changes_nothing() -> None:
             taken = plan.run(optimizer, trip.arriving(), torch.ones(()), torch.tensor(skip), trip)
         assert taken is not skip
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
+
+
+LAYOUTS = {
+    "channels last, dimensions of 1": torch.empty(64, 32, 1, 1, dtype=torch.bfloat16, device="meta"),
+    "channels last": torch.empty(7, 5, 3, 3, dtype=torch.float16, device="meta"),
+    "turned": torch.empty(64, 80, device="meta").t(),
+    "complex": torch.empty(64, 80, dtype=torch.complex64, device="meta"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_gradient_is_read_before_it_has_arrived(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies from a GPU pretended: what they bring is there once somebody has waited for them."""
+
+    def fetch(trip: Trip, members: Any) -> Any:
+        for m in members:
+            grad = trip.stand_ins[m].grad
+            assert grad is not None
+            assert not trip.grads[m].is_conj()  # torch resolves it in the host's memory, before the copy is there
+            grad.fill_(torch.nan)
+        return [[(trip.stand_ins[m].grad, trip.grads[m]) for m in members]]
+
+    def arrived(trip: Trip, events: Any) -> None:
+        for to_host, grad in chain.from_iterable(events):
+            to_host.copy_(grad)
+
+    runs = []
+    for late in (False, True):
+        if late:
+            monkeypatch.setattr(Trip, "_fetch", fetch)
+            monkeypatch.setattr(Trip, "arrived", arrived)
+        generator = torch.Generator().manual_seed(0)
+        like = torch.empty_like(LAYOUTS[layout], device="cpu")
+        like = like.to(memory_format=torch.channels_last) if like.ndim == 4 else like
+        p = torch.empty_like(like).copy_(torch.randn(like.shape, generator=generator)).requires_grad_()
+        optimizer = AdEMAMix([p], offload=True, lr=0.1)
+        for _ in range(3):
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, dtype=p.dtype, generator=generator))
+            p.grad = p.grad.conj() if p.is_complex() else p.grad
+            optimizer.step()
+        runs.append(p.detach().clone())
+    assert torch.equal(*runs)
 
 
 def test_host_memory_is_cut_from_slabs(monkeypatch: pytest.MonkeyPatch) -> None:

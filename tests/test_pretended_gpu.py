@@ -180,7 +180,8 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(
         optimizer = step_thrice(backend, dtype=dtype, **CASES[case])
     assert all(t.is_cuda for state in optimizer.state.values() for t in state.values())
     devices = CASES[case].get("devices", 1) if backend == "triton" else 0
-    assert kernel.launched == 3 * 2 * devices  # the small parameter is not aligned
+    loaded = 3 * devices  # two kernels for the parameter that is aligned, one for that which is not
+    assert kernel.launched == loaded + 3 * 2 * devices
     assert table.launched == 3 * devices
 
 

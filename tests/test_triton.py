@@ -281,11 +281,13 @@ def test_a_graph_captures_the_step() -> None:
 
 @gpu
 def test_a_graph_is_replayed_rightly_whatever_steps_are_taken_beside_it() -> None:
-    """Steps with gradients elsewhere, and of some parameters alone, have other tables; memory that is freed is used."""
+    """Steps with gradients elsewhere, other numbers, and of some parameters alone, have other tables; memory that is
+    freed is used."""
     runs = []
     for captured in (False, True):
         params = parameters(torch.float32)
-        optimizer = AdEMAMix(params, state="compact", capturable=True)
+        lr = torch.tensor(0.1, device="cuda")
+        optimizer = AdEMAMix(params, lr=lr, state="compact", capturable=True)
         give_gradients(params, 0)
         optimizer.step()
         grads = [p.grad for p in params]
@@ -297,6 +299,8 @@ def test_a_graph_is_replayed_rightly_whatever_steps_are_taken_beside_it() -> Non
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
             give_gradients(params, step)
+            # Numbers of the host's, other than those that the graph has.
+            optimizer.param_groups[0]["weight_decay"] = 0.0 if step in (1, 5) else 0.1 * step
             if step == 3:
                 params[0].grad = None
             elif step % 2 == 0:

@@ -7,6 +7,7 @@ is not: parameters are compared up to that, all state bit for bit.
 import itertools
 import math
 import os
+import weakref
 from typing import Any
 
 import numpy as np
@@ -404,3 +405,29 @@ def test_a_capture_sends_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.step()
     assert table.sent[1][0] is not numbers
     assert optimizer.state[p]["step"] == 4.0
+
+
+class Elsewhere(torch.Tensor):
+    """A number that says it is on a GPU."""
+
+    device = torch.device("cuda:0")
+
+
+def test_a_graph_keeps_what_its_replays_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the host's numbers that a learning rate of the device's is put among."""
+    p = torch.zeros(256, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdEMAMix([p], backend="triton", capturable=True)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(Elsewhere)
+    monkeypatch.setattr(triton_coefficients, "sent_to", lambda device, t: t.as_subclass(torch.Tensor))
+    optimizer.step()
+    (table,) = optimizer._plan.tables.values()  # type: ignore[union-attr]
+    numbers = weakref.ref(table.sent[1][0])
+    with monkeypatch.context() as patched:
+        for module in (triton, triton_coefficients):
+            patched.setattr(module, "capturing", lambda device: True)
+        optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.step()
+    assert numbers() is not None
+    assert table.sent[1][0] is not numbers()

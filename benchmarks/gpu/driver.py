@@ -107,7 +107,8 @@ class Driver:
         running = self._start(part)
         if running is not None:
             self.background.append(running)
-            timer = threading.Timer(running.limit, running.kill)  # nobody waits for it then
+            # Nobody waits for it then; once somebody has, its number may be another's.
+            timer = threading.Timer(running.limit, lambda: running.process.poll() is None and running.kill())
             timer.daemon = True
             timer.start()
 

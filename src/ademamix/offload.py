@@ -90,6 +90,8 @@ class Host:
             numbers = part if master is None else local_part(master, p)
             own = numbers.to(CPU, torch.float32).contiguous()
             fits = master is not None and own is local(master)
+            if not fits:  # strides of dimensions of one element, too, as those of gradients in host memory
+                own = own.view(-1).view(own.shape)
             made = StandIn(master if fits else joined(own, p, p.shape), self.slabs.empty(part, p.dtype, part.device))
         self.of[p] = made
         return made
@@ -114,7 +116,9 @@ class Trip:
     """The ways of one step's gradients to the host and of its parameters back."""
 
     def __init__(self, host: Host, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        self.params, self.grads, self.ways = params, list(map(local, grads)), host.ways
+        # torch resolves what is lazy where the copy goes to, which would be before it is there.
+        self.grads = [local(g).resolve_conj().resolve_neg() for g in grads]
+        self.params, self.ways = params, host.ways
         self.stand_ins = [host.of[p] for p in params]
         for device in {g.device for g in self.grads if g.is_cuda}:
             if device not in self.ways:

@@ -130,6 +130,7 @@ class Plan:
             for device, names_there in used.items()
             if self.on_device and names_there == {"triton"}
         }
+        self.dropped: list[Any] = []  # tables that serve no more, which graphs may read
 
     def _pointers(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
@@ -211,6 +212,9 @@ class Plan:
             grads = [g.resolve_neg() for g in grads]
         strides = list(map(Tensor.stride, grads))
         if strides != self.layouts:
+            if trip is not None:
+                for event in events:
+                    trip.arrived(event)
             for i, (stride, layout) in enumerate(zip(strides, self.layouts, strict=True)):
                 if stride != layout:
                     grads[i] = torch.empty_like(self.targets[i], dtype=grads[i].dtype).copy_(grads[i])
@@ -253,7 +257,8 @@ class Plan:
         try:
             return [Tape(optimizer.coefficients, names, group) for group in optimizer.param_groups if self.tables]
         except (TypeError, ValueError, AttributeError):  # made of other things than arithmetic
-            self.tables = {}
+            self.dropped += self.tables.values()
+            self.tables.clear()
             return []
 
     def _counted(
@@ -274,9 +279,12 @@ class Plan:
                 table: Tensor | None = self.tables[device](tapes, factor if inside else None, skip)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # nothing has been counted: its kernel did not compile
+            except Exception as error:  # its kernel did not compile
+                own = self.tables.pop(device)
+                self.dropped.append(own)
+                if own.counted:
+                    raise
                 table = None
-                del self.tables[device]
                 why = f"torch computes the coefficients of a step, in some 40 launches ({backends.reason(error)})"
                 warnings.warn(f"ademamix: {why}", stacklevel=5)
             if table is not None:

@@ -262,12 +262,13 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
     return "\n".join(
         [
             "(tensors, begins, skip, table, shapes, lengths, coefficients, keys, ALIGNED: tl.constexpr):",
-            "    tensor = tl.load(tensors + tl.program_id(0))",
-            f"    entry = table + tensor * {width}",
-            f"    if (tl.load(skip) == 0) & ((tl.load(entry + {width - 1}) != 0) == ALIGNED):",
-            *(f"        {line}" for line in head),
-            "        for block in range(begin, end):",
-            *(f"            {line}" for line in body),
+            "    if tl.load(skip) == 0:",
+            "        tensor = tl.load(tensors + tl.program_id(0))",
+            f"        entry = table + tensor * {width}",
+            f"        if (tl.load(entry + {width - 1}) != 0) == ALIGNED:",
+            *(f"            {line}" for line in head),
+            "            for block in range(begin, end):",
+            *(f"                {line}" for line in body),
             "",
         ]
     )
@@ -324,11 +325,12 @@ class Launch:
         self.captured: dict[bytes, Tensor] = {}  # the host buffers that graphs send again whenever they are replayed
         self.never = torch.zeros((), dtype=torch.uint8, device=self.device)
         self._send([each[1] for each in pointers.tolist()], [0] * len(pointers))
-        with on_device(self.device):  # also what no gradient needs yet: a graph must not have to compile
+        # Launches that skip, of both kernels: the first one compiles and loads, which no graph must capture.
+        always, none = torch.ones_like(self.never), self.never.double()
+        with on_device(self.device):
             for aligned, programs in ((True, self.programs[0]), (False, self.programs[1])):
                 if len(programs[0]) or not aligned:
-                    arguments = self._arguments(programs, self.never.double(), self.never)
-                    self.kernel.warmup(*arguments, aligned, grid=(1,), **OPTIONS)
+                    self.kernel[(1,)](*self._arguments(programs, none, always), aligned, **OPTIONS)
 
     def _programs(self, lengths: npt.NDArray[np.int64], which: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
         """The tensor of each program, and its first block there, for these tensors."""

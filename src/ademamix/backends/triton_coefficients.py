@@ -73,11 +73,12 @@ class Table:
 
     def __init__(self, steps: Sequence[Tensor], of_group: Sequence[int]) -> None:
         self.device, self.steps, self.of_group = steps[0].device, list(steps), list(of_group)
-        self.ones = torch.ones((), dtype=torch.float64, device=self.device)
+        self.one = torch.ones((), dtype=torch.float32, device=self.device)  # as factors are: one kernel serves both
         self.never = torch.zeros((), dtype=torch.uint8, device=self.device)
         self.shape: Any = None  # what the arrays below were made for
         self.members: list[tuple[Any, ...]] = []  # of each structure: its kernel, its tapes' groups, arrays
         self.sent: tuple[list[list[float]], list[Tensor]] = ([], [])
+        self.counted = False  # whether a step that failed was counted for some
         self.captured: list[Any] = []  # what graphs read whenever they are replayed
 
     def __call__(self, tapes: Sequence[Tape], factor: Tensor | None, skip: Tensor | None) -> Tensor | None:
@@ -110,20 +111,23 @@ class Table:
             )
         width = 1 + len(tapes[0].results)
         table = torch.empty(len(self.steps), width, dtype=torch.float64, device=self.device)
-        factor = self.ones if factor is None else factor
+        factor = self.one if factor is None else factor
+        self.counted = False
         flag = self.never if skip is None else skip.view(torch.uint8)
         for (kernel, groups, arrays), given in zip(self.members, self.sent[1], strict=True):
             late = [(n, k, x) for n, i in enumerate(groups) for k, x in enumerate(tapes[i].numbers)]
             late = [(n, k, x) for n, k, x in late if isinstance(x, Tensor)]
+            source = given
             if late:  # hyperparameters that only the device knows
-                given = given.clone()
+                given = source.clone()
                 for n, k, x in late:
                     given[n, k] = sent_to(self.device, x).squeeze()
             with on_device(self.device):
                 count = len(arrays[0])
                 kernel[(triton.cdiv(count, ROWS),)](*arrays, given, factor, flag, table, count, **OPTIONS)
+            self.counted = True
             if captured:
-                self.captured.append((arrays, given))
+                self.captured.append((arrays, source, given))
         return table
 
     def _arrange(self, shape: list[tuple[Any, ...]]) -> None:
