@@ -89,7 +89,6 @@ def test_an_optimizer_for_each_parameter_steps_within_backward() -> None:
     assert all(map(torch.equal, together.parameters(), apart.parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_model_trains_and_resumes_as_the_plain_one() -> None:
     plain, inner = model(), model()
     compiled = torch.compile(inner, backend="aot_eager")  # the graphs and hooks of any backend, without a compiler
