@@ -252,6 +252,16 @@ def test_one_launch_for_aligned_tensors_and_one_for_the_others() -> None:
         assert optimizer.state[members[0]]["exp_avg_fast_scale"].all()
 
 
+def test_an_empty_tensor_starts_nothing() -> None:
+    p = torch.zeros(0, 4, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = AdEMAMix([p], backend="triton")
+    optimizer.step()
+    ((launch, *_),) = optimizer._plan.launches  # type: ignore[union-attr]
+    assert launch.launches == []
+    assert optimizer.state[p]["step"] == 1.0
+
+
 def test_nothing_changes_where_the_device_says_skip() -> None:
     params = parameters(torch.float32)
     optimizer = AdEMAMix(params, backend="triton", state="compact", capturable=True)

@@ -275,20 +275,9 @@ class Plan:
             factor = sent_to(device, factor)
         if tapes and device in self.tables:
             inside = factor is not None and factor.device == device
-            try:
-                table: Tensor | None = self.tables[device](tapes, factor if inside else None, skip)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # its kernel did not compile
-                own = self.tables.pop(device)
-                self.dropped.append(own)
-                if own.counted:
-                    raise
-                table = None
-                why = f"torch computes the coefficients of a step, in some 40 launches ({backends.reason(error)})"
-                warnings.warn(f"ademamix: {why}", stacklevel=5)
-            if table is not None:
-                return table if inside else _multiplied(table, factor, device)
+            made = self._in_one_launch(tapes, device, factor if inside else None, skip)
+            if made is not None:
+                return made if inside else _multiplied(made, factor, device)
         names, groups = backends.coefficient_names(optimizer.rule), optimizer.param_groups
         of_group = {i: [self.steps[m] for m in members] for i, members in self.places[device].items()}
         table = torch.cat([on_device(optimizer.coefficients, names, groups[i], of_group[i]) for i in of_group])
@@ -298,6 +287,24 @@ class Plan:
         else:  # without alpha, torch would take the tensor for a number and wait for it
             torch._foreach_add_(steps, 1.0 - skip.float(), alpha=1.0)
         return _multiplied(table, factor, device)
+
+    def _in_one_launch(
+        self, tapes: Sequence[Tape], device: torch.device, factor: Tensor | None, skip: Tensor | None
+    ) -> Tensor | None:
+        """The device's table by a kernel of its own; None, with nothing counted, where torch must compute it."""
+        own = self.tables[device]
+        try:
+            made: Tensor | None = own(tapes, factor, skip)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its kernel did not compile
+            self.dropped.append(self.tables.pop(device))
+            if own.counted:
+                raise
+            why = f"torch computes the coefficients of a step, in some 40 launches ({backends.reason(error)})"
+            warnings.warn(f"ademamix: {why}", stacklevel=6)
+            return None
+        return made
 
 
 def _multiplied(table: Tensor, factor: Tensor | None, device: torch.device) -> Tensor:

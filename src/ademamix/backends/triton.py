@@ -138,7 +138,7 @@ def define(name: str, text: str, scope: dict[str, Any]) -> Any:
     return scope[name]
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def made_current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes it the current one, for which Triton compiles and launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -327,7 +327,7 @@ class Launch:
         self._send([each[1] for each in pointers.tolist()], [0] * len(pointers))
         # Launches that skip, of both kernels: the first one compiles and loads, which no graph must capture.
         always, none = torch.ones_like(self.never), self.never.double()
-        with on_device(self.device):
+        with made_current(self.device):
             for aligned, programs in ((True, self.programs[0]), (False, self.programs[1])):
                 if len(programs[0]) or not aligned:
                     self.kernel[(1,)](*self._arguments(programs, none, always), aligned, **OPTIONS)
@@ -350,9 +350,13 @@ class Launch:
         self.entries[:, 1], self.entries[:, -2] = grads, rows
         aligned = self.entries[:, 1] % ALIGNMENT == 0
         self.entries[:, -1] = self.even & aligned
-        self.launches = [(self.programs[0], True)] * bool(self.entries[:, -1].any())
-        self.launches += [(self.programs[0], False)] * bool((self.even & ~aligned).any())
-        self.launches += [(self.programs[1], False)] * bool(len(self.programs[1][0]))
+        even, others = self.programs
+        wanted = (
+            (even, True, self.entries[:, -1].any()),
+            (even, False, (self.even & ~aligned).any()),
+            (others, False, True),
+        )
+        self.launches = [(programs, which) for programs, which, needed in wanted if needed and len(programs[0])]
         captured = capturing(self.device)
         if captured:
             host = self._captured()
@@ -383,7 +387,7 @@ class Launch:
         if coefficients.device != self.device:
             coefficients = sent_to(self.device, coefficients)
         flag = self.never if skip is None else skip.view(torch.uint8)
-        with on_device(self.device):
+        with made_current(self.device):
             for programs, aligned in self.launches:
                 self.kernel[(len(programs[0]),)](*self._arguments(programs, coefficients, flag), aligned, **OPTIONS)
 

@@ -17,20 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ademamix.backends import capturing
-from ademamix.backends.triton import define, on_device
+from ademamix.backends.triton import define, made_current, xp
 from ademamix.table import Tape, sent_to
 
 ROWS = 128  # of one program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-# ruff: noqa: E704
-# fmt: off
-@triton.jit
-def _minimum(x, y): return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
-@triton.jit
-def _maximum(x, y): return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-# fmt: on
 
 
 @cache
@@ -59,7 +50,7 @@ def kernel(structure: tuple[str, ...], results: tuple[str, ...], count: int) -> 
         "",
     ]
     head = "def coefficients(steps, rows, groups, numbers, factor, skip, table, members):\n    "
-    scope: dict[str, Any] = {"tl": tl, "minimum": _minimum, "maximum": _maximum}
+    scope: dict[str, Any] = {"tl": tl, "minimum": xp.minimum, "maximum": xp.maximum}
     return triton.jit(define("coefficients", head + "\n    ".join(lines), scope))
 
 
@@ -122,7 +113,7 @@ class Table:
                 given = source.clone()
                 for n, k, x in late:
                     given[n, k] = sent_to(self.device, x).squeeze()
-            with on_device(self.device):
+            with made_current(self.device):
                 count = len(arrays[0])
                 kernel[(triton.cdiv(count, ROWS),)](*arrays, given, factor, flag, table, count, **OPTIONS)
             self.counted = True
