@@ -5,8 +5,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # The tests whose outcome depends on the versions of torch, Triton, NumPy and Numba.
-VERSIONED := $(addprefix tests/,$(addsuffix .py,test_golden test_optimizer test_backends test_formats test_guard \
-	test_triton test_pretended_gpu test_distributed lab/test_checkpoints))
+VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends engine/test_optimizer.py engine/test_clipping.py \
+	engine/test_pretended_gpu.py engine/test_sharding.py lab/training/test_checkpoints.py)
 
 .PHONY: demo test test-lowest test-2.11 lint bench gpu clean
 

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from ademamix import rules
 from ademamix.backends.triton import OPTIONS, kernel
-from ademamix.elementwise import traced
+from ademamix.engine.tracing import traced
 from ademamix.formats import BLOCK, FORMATS
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}

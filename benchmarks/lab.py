@@ -21,10 +21,10 @@ import torch
 import ademamix
 from ademamix.lab.config import Job
 from ademamix.lab.experiments.lm import small
-from ademamix.lab.processes import Processes
-from ademamix.lab.report import machine
-from ademamix.lab.train import _Run
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.report import machine
+from ademamix.lab.training.loop import _Run
+from ademamix.lab.training.processes import Processes
 
 RUNS = 12
 

@@ -33,12 +33,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import ademamix
 from ademamix import AdEMAMix
-from ademamix.lab import checkpoints
-from ademamix.lab.checkpoints import MANIFEST, PARTIAL, Checkpoints, SaveError
 from ademamix.lab.config import BadInputError, Job, Recipe
-from ademamix.lab.processes import Processes
-from ademamix.lab.report import machine
-from ademamix.lab.train import train
+from ademamix.lab.reports.report import machine
+from ademamix.lab.training import checkpoints
+from ademamix.lab.training.checkpoints import MANIFEST, PARTIAL, Checkpoints, SaveError
+from ademamix.lab.training.loop import train
+from ademamix.lab.training.processes import Processes
 
 Figures = dict[str, Any]  # what was looked at, and what came of it
 
@@ -90,7 +90,7 @@ class Start:
         """The process, its imports done already."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["ademamix.lab.train", "ademamix.backends.cpu", "transformers.models.llama.modeling_llama"]
+            ["ademamix.lab.training.loop", "ademamix.backends.cpu", "transformers.models.llama.modeling_llama"]
         )
         process = context.Process(target=self._train)
         process.start()

@@ -18,8 +18,8 @@ import torch
 
 import ademamix
 from ademamix.lab.config import PRESETS, Optimizer, Recipe
-from ademamix.lab.report import machine
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.report import machine
 
 SEEDS = (0, 1, 2)
 VARIANTS = {  # state, parameters

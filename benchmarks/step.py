@@ -39,7 +39,7 @@ from torch.autograd import DeviceType
 
 import ademamix
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
-from ademamix.optimizer import STATES
+from ademamix.engine.optimizer import STATES
 
 Step = Callable[[], Any]
 

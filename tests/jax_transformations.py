@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ademamix.jax as ours
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, optimizer_from
+from ademamix.engine.coefficients import on_host
 from ademamix.jax import Blocks, State, state_from_torch, state_to_torch, transformation
-from ademamix.table import on_host
 
 assert len(jax.devices()) == 8, "needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
 

@@ -1,9 +1,9 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
-from ademamix.adam import AdamW, AdEMAMix
-from ademamix.memories import KEMA, ADana, SimplifiedAdEMAMix
-from ademamix.optimizer import RuleOptimizer
-from ademamix.own import optimizer_from
+from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.optimizers.adam import AdamW, AdEMAMix
+from ademamix.optimizers.custom import optimizer_from
+from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.schedules import suggest
 
 __version__ = "0.1.0"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ademamix.adam import AdEMAMix
+from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.engine.state import MASTER, decoded
 from ademamix.formats import BLOCK
-from ademamix.optimizer import RuleOptimizer
-from ademamix.state import MASTER, decoded
+from ademamix.optimizers.adam import AdEMAMix
 
 StateDict = dict[str, Any]
 

@@ -23,13 +23,13 @@ import optax
 import torch
 from jax import Array
 
-from ademamix.adam import AdamW, AdEMAMix
 from ademamix.backends import bind, coefficient_names, slot_names
 from ademamix.backends.jax import Blocks, Leaf, Stored
+from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.engine.state import MASTER
 from ademamix.formats import keys
-from ademamix.memories import KEMA, ADana, SimplifiedAdEMAMix
-from ademamix.optimizer import RuleOptimizer, check_number
-from ademamix.state import MASTER
+from ademamix.optimizers.adam import AdamW, AdEMAMix
+from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 
 
 class State(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from ademamix.lab.cli import main
 from ademamix.lab.config import Data
-from ademamix.lab.corpus import write_data
+from ademamix.lab.data.corpus import write_data
 
 Cli = Callable[..., int]
 

@@ -179,7 +179,7 @@ def test_ctrl_c_before_a_run_began_gives_one_line(cli, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ademamix.lab.corpus.write_data", stop)
+    monkeypatch.setattr("ademamix.lab.data.corpus.write_data", stop)
     assert cli("data", "some.txt", "--out", "out") == 128 + 2
     assert refusal(capsys) == "ademamix: stopped"
 

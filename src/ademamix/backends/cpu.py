@@ -25,7 +25,7 @@ from numba.core import types as nt
 from numba.extending import intrinsic
 
 from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names, global_names, with_numbers
-from ademamix.cache import cache_folder
+from ademamix.backends.cache import cache_folder
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 10

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array, lax
 
 from ademamix.backends import bind, row_length
+from ademamix.engine.state import SMALLEST
 from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, turned
-from ademamix.state import SMALLEST
 
 
 class Blocks(NamedTuple):

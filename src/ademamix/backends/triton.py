@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names
+from ademamix.engine.coefficients import sent_to
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
-from ademamix.table import sent_to
 
 BLOCKS = 8  # of one program, which computes once what they share: addresses, coefficients, the noise of lanes
 OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}  # eager has no fused multiply-add either

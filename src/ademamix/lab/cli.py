@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
     from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train, Training
     from ademamix.lab.experiments.common import Settings
-    from ademamix.lab.report import Report
+    from ademamix.lab.reports.report import Report
 
 CONFIG = "config.json"
 PROGRAM = "python -m ademamix" if Path(sys.argv[0]).name == "__main__.py" else "ademamix"
@@ -54,7 +54,7 @@ def _run(argv: list[str]) -> None:
 
     from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train
     from ademamix.lab.experiments import EXPERIMENTS
-    from ademamix.lab.processes import PeerError, launched
+    from ademamix.lab.training.processes import PeerError, launched
 
     try:
         train, compare, experiments = _defaults(argv)
@@ -141,7 +141,7 @@ def _stored(out: Path) -> dict[str, Any]:
 
 def _data(settings: "Data") -> None:
     from ademamix.lab.console import say
-    from ademamix.lab.corpus import write_data
+    from ademamix.lab.data.corpus import write_data
 
     meta = write_data(settings)
     for split in ("train", "valid"):
@@ -151,10 +151,10 @@ def _data(settings: "Data") -> None:
 
 def _train(settings: "Train") -> None:
     from ademamix.lab.console import say
-    from ademamix.lab.devices import pick_device
-    from ademamix.lab.optimizers import title
-    from ademamix.lab.processes import joined
-    from ademamix.lab.train import check, train
+    from ademamix.lab.training.devices import pick_device
+    from ademamix.lab.training.loop import check, train
+    from ademamix.lab.training.optimizers import title
+    from ademamix.lab.training.processes import joined
 
     with ExitStack() as held, joined(pick_device(settings.job.device)) as processes:
         settings = processes.everywhere(lambda: _pinned(settings))[0]
@@ -170,11 +170,11 @@ def _train(settings: "Train") -> None:
 
 
 def _compare(settings: "Compare") -> None:
-    from ademamix.lab.compare import compare, report_of
     from ademamix.lab.config import BadInputError
     from ademamix.lab.console import say
-    from ademamix.lab.optimizers import title
-    from ademamix.lab.train import check
+    from ademamix.lab.experiments.compare import compare, report_of
+    from ademamix.lab.training.loop import check
+    from ademamix.lab.training.optimizers import title
 
     settings = _pinned(settings)
     recipe, optimizer = settings.recipe, settings.optimizer
@@ -193,18 +193,18 @@ def _compare(settings: "Compare") -> None:
 
 
 def _plan(settings: "PlanFor") -> None:
-    from ademamix.lab.budget import plan
+    from ademamix.lab.plan import plan
 
     plan(settings)
 
 
 def _experiment(settings: "Settings") -> None:
     from ademamix.lab.console import say
-    from ademamix.lab.devices import pick_device
     from ademamix.lab.experiments import EXPERIMENTS
-    from ademamix.lab.report import sentence
-    from ademamix.lab.train import check
-    from ademamix.lab.trials import Trials
+    from ademamix.lab.experiments.trials import Trials
+    from ademamix.lab.reports.report import sentence
+    from ademamix.lab.training.devices import pick_device
+    from ademamix.lab.training.loop import check
 
     module = type(settings).__module__
     name = next(name for name, experiment in EXPERIMENTS.items() if experiment.__name__ == module)
@@ -225,7 +225,7 @@ def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
     """Make a report, write it and show it; the time that went into it grows from call to call."""
     from ademamix.lab.config import from_json, to_json
     from ademamix.lab.console import say
-    from ademamix.lab.report import PAGE, show, write
+    from ademamix.lab.reports.report import PAGE, show, write
 
     clock = out / "seconds.json"
     before = from_json(clock)["seconds"] if clock.exists() else 0.0
@@ -242,7 +242,7 @@ def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
 
 def _report(settings: "ReportOn") -> None:
     from ademamix.lab.console import say
-    from ademamix.lab.report import write_index
+    from ademamix.lab.reports.report import write_index
 
     say(f"report: {write_index(settings.folder)}")
 
@@ -252,7 +252,7 @@ P = TypeVar("P", "Train", "Compare")
 
 def _pinned(settings: P) -> P:
     """The settings with the optimizer named as it is recorded, so that it does not change when a run is resumed."""
-    from ademamix.lab.optimizers import pinned
+    from ademamix.lab.training.optimizers import pinned
 
     name = pinned(settings.optimizer)
     _refuse_unused(settings.recipe, name)
@@ -262,7 +262,7 @@ def _pinned(settings: P) -> P:
 def _refuse_unused(recipe: "Training", optimizer: str) -> None:
     """Raise BadInputError for settings that are not this optimizer's."""
     from ademamix.lab.config import BadInputError
-    from ademamix.lab.optimizers import SECTIONS
+    from ademamix.lab.training.optimizers import SECTIONS
     from ademamix.lab.values import typed
 
     if recipe.settings and optimizer in SECTIONS:
@@ -279,8 +279,8 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
     """
     from ademamix.lab.config import BadInputError, to_json
     from ademamix.lab.files import alone_in, written_aside
-    from ademamix.lab.processes import agreed_name, restarted
-    from ademamix.lab.train import differing, refuse_other
+    from ademamix.lab.training.loop import differing, refuse_other
+    from ademamix.lab.training.processes import agreed_name, restarted
 
     now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     given, resume = settings.job.out, settings.job.resume
@@ -317,8 +317,8 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
 def _stoppable(command: str, out: Path) -> Iterator[None]:
     """Say how to go on when the run is stopped or cannot write, and what happened when it diverged: once for all
     processes."""
-    from ademamix.lab.checkpoints import SaveError
-    from ademamix.lab.train import DivergedError, StoppedError
+    from ademamix.lab.training.checkpoints import SaveError
+    from ademamix.lab.training.loop import DivergedError, StoppedError
 
     how = f"go on with: {PROGRAM} {command} --resume {shlex.quote(str(out))}"
     try:

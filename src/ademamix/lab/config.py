@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.schedule import Shape
+from ademamix.lab.training.schedule import Shape
 from ademamix.lab.values import Values
 
 Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (optimizers.py)

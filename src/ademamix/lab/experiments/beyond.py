@@ -10,19 +10,19 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import by_seed, clearly_below, difference, mean_and_error, plus_minus, shown
-from ademamix.lab.compare import crossing
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Candidate, Settings, changed
+from ademamix.lab.experiments.compare import crossing
+from ademamix.lab.experiments.kernels import ages, memory
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.kernels import ages, memory
-from ademamix.lab.optimizers import arguments_of, buffers_of, pinned, title
-from ademamix.lab.pictures import Chart, Line, Picture
-from ademamix.lab.report import Report, Rows
-from ademamix.lab.train import Result
-from ademamix.lab.trials import Grid, Point, Trials, Value
+from ademamix.lab.experiments.trials import Grid, Point, Trials, Value
+from ademamix.lab.reports.claims import by_seed, clearly_below, difference, mean_and_error, plus_minus, shown
+from ademamix.lab.reports.pictures import Chart, Line, Picture
+from ademamix.lab.reports.report import Report, Rows
+from ademamix.lab.training.loop import Result
+from ademamix.lab.training.optimizers import arguments_of, buffers_of, pinned, title
 from ademamix.lab.values import Lists, Values
 
 WHAT = "memories of past gradients beyond AdEMAMix's, yours too: tuned alike, stopped early, extended, drawn"

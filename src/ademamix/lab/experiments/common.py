@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab import claims
 from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
 from ademamix.lab.console import say
-from ademamix.lab.optimizers import SECTIONS, title
-from ademamix.lab.pictures import Chart, Line, around
-from ademamix.lab.report import Rows
-from ademamix.lab.train import Result
-from ademamix.lab.trials import Grid, Point, Trials, Value, best
+from ademamix.lab.experiments.trials import Grid, Point, Trials, Value, best
+from ademamix.lab.reports import claims
+from ademamix.lab.reports.pictures import Chart, Line, around
+from ademamix.lab.reports.report import Rows
+from ademamix.lab.training.loop import Result
+from ademamix.lab.training.optimizers import SECTIONS, title
 from ademamix.lab.values import typed
 
 Preset = Literal["cpu", "gpu", "paper"]

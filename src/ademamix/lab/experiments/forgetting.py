@@ -9,16 +9,16 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, diverged, mean_and_error, shown
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart, Line
-from ademamix.lab.report import Report, sentence
-from ademamix.lab.train import Result
-from ademamix.lab.trials import Grid, Point, Trials
+from ademamix.lab.experiments.trials import Grid, Point, Trials
+from ademamix.lab.reports.claims import clearly_below, decide, diverged, mean_and_error, shown
+from ademamix.lab.reports.pictures import Chart, Line
+from ademamix.lab.reports.report import Report, sentence
+from ademamix.lab.training.loop import Result
 
 WHAT = "how fast AdamW and AdEMAMix forget a batch that they saw once"
 

@@ -9,15 +9,15 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from ademamix.lab.claims import decide, mean_and_error, plus_minus, shown
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart, Line
-from ademamix.lab.report import Report, sentence
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.claims import decide, mean_and_error, plus_minus, shown
+from ademamix.lab.reports.pictures import Chart, Line
+from ademamix.lab.reports.report import Report, sentence
 
 WHAT = "the best beta3 by the number of steps, as a rule of thumb"
 PUBLISHED = 8.0  # beta3 = 1 - 8/T: arXiv 2602.05298

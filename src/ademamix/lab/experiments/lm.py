@@ -7,15 +7,15 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, diverged, final_losses, mean_and_error, table_of
-from ademamix.lab.compare import crossing
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import AdEMAMixSettings, BadInputError, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
-from ademamix.lab.pictures import Chart, Picture
-from ademamix.lab.report import Report
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.compare import crossing
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.claims import clearly_below, decide, diverged, final_losses, mean_and_error, table_of
+from ademamix.lab.reports.pictures import Chart, Picture
+from ademamix.lab.reports.report import Report
 
 WHAT = "AdamW against AdEMAMix on text, both tuned; AdamW's tokens to the same loss"
 TUNING = Tuning((4e-3, 8e-3, 16e-3), (0.95, 0.99), (1e-3, 2e-3, 4e-3), (0.998, 0.999))

@@ -6,14 +6,14 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, final_losses, table_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.report import Report
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.claims import clearly_below, decide, final_losses, table_of
+from ademamix.lab.reports.report import Report
 
 WHAT = "AdamW against AdEMAMix on Mamba, a state-space model, both tuned"
 TUNING = Tuning((2e-3, 4e-3, 8e-3), (0.99,), (1e-3, 2e-3, 4e-3), (0.997,))

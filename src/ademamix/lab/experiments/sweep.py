@@ -7,16 +7,16 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, shown, table_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import TUNING_SEED, Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import HeatMap
-from ademamix.lab.report import Report
-from ademamix.lab.train import Result
-from ademamix.lab.trials import Grid, Point, Trials, best
+from ademamix.lab.experiments.trials import Grid, Point, Trials, best
+from ademamix.lab.reports.claims import clearly_below, decide, shown, table_of
+from ademamix.lab.reports.pictures import HeatMap
+from ademamix.lab.reports.report import Report
+from ademamix.lab.training.loop import Result
 
 WHAT = "alpha x beta3 as a heat map; warmups, beta1 = 0, AdamW's beta1"
 

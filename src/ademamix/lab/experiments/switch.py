@@ -6,15 +6,15 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, diverged, mean_and_error, table_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.pictures import Chart
-from ademamix.lab.report import Report, sentence
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.claims import clearly_below, decide, diverged, mean_and_error, table_of
+from ademamix.lab.reports.pictures import Chart
+from ademamix.lab.reports.report import Report, sentence
 
 WHAT = "AdEMAMix takes over a training from AdamW, at several times"
 

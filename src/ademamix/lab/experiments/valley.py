@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from ademamix import AdamW, AdEMAMix
-from ademamix.lab.claims import clearly_below, decide, shown
 from ademamix.lab.config import BadInputError
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings
-from ademamix.lab.pictures import Chart, Field, Line
-from ademamix.lab.report import Report, sentence
-from ademamix.lab.trials import Trials
+from ademamix.lab.experiments.trials import Trials
+from ademamix.lab.reports.claims import clearly_below, decide, shown
+from ademamix.lab.reports.pictures import Chart, Field, Line
+from ademamix.lab.reports.report import Report, sentence
 
 WHAT = "trajectories in a narrow valley, drawn"
 START, MINIMUM = (-3.0, 5.0), (1.0, 1.0)

@@ -6,13 +6,21 @@ from typing import Annotated
 
 import tyro
 
-from ademamix.lab.claims import clearly_below, decide, difference, diverged, mean_and_error, plus_minus, table_of
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, ImageRecipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
-from ademamix.lab.pictures import Chart, Picture
-from ademamix.lab.report import Report, sentence
-from ademamix.lab.trials import Grid, Trials
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.claims import (
+    clearly_below,
+    decide,
+    difference,
+    diverged,
+    mean_and_error,
+    plus_minus,
+    table_of,
+)
+from ademamix.lab.reports.pictures import Chart, Picture
+from ademamix.lab.reports.report import Report, sentence
 
 WHAT = "AdamW against AdEMAMix on a vision transformer, with more and with fewer images"
 TUNING = Tuning((1e-3, 2e-3, 4e-3), (0.99,), (5e-4, 1e-3, 2e-3), (0.996,))

@@ -1,0 +1,87 @@
+"""What decides about a step before it is taken: the gradients' norm and scale, and whether a CUDA graph captures it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from ademamix import backends
+from ademamix.engine.coefficients import sent_to
+from ademamix.engine.sharding import global_norm
+from ademamix.engine.state import scalar
+
+
+class Norm(NamedTuple):
+    """The gradients' norm, as the next step is to use it."""
+
+    value: Tensor
+    factor: Tensor | None  # on the gradients
+    grad_scale: float | Tensor | None  # the gradients have been multiplied by it, and value divided
+
+
+def clipping(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    max_norm: float,
+    grad_scale: float | Tensor | GradScaler | None,
+) -> Norm:
+    """The norm of gradients that have been multiplied by ``grad_scale``, with the factor that clips them."""
+    norm = global_norm(grads, params)
+    if isinstance(grad_scale, GradScaler):  # its get_scale() would wait for the device
+        grad_scale = grad_scale._get_scale_async() if grad_scale.is_enabled() else None
+    if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
+        grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
+    if grad_scale is not None:
+        norm = norm / grad_scale
+    return Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
+
+
+def factor_and_skip(
+    norm: Norm | None, scale: float | Tensor | None, found_inf: Tensor | None, skip_nonfinite: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What to multiply the gradients by, and whether to skip the step, where that is a question.
+
+    Args:
+        norm: of the gradients, if anybody has looked at it.
+        scale: a GradScaler's, if it leaves the gradients scaled.
+        found_inf: what a GradScaler has found, not 0 if a gradient is not finite.
+        skip_nonfinite: whether a norm that is not finite skips the step.
+
+    Raises:
+        RuntimeError: the gradients were clipped while scaled, by a norm that knows of no scale.
+    """
+    factor, skip = None, None
+    if norm is not None:
+        if norm.factor is not None and norm.grad_scale is None and scale is not None:
+            raise RuntimeError(
+                "clip_grad_norm_ has seen scaled gradients: call scaler.unscale_(optimizer) before it, "
+                "or give it grad_scale=scaler"
+            )
+        factor = norm.factor
+        scale = norm.grad_scale if norm.grad_scale is not None else scale
+        if skip_nonfinite:
+            skip = (norm.value - norm.value) != 0.0  # of an infinity or a NaN that is a NaN; isfinite() takes 6 kernels
+    if scale is not None:
+        inverse = 1.0 / (scale if isinstance(scale, Tensor) else scalar(scale))
+        factor = inverse if factor is None else factor * inverse
+    if found_inf is not None:
+        skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
+    return factor, skip
+
+
+def is_captured(params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a CUDA graph captures the step; RuntimeError if it would capture what it must not, or not all."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    within = {device: backends.capturing(device) for device in {p.device for p in params}}
+    if not any(within.values()):
+        return False
+    missing = [i for i, group in enumerate(groups) if not group["capturable"]]
+    if missing:
+        raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
+    outside = sorted(str(device) for device, captured in within.items() if not captured)
+    if outside:  # their part of the step would be taken now, and in no replay
+        raise RuntimeError(f"a CUDA graph captures steps on its own devices alone; there are parameters on {outside}")
+    return True

@@ -1,0 +1,410 @@
+"""The torch.optim.Optimizer that users see: groups, state, checkpoints. The updates themselves are rules."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import chain
+from typing import Any, ClassVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.amp import GradScaler
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import ParamsT
+
+from ademamix import backends
+from ademamix.engine.clipping import Norm, clipping, factor_and_skip, is_captured
+from ademamix.engine.coefficients import sent_to
+from ademamix.engine.launches import GroupSettings, Plan, check_tensors
+from ademamix.engine.offload import Host, Trip, with_master
+from ademamix.engine.sharding import global_norm, gradients
+from ademamix.engine.state import CPU, MASTER, check_state, scalar, slot_formats, state_of
+from ademamix.engine.tracing import traced
+from ademamix.formats import FORMATS, Format
+
+STATES = ("float32", "bfloat16", "compact")
+WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
+NUMBERS = (int, float, np.integer, np.floating)
+SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
+
+
+class RuleOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
+
+    Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
+    tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
+    scales. Parameters that are float64 or complex, have one dimension or less than 4096 elements keep full precision.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
+        defaults: hyperparameters, each a param-group entry.
+        state: how state slots are stored: "float32", "bfloat16", "compact" (16 bits where memory is long, 8 elsewhere),
+            or a mapping of slots to formats (names in ``ademamix.formats.FORMATS``; float32 for slots not in it).
+        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
+        stochastic_rounding: round bfloat16 parameters stochastically.
+        seed: of the noise for stochastic rounding.
+        capturable: count steps and compute coefficients on the parameters' devices.
+        skip_nonfinite: what to do about gradients with a NaN or an infinity in them; see :class:`AdEMAMix`.
+        offload: keep state in host memory and step there; see :class:`AdEMAMix`.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names its value and what is allowed.
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
+
+    rule: backends.Rule
+    compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        state: str | Mapping[str, str] = "float32",
+        backend: str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        capturable: bool = False,
+        skip_nonfinite: bool | None = None,
+        offload: bool = False,
+    ) -> None:
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
+        self.rule = self.checked_rule(defaults)
+        self.state_format = state
+        self._formats = self.formats_of(defaults, state)
+        if skip_nonfinite not in (None, True, False):
+            raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
+        if not isinstance(offload, bool):
+            raise ValueError(f"offload must be True or False, got {offload!r}")
+        self.offload = offload
+        self._host = Host()
+        defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable}
+        self._check_group(defaults)
+        self.backend = backend
+        self.skip_nonfinite = skip_nonfinite
+        self._skipped: int | Tensor = 0
+        self._norm: Norm | None = None
+        self._plan: Plan | None = None
+        self._captured: list[Plan] = []  # CUDA graphs read their tables whenever they are replayed
+        super().__init__(params, defaults)
+
+    @staticmethod
+    @abstractmethod
+    def check(group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a hyperparameter out of its range."""
+
+    @staticmethod
+    @abstractmethod
+    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64, written against ``xp``."""
+
+    @classmethod
+    def rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """The rule for these hyperparameters; all groups of an optimizer share one."""
+        return cls.rule
+
+    @classmethod
+    def checked_rule(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """The rule as all backends compile it, once it and its hyperparameters are found to be right."""
+        cls.check(group)
+        rule = _traced(cls.rule_of(group))
+        missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, group))
+        if missing:
+            raise ValueError(f"the coefficients of {cls.__name__} lack {sorted(missing)}, which its rule takes")
+        return rule
+
+    @classmethod
+    def formats_of(cls, group: Mapping[str, Any], state: str | Mapping[str, str]) -> dict[str, Format]:
+        """The format of each slot of the rule, stored or not."""
+        names = backends.slot_names(cls.rule_of(group))
+        if not isinstance(state, Mapping):
+            if state not in STATES:
+                raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
+            of_slot = cls.compact if state == "compact" else dict.fromkeys(names, state)
+            state = {name: of_slot[name] for name in names if name in of_slot}
+        for name, format in state.items():
+            if name not in names or format not in SLOT_FORMATS:
+                raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
+        return {name: FORMATS[state.get(name, "float32")] for name in names}
+
+    def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        return GroupSettings(self.formats(group), group["stochastic_rounding"], group["seed"])
+
+    def formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        """The format of each slot that parameters of ``group`` store, unless they are among those in full precision."""
+        return {name: self._formats[name] for name in self.stored(group)}
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self.check(group)
+        if _traced(self.rule_of(group)) is not self.rule:
+            slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
+            raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
+        check_number("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+        for name in ("stochastic_rounding", "capturable"):
+            if not isinstance(group[name], bool):
+                raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+        if self.offload and group["capturable"]:
+            raise ValueError("capturable must be False with offload=True: no graph can hold what the host computes")
+
+    @classmethod
+    def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the rule's slots that parameters of ``group`` store."""
+        return backends.slot_names(cls.rule_of(group))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
+        self._check_group({**self.defaults, **param_group})
+        own = {**{name: getattr(self, name) for name in WHOLE[1:]}, "state": self.state_format}
+        # ZeroRedundancyOptimizer repeats in each group what the optimizer was given.
+        if common := [name for name in WHOLE if name in param_group and param_group[name] != own[name]]:
+            raise ValueError(f"{common[0]} is given to the optimizer, for all groups, got a group with {common}")
+        given = param_group["params"]
+        if not isinstance(given, Tensor | set):  # torch.optim takes the one and refuses the other
+            given = list(given)
+        entries = [given] if isinstance(given, Tensor) else given
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        if len(set(map(id, params))) < len(params):  # torch.optim warns, and updates it twice in a step
+            twice = next(i for i, p in enumerate(params) if any(p is q for q in params[:i]))
+            raise ValueError(f"a parameter group must have each parameter once, got number {twice} a second time")
+        for p in params:
+            if isinstance(p, Tensor):
+                backends.choose(self.backend, CPU if self.offload else p.device)
+        super().add_param_group({**param_group, "params": given})
+
+    @property
+    def backends_in_use(self) -> tuple[str, ...]:
+        """The backends that the last step ran on, such as ``("triton",)``; empty before the first.
+
+        "eager" among them under ``backend="auto"`` on CPUs and on CUDA or ROCm devices means that the fused backend
+        failed there; a warning has said why.
+        """
+        return () if self._plan is None else self._plan.backends
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
+        return int(self._skipped)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop or zero the gradients as in torch.optim, and what :meth:`clip_grad_norm_` has found about them."""
+        self._norm = None
+        super().zero_grad(set_to_none)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | GradScaler | None = None) -> Tensor:
+        """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
+
+        The gradients are read once and stay as they are: the next :meth:`step` multiplies them on its way by
+        ``min(1, max_norm / (norm + 1e-6))``. It changes nothing at all if the norm is not finite, unless the optimizer
+        has ``skip_nonfinite=False``.
+
+        Args:
+            max_norm: the largest norm, >= 0; ``math.inf`` to look at the norm without clipping.
+            grad_scale: the GradScaler whose ``unscale_`` was not called, or whatever else the gradients have been
+                multiplied by; None if they are as they should be. A GradScaler's scale is read on the device, while
+                its ``get_scale()`` waits for it.
+
+        Returns:
+            The norm before clipping (and without the scale), a tensor of no dimensions on the gradients' device. It
+            overflows to infinity for gradients above 1e19.
+        """
+        _check_bound("max_norm", max_norm)
+        every = self._every()
+        self._norm = clipping(gradients([p for p in every if p.grad is not None]), every, max_norm, grad_scale)
+        return self._norm.value
+
+    def _every(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _factor_and_skip(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        norm, self._norm = self._norm, None
+        if norm is None and self.skip_nonfinite:
+            norm = Norm(global_norm(grads, self._every()), None, None)
+        # A GradScaler sets these two for the time of a step.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return factor_and_skip(norm, scale, found_inf, self.skip_nonfinite is not False)
+
+    def _count(self, skip: Tensor) -> None:
+        if skip.device.type == "cpu":
+            self._skipped += int(skip)
+        else:
+            self._skipped += sent_to(getattr(self._skipped, "device", skip.device), skip)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # torch.compile has nothing to gain in a step, and its tracing of one fails
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Nothing is changed, and ``skipped_steps`` counts it, if a GradScaler or :meth:`clip_grad_norm_` (or, with
+        ``skip_nonfinite=True``, the step itself) has seen a gradient that is not finite.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which ``step`` returns.
+
+        Raises:
+            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory of its own, the gradients
+                were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
+                ``capturable``, the first of its kind or on other devices too; nothing has been changed then.
+            ValueError: a state tensor does not fit its parameter; nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        params = list(chain.from_iterable(active))
+        if not params:  # other processes may have gradients, and wait for this one's part in their norm
+            _, skip = self._factor_and_skip([])
+            if skip is not None:
+                self._count(skip)
+            return loss
+        captured = is_captured(params, self.param_groups)
+        grads = gradients(params)
+        of_group = [i for i, members in enumerate(active) for _ in members]
+        settings = [self._settings(group) for group in self.param_groups]
+        factor, skip = self._factor_and_skip(grads)
+        if skip is not None and skip.device.type == "cpu":  # there it is known
+            self._count(skip)
+            if skip:
+                return loss
+            skip = None
+        on_device = not self.offload and skip is not None
+        with_tensors = on_device or any(group["capturable"] for group in self.param_groups)
+        updated, trip = params, None
+        if self.offload:
+            for i, p, g in zip(of_group, params, grads, strict=True):
+                check_tensors(self, i, p, g)
+            updated = self._host.stand_ins(params, self.state)
+            trip = Trip(self._host, params, grads)
+            grads = trip.arriving()
+        plan = self._plan
+        if plan is None or not plan.serves(self, updated, grads, of_group, settings, with_tensors):
+            if captured:  # each replay would set new state to zero
+                raise RuntimeError(
+                    "a CUDA graph cannot capture the first step, nor the first with these parameters, settings or "
+                    "dtypes of gradients: take such a step before the capture"
+                )
+            saved = [self.state.get(p) for p in params]
+            if self.offload:
+                saved = list(map(with_master, saved, params, updated))
+            self._plan = plan = Plan(self, updated, grads, saved, of_group, settings, with_tensors)
+        if captured and plan not in self._captured:
+            self._captured.append(plan)
+        where = params[0].device if skip is None else skip.device
+        if with_tensors and where != CPU and getattr(self._skipped, "device", CPU) == CPU:
+            # Also if nothing is skipped yet: a graph that made the count would set it anew in each replay.
+            self._skipped = torch.full((), int(self._skipped), device=where)
+        if not plan.run(self, grads, factor, skip, trip):
+            self._skipped += 1
+            return loss
+        if plan.fresh:
+            self.state.update(zip(params, plan.states, strict=True))
+            plan.fresh = False
+            plan.all_states = list(self.state.values())
+        if skip is not None and on_device:
+            self._count(skip)
+        increment_version(params)  # state is in nobody's graph
+        if trip is not None:
+            trip.finish()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, exactly: state keeps its own dtype, whatever that of the parameter is.
+
+        Tensors that fit as they are become the optimizer's own, without a copy, as in torch.optim.
+
+        Raises:
+            ValueError: groups, parameters or the shape of a state tensor do not fit; nothing has been changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            self._check_loaded(final)
+            loaded.update(final)
+            # torch would make a copy of each tensor in the parameter's dtype.
+            ids = set(chain.from_iterable(group["params"] for group in final["param_groups"]))
+            return {**final, "state": {i: value for i, value in final["state"].items() if i not in ids}}
+
+        # Between the user's own hooks: these have changed the dict before, and see the whole state after.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(lambda _: self._load(loaded), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        for p, saved in self._by_parameter(state_dict):
+            kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
+            master, like = kept.pop(MASTER, None), p
+            if self.offload:
+                like = self._host.stand_in(p, master).whole
+                kept = with_master(kept, p, like)
+            formats = slot_formats(like, self._formats)
+            exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
+            self.state[p] = {**exact, "step": scalar(float(kept["step"]))}
+
+    def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        return [(p, state_dict["state"][i]) for i, p in zip(ids, own, strict=False) if state_dict["state"].get(i)]
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            self._check_group(group)
+        known = {"step", MASTER, *chain.from_iterable((slot, f"{slot}_scale") for slot in self._formats)}
+        needed = set(self._formats).intersection(*map(self.stored, groups))
+        for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
+            if "step" not in saved:
+                raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
+            check_state(saved, p, slot_formats(p, self._formats))
+            missing, foreign = sorted(needed - saved.keys()), sorted(saved.keys() - known)
+            if missing and foreign:  # what a user adds to a state is no reason to refuse it
+                raise ValueError(f"{name}: state of parameter {index} has {foreign}, but no {missing}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload")
+        kept = {name: getattr(self, name) for name in own}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = dict(state.get("defaults") or self.defaults)
+        super().__setstate__(state)
+        self.rule = _traced(self.rule_of(self.defaults))
+        self._plan = self._norm = None
+        self._captured = []
+        self._host = Host()
+        for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
+            for name, value in defaults.items():
+                group.setdefault(name, value)
+
+
+_traced = cache(traced)  # a class's rule stays what it was for the first of its instances
+
+
+def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
+    """Raise ValueError unless a hyperparameter is a finite number, or a tensor of one element, that fits."""
+    number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not number or not math.isfinite(value) or not fits(float(value)):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_bound(name: str, value: Any) -> None:
+    if not isinstance(value, NUMBERS) or not value >= 0.0:
+        raise ValueError(f"{name} must be a number >= 0, got {value!r}")

@@ -1,0 +1,177 @@
+"""The state of a parameter: which tensors there are, how they are stored, and what others have saved as such."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ademamix import backends
+from ademamix.backends import eager
+from ademamix.engine.sharding import blocks_are_whole, is_sharded, joined, local, local_part
+from ademamix.formats import BLOCK, FORMATS, Format
+
+CPU = torch.device("cpu")
+MASTER = "master"  # the key of float32 master weights, which a parameter with its state on the host may have
+SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
+
+
+def scalar(value: float) -> Tensor:
+    """On the CPU, whatever the user has made torch's default device and dtype."""
+    return torch.tensor(value, dtype=torch.float32, device=CPU)
+
+
+def slot_formats(p: Tensor, formats: dict[str, Format]) -> dict[str, Format]:
+    """The formats of the parameter's own slots: its group's, or full precision where those would not serve."""
+    if p.dtype == torch.float64 or p.is_complex() or p.ndim < 2 or p.numel() < SMALLEST:
+        full = FORMATS["float64" if p.dtype.to_real() == torch.float64 else "float32"]
+        return dict.fromkeys(formats, full)
+    return formats
+
+
+def tensor_names(slot: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
+    return (slot, f"{slot}_scale") if formats[slot].scale is not None else (slot,)
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether p fills its memory without gaps or overlaps: then empty_like keeps its strides."""
+    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+
+
+def fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
+    """Whether a backend can work on p itself: blocks, and a part's noise, lie along rows of a contiguous tensor.
+
+    A lazily negated tensor (``z.conj().imag``) is the negative of what lies in its memory.
+    """
+    ordered = is_sharded(p) or any(f.scale is not None for f in formats.values())
+    return not p.is_neg() and (local(p).is_contiguous() if ordered else _is_dense(p))
+
+
+def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
+    """A tensor without memory that has the shape, dtype and strides of this process's part of p's slot."""
+    dtype = backends.storage_dtype(format)
+    memory = torch.preserve_format if fits(p, formats) else torch.contiguous_format
+    kind = dtype.to_complex() if p.is_complex() else dtype
+    return torch.empty_like(local(p), dtype=kind, device="meta", requires_grad=False, memory_format=memory)
+
+
+def _scale_shape(p: Tensor) -> tuple[int, int]:
+    return p.shape[0], -(-math.prod(p.shape[1:]) // BLOCK)
+
+
+STORED_AS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16", torch.uint8: "float8"}
+
+
+def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
+    """The numbers that a state tensor stands for: itself, or float32 where it holds codes."""
+    if value.dtype not in STORED_AS:
+        return value
+    codes = local(value)
+    rows = codes.contiguous().flatten(1) if codes.ndim > 1 else codes.view(1, -1)
+    numbers = eager.decode(FORMATS[STORED_AS[value.dtype]], rows, None if scale is None else local(scale))
+    return joined(numbers.view(codes.shape), value, value.shape)
+
+
+def new_slot(name: str, p: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
+    """Zeros as p's slot ``name``, with its scales."""
+    slot = {name: joined(torch.zeros_like(_layout(p, formats[name], formats), device=p.device), p, p.shape)}
+    if formats[name].scale is not None:
+        scale = torch.zeros(_scale_shape(local(p)), dtype=torch.float32, device=p.device)
+        slot[f"{name}_scale"] = joined(scale, p, _scale_shape(p))
+    return slot
+
+
+def stored_slot(
+    name: str, value: Tensor, scale: Tensor | None, p: Tensor, formats: Mapping[str, Format]
+) -> dict[str, Tensor]:
+    """A state tensor, with its scales, as p's slot ``name`` is to be stored; the same tensors where they already fit.
+
+    Other formats are decoded and encoded, rounded to nearest.
+    """
+    format = formats[name]
+    wanted = _layout(p, format, formats)
+    if value.dtype == wanted.dtype:
+        part, part_scale = local_part(value, p), None if scale is None else local_part(scale, p)
+    else:
+        part, part_scale = _converted(format, wanted, local_part(decoded(value, scale), p))
+    if part.stride() != wanted.stride():
+        part = torch.empty_like(wanted, device=part.device).copy_(part)
+    slot = {name: _placed(part, value, p, p.shape)}
+    if format.scale is not None:
+        assert part_scale is not None
+        slot[f"{name}_scale"] = _placed(part_scale, scale, p, _scale_shape(p))
+    return slot
+
+
+def _converted(format: Format, wanted: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Numbers in the format of ``wanted``, with their scales."""
+    if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
+        return numbers.to(wanted.dtype), None
+    rows = numbers.float().contiguous().flatten(1)
+    middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
+    codes, scale = eager.encode(format, rows, middle)
+    value = torch.empty_like(wanted, device=numbers.device, memory_format=torch.contiguous_format)
+    eager.write(format, value.flatten(1), codes)
+    return value, scale
+
+
+def _placed(part: Tensor, given: Any, p: Any, shape: Sequence[int]) -> Tensor:
+    """The state tensor of which ``part`` is this process's: the given one if that is it already."""
+    placed_alike = not is_sharded(p) or (is_sharded(given) and given.placements == p.placements)
+    if part is local(given) and placed_alike and part.device == p.device and not part.requires_grad:
+        return given  # type: ignore[no-any-return]
+    return joined(part.detach().to(p.device), p, shape)
+
+
+def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format]) -> None:
+    """Raise ValueError for a slot that has not p's shape, for scales that are missing or have not theirs, and where the
+    parts of a DTensor would cut blocks."""
+    blocked = {f.name for f in formats.values() if f.scale is not None}
+    if blocked and not blocks_are_whole(p):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} with placements {p.placements} on {tuple(p.device_mesh.shape)} "
+            f"processes cannot have state in the formats {sorted(blocked)}: it would cut blocks of {BLOCK} elements; "
+            f"allowed: cuts of dimension 0, cuts of dimension 1 at multiples of {BLOCK} elements, and for all others "
+            "state='float32' or 'bfloat16'"
+        )
+    for name in (*formats, MASTER):
+        value = saved.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state tensor {name!r} must be a tensor, got a {type(value).__name__}")
+        tensors: list[tuple[str, Any, tuple[int, ...]]] = [(name, value, tuple(p.shape))]
+        stored_as = STORED_AS.get(value.dtype)
+        if stored_as is not None and FORMATS[stored_as].scale is not None:
+            tensors.append((f"{name}_scale", saved.get(f"{name}_scale"), _scale_shape(p)))
+        for what, t, shape in tensors:
+            if t is None or tuple(t.shape) != shape:
+                found = "is missing" if t is None else f"has shape {tuple(t.shape)}"
+                raise ValueError(f"state tensor {what!r} {found}; a parameter of shape {tuple(p.shape)} needs {shape}")
+            if is_sharded(t) and not (is_sharded(p) and p.device_mesh == t.device_mesh):
+                raise ValueError(f"state tensor {what!r} is a DTensor on {t.device_mesh}, where its parameter is not")
+
+
+def state_of(
+    saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], step_device: torch.device = CPU
+) -> dict[str, Any]:
+    """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device), **(saved or {})}
+    check_state(state, p, formats)
+    step = state["step"]
+    if not (
+        isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
+    ):
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=step_device).reshape(())
+    for name in formats:
+        value, scale = state.get(name), state.pop(f"{name}_scale", None)
+        if value is not None:
+            state.update(stored_slot(name, value, scale, p, formats))
+            continue
+        state.update(new_slot(name, p, formats))
+    if saved is not None and state.keys() == saved.keys() and all(state[k] is saved[k] for k in state):
+        return saved  # type: ignore[return-value]
+    return state

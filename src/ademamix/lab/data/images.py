@@ -1,0 +1,189 @@
+"""Images and their classes, as files of pixels that are mapped into memory: from a folder, from the hub, or drawn here.
+
+A folder holds {split}.bin (uint8 [images, channels, size, size]), {split}-labels.bin (int32) and images.json.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ademamix.backends.cache import cache_folder
+from ademamix.lab.config import BadInputError, ImageRecipe, to_json
+from ademamix.lab.data.tokens import drawn
+from ademamix.lab.files import another_may_win, written_aside
+
+META = "images.json"
+SPLITS = ("train", "valid")
+VALID_SHARE = 0.1  # of the images where the data has no validation split of its own
+VALID_GLYPHS = 4000
+DIGITS = "0123456789"
+
+Example = tuple[NDArray[np.uint8], int]  # pixels [channels, size, size] and a class
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images on disk."""
+
+    channels: int
+    classes: int
+    sha256: str  # of what images.json says, which holds the checksums of all pixels
+    pixels: dict[str, NDArray[np.uint8]]
+    labels: dict[str, NDArray[np.int32]]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Images":
+        """Open a folder that `write_images` made; BadInputError where it is damaged."""
+        text = (folder / META).read_text()
+        meta = json.loads(text)
+        shape = (-1, meta["channels"], meta["size"], meta["size"])
+        pixels = {split: np.memmap(folder / f"{split}.bin", np.uint8, mode="r").reshape(shape) for split in SPLITS}
+        labels = {split: np.fromfile(folder / f"{split}-labels.bin", np.int32) for split in SPLITS}
+        if any({len(pixels[split]), len(labels[split])} != {meta[split]["images"]} for split in SPLITS):
+            raise BadInputError(f"{folder} is damaged: its files are not as long as {META} says; remove it")
+        return cls(meta["channels"], meta["classes"], hashlib.sha256(text.encode()).hexdigest(), pixels, labels)
+
+    def batch(
+        self, split: str, seed: int, number: int, count: int, examples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return random images, of the first `examples`, and their classes: a pure function of the arguments."""
+        return self._at(split, drawn(seed, number, examples or len(self.labels[split]), count))
+
+    def first(self, split: str, count: int, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the first `count` images, `size` at a time."""
+        chosen = np.arange(min(count, len(self.labels[split])))
+        return [self._at(split, part) for part in np.split(chosen, range(size, len(chosen), size))]
+
+    def _at(self, split: str, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        pixels, labels = self.pixels[split][chosen], self.labels[split][chosen]
+        return torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
+
+
+def open_images(recipe: ImageRecipe) -> Images:
+    """Return the images that a recipe trains on, prepared and kept in the cache folder on first use.
+
+    Raises:
+        BadInputError: there is no such data, or it has fewer training images than the recipe wants.
+    """
+    glyphs = recipe.data == "glyphs"
+    about: dict[str, Any] = {"source": recipe.data, "size": recipe.size}
+    if glyphs:  # as many as wanted; more of them begin with the same ones
+        about["train"] = 1 << math.ceil(math.log2(max(recipe.examples, 1024)))
+        about["drawn by"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # others would be drawn otherwise
+    name = hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
+    folder = cache_folder() / f"images-{name}"
+    if not (folder / META).exists():
+        splits = _glyphs(recipe.size, about["train"]) if glyphs else _dataset(recipe.data, recipe.size)
+        with another_may_win(folder):
+            write_images(folder, about, splits)
+    images = Images.open(folder)
+    found = len(images.labels["train"])
+    if found < recipe.examples:
+        raise BadInputError(f"{recipe.data} has {found:,} training images, {recipe.examples:,} are wanted (--examples)")
+    return images
+
+
+def write_images(out: Path, about: dict[str, Any], splits: Iterable[tuple[str, Example]]) -> None:
+    """Write a folder of images, whole or not at all, from examples and the split that each belongs to."""
+    counts, digests = dict.fromkeys(SPLITS, 0), {split: hashlib.sha256() for split in SPLITS}
+    classes, channels = 0, 0
+    with written_aside(out) as aside:
+        pixel_files = {split: open(aside / f"{split}.bin", "wb") for split in SPLITS}  # noqa: SIM115
+        label_files = {split: open(aside / f"{split}-labels.bin", "wb") for split in SPLITS}  # noqa: SIM115
+        try:
+            for split, (pixels, label) in splits:
+                classes, channels = max(classes, label + 1), len(pixels)
+                data = pixels.tobytes()
+                pixel_files[split].write(data)
+                label_files[split].write(np.int32(label).tobytes())
+                digests[split].update(data + np.int32(label).tobytes())
+                counts[split] += 1
+        finally:
+            for file in (*pixel_files.values(), *label_files.values()):
+                file.close()
+        empty = [split for split in SPLITS if not counts[split]]
+        if empty:
+            raise BadInputError(f"{about['source']} has no images for {empty[0]}: {sum(counts.values())} in all")
+        found = {split: {"images": counts[split], "sha256": digests[split].hexdigest()} for split in SPLITS}
+        to_json(aside / META, about | {"channels": channels, "classes": classes} | found)
+
+
+def _dataset(source: str, size: int) -> Iterator[tuple[str, Example]]:
+    """The images of a folder with a folder for each class, or of a dataset of the Hugging Face hub."""
+    import datasets
+
+    hub = source.startswith("hf:")
+    if not hub and not Path(source).is_dir():
+        raise BadInputError(f"no such folder of images: {source} (a dataset of the Hugging Face hub is hf:NAME)")
+    try:
+        data = (
+            datasets.load_dataset(source.removeprefix("hf:"))
+            if hub
+            else datasets.load_dataset("imagefolder", data_dir=source)
+        )
+        splits = dict(data)
+        features = splits["train"].features
+        (image,) = (name for name, kind in features.items() if isinstance(kind, datasets.Image))
+        (label,) = (name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel))
+    except Exception as error:  # whatever the library, the hub or the network raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInputError(f"cannot read images with classes from {source} ({reason})") from error
+    other = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    if other is None:
+        parts = splits["train"].train_test_split(VALID_SHARE, seed=0)
+        splits["train"], other = parts["train"], parts["test"]
+    for split, rows in (("train", splits["train"].shuffle(seed=0)), ("valid", other.shuffle(seed=0))):
+        for row in rows:
+            yield split, (_squared(row[image], size), row[label])
+
+
+def _squared(image: Any, size: int) -> NDArray[np.uint8]:
+    """An RGB image scaled and cut to a square around its middle."""
+    from PIL import ImageOps
+
+    pixels: NDArray[np.uint8] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))).transpose(2, 0, 1)
+    return pixels
+
+
+def _glyphs(size: int, train: int) -> Iterator[tuple[str, Example]]:
+    """Digits in matplotlib's text fonts, dark on light, placed, sized and turned at random, under noise."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = _fonts()
+    of_size = {
+        (path, pixels): ImageFont.truetype(str(path), pixels)
+        for path in fonts
+        for pixels in range(3 * size // 5, size + 1, max(1, size // 12))
+    }
+    cases = list(of_size.values())
+    for part, (split, count) in enumerate((("valid", VALID_GLYPHS), ("train", train))):
+        random = np.random.default_rng(part)
+        for _ in range(count):
+            label = int(random.integers(len(DIGITS)))
+            font = cases[random.integers(len(cases))]
+            place = size / 2 + random.uniform(-0.1, 0.1, 2) * size
+            mask = Image.new("L", (size, size))
+            ImageDraw.Draw(mask).text(tuple(place), DIGITS[label], fill=255, font=font, anchor="mm")
+            mask = mask.rotate(float(random.uniform(-15, 15)), Image.Resampling.BILINEAR)
+            paper, ink = random.uniform(160, 255), random.uniform(0, 90)
+            share = np.asarray(mask, np.float32)[None] / 255
+            pixels = paper + (ink - paper) * share + random.normal(0, random.uniform(5, 25), (1, size, size))
+            yield split, (pixels.clip(0, 255).astype(np.uint8), label)
+
+
+def _fonts() -> list[Path]:
+    """matplotlib's fonts for text; those of mathematics lack letters or have others in their places."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    kinds = ("DejaVuSans*", "DejaVuSerif*", "STIXGeneral*")
+    return sorted(path for kind in kinds for path in folder.glob(f"{kind}.ttf") if "Display" not in path.name)

@@ -1,0 +1,185 @@
+"""AdamW against AdEMAMix, or another: same text, batches and initial weights; and AdamW's tokens to the same loss."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json
+from ademamix.lab.reports.pictures import Chart, Line, Picture, around
+from ademamix.lab.reports.report import Report, Rows
+from ademamix.lab.training.loop import Result, train
+from ademamix.lab.training.optimizers import SECTIONS, folder_of, settings_of, title
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """How much more AdamW needs: its runs with growing budgets, as (factor, validation loss)."""
+
+    trials: list[tuple[float, float]]
+    factor: float | None  # the budget, in the other's, at which AdamW has the other's loss; None: not up to the cap
+
+    def headline(self, other: str) -> str:
+        """Say it in one sentence."""
+        if self.factor is None:
+            return f"AdamW did not reach {other}'s loss with up to {self.trials[-1][0]:g} times the tokens"
+        return f"AdamW needs {100 * (self.factor - 1):+.0f} % tokens to reach {other}'s loss"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to."""
+
+    recipe: Recipe
+    adamw: Result
+    other: Result
+    matched: Matched | None
+
+    @property
+    def titles(self) -> tuple[str, str]:
+        """The two optimizers' names for people."""
+        return title(self.adamw.optimizer), title(self.other.optimizer)
+
+    @property
+    def reached_at(self) -> float | None:
+        """The fraction of the budget after which the other was at AdamW's final loss, or None if it never was."""
+        return reached_at(self.other, self.adamw.valid_loss)
+
+    def headlines(self) -> list[str]:
+        """Say what came out, a sentence each."""
+        gain, at, (_, other) = self.adamw.valid_loss - self.other.valid_loss, self.reached_at, self.titles
+        lines = [f"{other} ends {abs(gain):.4f} nats a token {'below' if gain > 0 else 'above'} AdamW"]
+        if at is not None:
+            lines[0] += f" and was at AdamW's final loss after {100 * at:.1f} % of the budget"
+        return lines if self.matched is None else [*lines, self.matched.headline(other)]
+
+
+def compare(optimizer: Optimizer, recipe: Recipe, job: Job, match: Match, out: Path) -> Comparison:
+    """Run or go on with the comparison of AdamW with another in the folder `out`; finished runs are not done again.
+
+    Raises:
+        BadInputError, StoppedError, DivergedError: as `train` does.
+    """
+    adamw = train("adamw", recipe, job, out / "adamw")
+    folder = folder_of(optimizer)
+    other = train(optimizer, recipe, job, out / folder)
+    if adamw.initial_weights != other.initial_weights:
+        raise RuntimeError("the two runs did not start from the same weights")
+    matched = _match(recipe, job, match, out, adamw, other) if match.match else None
+    comparison = Comparison(recipe, adamw, other, matched)
+    found = dataclasses.asdict(comparison)
+    to_json(out / RESULTS, {folder if key == "other" else key: value for key, value in found.items()})
+    return comparison
+
+
+def _match(recipe: Recipe, job: Job, match: Match, out: Path, adamw: Result, other: Result) -> Matched:
+    """Train AdamW with growing budgets, each a full schedule of its own, until it has the other's loss."""
+    trials = [(1.0, adamw.valid_loss)]
+    while trials[-1][1] > other.valid_loss and trials[-1][0] + match.match_step <= match.match_cap:
+        factor = trials[-1][0] + match.match_step
+        longer = dataclasses.replace(recipe, steps=round(factor * recipe.steps))
+        result = train("adamw", longer, job, out / f"adamw-{factor:g}x", label=f"AdamW {factor:g}x")
+        trials.append((factor, result.valid_loss))
+    return Matched(trials, crossing(trials, other.valid_loss))
+
+
+def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Return the budget at which trials, in growing order, first come down to `loss`; linear in its logarithm."""
+    x0, y0 = trials[0]
+    if y0 <= loss:
+        return x0
+    for x1, y1 in trials[1:]:
+        if y1 <= loss:
+            if math.isinf(y0):  # that run diverged
+                return x1
+            return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
+        x0, y0 = x1, y1
+    return None
+
+
+def reached_at(run: Result, loss: float) -> float | None:
+    """Return the fraction of its budget after which a run's validation loss was first at `loss`, interpolated."""
+    before: dict[str, float] | None = None
+    for point in run.curve:
+        if point["valid_loss"] <= loss:
+            if before is None:
+                return point["step"] / run.steps
+            share = (before["valid_loss"] - loss) / (before["valid_loss"] - point["valid_loss"])
+            return (before["step"] + share * (point["step"] - before["step"])) / run.steps
+        before = point
+    return None
+
+
+def report_of(c: Comparison) -> Report:
+    """The comparison's report."""
+    recipe = {key: v for key, v in dataclasses.asdict(c.recipe).items() if key not in (*SECTIONS, "settings")}
+    about = {"parameters": f"{c.adamw.parameters:,}", "initial weights, SHA-256": c.adamw.initial_weights[:16]}
+    adamw, other = (settings_of(run.optimizer, c.recipe) for run in (c.adamw, c.other))
+    optimizers = [(key, adamw.get(key, ""), other.get(key, "")) for key in adamw | other]
+    return Report(
+        f"AdamW against {c.titles[1]}",
+        c.headlines(),
+        _pictures(c),
+        [table for table in (_results(c), _matches(c)) if table],
+        [[("run", ""), *about.items(), *recipe.items()], [("optimizer", *c.titles), *optimizers]],
+    )
+
+
+def _pictures(c: Comparison) -> list[Picture]:
+    """The loss against tokens, seconds and, with --match, AdamW's budget."""
+    runs = dict(zip(c.titles, (c.adamw, c.other), strict=True))
+    # Without the steep start, a tenth of the budget: the ends of the curves are what one wants to tell apart.
+    ends = around(
+        [point["valid_loss"] for run in runs.values() for point in run.curve if 10 * point["step"] >= run.steps]
+    )
+    label = "validation loss, nats a token"
+    shown: list[Picture] = [
+        Chart(
+            text,
+            x_label,
+            label,
+            [Line(name, [p[key] for p in r.curve], [p["valid_loss"] for p in r.curve]) for name, r in runs.items()],
+            ends,
+        )
+        for key, text, x_label in (
+            ("tokens", "Validation loss against tokens", "training tokens"),
+            ("seconds", "Validation loss against seconds", "seconds of training"),
+        )
+    ]
+    if c.matched is not None:
+        budgets, losses = [x for x, _ in c.matched.trials], [y for _, y in c.matched.trials]
+        goal, other = c.other.valid_loss, c.titles[1]
+        lines = [
+            Line("AdamW", budgets, losses, mode="lines+markers"),
+            Line(other, [budgets[0], budgets[-1]], [goal, goal]),
+        ]
+        text = f"AdamW's tokens to {other}'s loss"
+        shown.append(Chart(text, f"AdamW's budget ({other} = 1)", label, lines, around([*losses, goal])))
+    return shown
+
+
+def _results(c: Comparison) -> Rows:
+    def row(what: str, form: str, key: str) -> tuple[str, ...]:
+        return (what, *(format(getattr(run, key), form) for run in (c.adamw, c.other)))
+
+    at = c.reached_at
+    return [
+        ("", *c.titles),
+        row("final validation loss, nats a token", ".4f", "valid_loss"),
+        ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
+        row("optimizer, median ms a step", ".2f", "optimizer_ms"),
+        row("optimizer state, bytes a parameter", ".1f", "state_bytes_per_parameter"),
+        row("steps skipped, gradient not finite", ",", "skipped_steps"),
+        row("training, seconds", ".1f", "seconds"),
+    ]
+
+
+def _matches(c: Comparison) -> Rows:
+    """The budgets that AdamW tried with --match and what they came to; empty without."""
+    if c.matched is None:
+        return []
+    tried = [(f"AdamW, {factor:g} x the tokens", f"{loss:.4f}") for factor, loss in c.matched.trials]
+    return [("run", "final loss"), *tried, (c.titles[1], f"{c.other.valid_loss:.4f}")]

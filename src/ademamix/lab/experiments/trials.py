@@ -1,0 +1,212 @@
+"""Many runs at a time: grids of them, kept by Optuna, on all cores or GPUs; what is finished is not done again."""
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import optuna
+import torch
+from optuna.samplers import GridSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training
+from ademamix.lab.console import say
+from ademamix.lab.reports.claims import loss_of
+from ademamix.lab.training.devices import pick_device
+from ademamix.lab.training.loop import DivergedError, Result, StoppedError, train
+
+JOURNAL = "trials.log"
+Value = float | int | str
+Point = tuple[Value, ...]  # one value for each axis of a grid, in its order
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs, one for each combination of values."""
+
+    name: str  # of the Optuna study, and of the folder of the runs
+    space: Mapping[str, Sequence[Value]]
+    run: Callable[..., tuple[Optimizer, Training]]  # of a point's values, by name
+
+    @property
+    def size(self) -> int:
+        return math.prod(map(len, self.space.values()))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    grid: Grid
+    study: optuna.Study
+    trial: optuna.Trial
+    point: dict[str, Value]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.point.items()
+        )
+
+    @property
+    def folder(self) -> str:
+        return self.label.replace(", ", "-").replace(" ", "_").replace("/", "_")
+
+
+class _Sampler(GridSampler):
+    def after_trial(self, *_: Any) -> None:
+        """Leave it to Trials to end: Optuna's own would stop the loop of Study.optimize, which is not used here."""
+
+
+class Trials:
+    """Carries out grids in a folder, a context manager.
+
+    Args:
+        out: the folder; an Optuna journal (trials.log) and the runs' own folders are kept there.
+        device: "auto", or the device of all runs.
+        workers: runs at a time; 0 for one a core of the CPU, with one thread each, or ``per_gpu`` on each GPU.
+        per_gpu: how many runs share a GPU.
+    """
+
+    def __init__(self, out: Path, device: str, workers: int, per_gpu: int = 1) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        (out / f"{JOURNAL}.lock").unlink(missing_ok=True)  # of a process that was killed while it wrote
+        self.out = out
+        self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+        devices = _devices(device)
+        self.workers = workers or len(devices) * (per_gpu if devices[0].startswith("cuda") else 1)
+        context = multiprocessing.get_context("spawn")
+        places = context.SimpleQueue()
+        for i in range(self.workers):
+            places.put(devices[i % len(devices)])
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        self.pool = ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(places, threads))
+        self.began = time.perf_counter()
+
+    def __enter__(self) -> "Trials":
+        self.before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+        if kind is not None:
+            workers = multiprocessing.active_children()
+            for worker in workers:
+                worker.terminate()  # saves the run that is under way
+            for worker in workers:
+                worker.join()
+        self.pool.shutdown(cancel_futures=True)
+
+    def run(self, *grids: Grid) -> list[dict[Point, Result | None]]:
+        """Carry out all runs of some grids, as many at a time as there are workers.
+
+        Returns:
+            For each grid, the result of each point; None for a run that diverged.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; the block's end saves the runs that are under way.
+            BadInputError: a run's data or settings cannot be used.
+        """
+        trials = iter([trial for grid in grids for trial in self._open(grid)])
+        running: dict[Future[float], _Trial] = {}
+        count = sum(grid.size for grid in grids)
+        left = count - sum(len(self._complete(grid)) for grid in grids)
+        while True:
+            while len(running) < self.workers and (trial := next(trials, None)):
+                optimizer, recipe = trial.grid.run(**trial.point)
+                running[self.pool.submit(_train, optimizer, recipe, self.out / trial.grid.name / trial.folder)] = trial
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                trial = running.pop(future)
+                loss = future.result()
+                trial.study.tell(trial.trial, loss)
+                left -= 1
+                minutes = (time.perf_counter() - self.began) / 60
+                say(f"{minutes:5.1f} min  {trial.grid.name} {count - left} of {count}  {trial.label}: {loss_of(loss)}")
+        return [self._complete(grid) for grid in grids]
+
+    def _study(self, grid: Grid) -> optuna.Study:
+        sampler = _Sampler(grid.space, seed=0)
+        return optuna.create_study(study_name=grid.name, storage=self.storage, sampler=sampler, load_if_exists=True)
+
+    def _open(self, grid: Grid) -> Iterator[_Trial]:
+        """The trials of a grid that are not complete: those that a killed process left, then new ones."""
+        study = self._study(grid)
+        known = study.get_trials(deepcopy=False)
+        trials = [optuna.Trial(study, t._trial_id) for t in known if t.state == optuna.trial.TrialState.RUNNING]
+        trials += [study.ask() for _ in range(grid.size - len(known))]
+        for trial in trials:
+            point: dict[str, Any] = {n: trial.suggest_categorical(n, list(values)) for n, values in grid.space.items()}
+            yield _Trial(grid, study, trial, point)
+
+    def _complete(self, grid: Grid) -> dict[Point, Result | None]:
+        found = {}
+        for t in self._study(grid).get_trials(deepcopy=False):
+            if t.state.is_finished():
+                point = {name: t.params[name] for name in grid.space}
+                folder = self.out / grid.name / _Trial(grid, None, None, point).folder  # type: ignore[arg-type]
+                found[tuple(point.values())] = None if math.isinf(t.value or 0.0) else Result.read(folder)
+        return found
+
+
+def best(results: Mapping[Point, Result | None]) -> Point:
+    """The point with the lowest final validation loss.
+
+    Raises:
+        BadInputError: every run diverged.
+    """
+    losses = {point: result.valid_loss for point, result in results.items() if result is not None}
+    if not losses:
+        raise BadInputError("every run of the tuning diverged: try smaller learning rates")
+    return min(losses, key=lambda point: losses[point])
+
+
+def _devices(name: str) -> list[str]:
+    """The devices that runs are spread over."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None:
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [str(device)] * (os.cpu_count() or 1 if device.type == "cpu" else 1)
+
+
+def _interrupt(signum: int, _: object) -> None:
+    raise KeyboardInterrupt
+
+
+_device = "cpu"  # of this worker
+
+
+def _begin(places: Any, threads: int) -> None:
+    """Start a worker: it takes one of the devices, and ends with its parent, whatever that one's end was."""
+    global _device
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
+    torch.set_num_threads(threads)
+    _device = places.get()
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _train(optimizer: Optimizer, recipe: Training, out: Path) -> float:
+    """Carry out one run in a worker; infinity if it diverged. The worker ends if it is asked to, once that is saved."""
+    try:
+        return train(optimizer, recipe, Job(device=_device, log_every=50), out, quiet=True).valid_loss
+    except DivergedError:
+        return math.inf
+    except StoppedError as error:
+        os._exit(128 + error.signum)

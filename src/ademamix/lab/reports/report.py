@@ -1,0 +1,234 @@
+"""What came out: as one HTML page that needs no network, as pictures, as Markdown, and as tables on the terminal."""
+
+import dataclasses
+import html
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from rich.table import Table
+
+from ademamix.lab.config import BadInputError, from_json, to_json
+from ademamix.lab.console import OUT, say
+from ademamix.lab.reports.claims import CLAIMS, Finding
+from ademamix.lab.reports.pictures import Picture, write_png
+
+PAGE, MARKDOWN, PICTURES, OUTCOME, INDEX = "report.html", "report.md", "pictures.png", "outcome.json", "index.html"
+PACKAGES = ("ademamix", "torch", "transformers", "optuna", "numpy", "numba")
+MARKS = {"reproduced": "✔", "not reproduced": "✘", "not tested at this size": "○"}
+
+Cells = Sequence[Any]
+Rows = Sequence[Cells]  # the heads first
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one command found."""
+
+    title: str
+    headlines: list[str]  # a sentence each
+    pictures: list[Picture]
+    tables: list[Rows]
+    settings: list[Rows]
+    findings: list[Finding] = field(default_factory=list)
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter."""
+    return text[0].upper() + text[1:]
+
+
+def machine() -> str:
+    """This machine, in words."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # Linux has the processor's name nowhere else
+        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        name = next(lines, f": {name}").partition(": ")[2]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([*gpus, name, f"{os.cpu_count()} cores", platform.system()])
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide the numbers."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {"python": platform.python_version()} | {name: of(name) for name in PACKAGES}
+
+
+def write(report: Report, out: Path, commands: Sequence[str], seconds: float) -> None:
+    """Write everything that a report consists of to a folder."""
+    made = {"machine": machine(), **versions(), "date": time.strftime("%Y-%m-%d"), "minutes": f"{seconds / 60:.1f}"}
+    write_png(report.pictures, out / PICTURES)
+    _write(out / PAGE, _page(report.title, _body(report, commands, made), report.pictures))
+    _write(out / MARKDOWN, _markdown(report, commands, made))
+    outcome = {"title": report.title, "headlines": report.headlines, "made": made, "commands": list(commands)}
+    to_json(out / OUTCOME, {**outcome, "findings": [dataclasses.asdict(f) for f in report.findings]})
+
+
+def show(report: Report) -> None:
+    """Print a report's tables and sentences."""
+    for rows in report.tables:
+        table = Table(*map(str, rows[0]))
+        for row in rows[1:]:
+            table.add_row(*map(str, row))
+        OUT.print(table)
+    for line in (*report.headlines, *(_sentence(f) for f in report.findings)):
+        say(line)
+
+
+def write_index(folder: Path) -> Path:
+    """Write an index of the reports in a folder's folders, with the paper's figure beside ours, claim by claim.
+
+    Raises:
+        BadInputError: there is no report, or what one says is damaged.
+    """
+    outcomes = {path.parent: _outcome(path) for path in sorted(folder.glob(f"*/{OUTCOME}"))}
+    if not outcomes:
+        raise BadInputError(f"{folder} holds no reports: `ademamix run` writes them, each to a folder of its own")
+    _write(folder / INDEX, _page("AdEMAMix: the paper's claims, and what came out here", _index(folder, outcomes), []))
+    return folder / INDEX
+
+
+def _outcome(path: Path) -> dict[str, Any]:
+    found = from_json(path)
+    try:
+        title, headlines = str(found["title"]), list(found["headlines"])
+        return {"title": title, "headlines": headlines, "findings": [Finding(**f) for f in found["findings"]]}
+    except (KeyError, TypeError) as error:
+        raise BadInputError(f"{path} is damaged, or of another version of ademamix ({error})") from error
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _sentence(finding: Finding) -> str:
+    return f"{MARKS[finding.verdict]} {finding.verdict}: {CLAIMS[finding.claim].text}. Here: {finding.ours}."
+
+
+# --------------------------------------------------------------------------------- HTML
+
+
+def _page(title: str, body: str, pictures: Sequence[Picture]) -> str:
+    from plotly.offline import get_plotlyjs
+
+    shown = [{"traces": picture.traces(), "layout": picture.layout()} for picture in pictures]
+    page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    plotly = get_plotlyjs() if pictures else ""
+    return page.substitute(title=html.escape(title), body=body, plotly=plotly, data=json.dumps(shown))
+
+
+def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
+    pictures = (f"<section><h2>{_text(p.title)}</h2><div class=picture></div></section>" for p in report.pictures)
+    return "".join(
+        [
+            f"<div class=lead>{''.join(f'<p>{_text(line)}.</p>' for line in report.headlines)}</div>",
+            f"<div class=pictures>{''.join(pictures)}</div>",
+            "".join(map(_verdict, report.findings)),
+            "<h2>Results</h2>",
+            "".join(map(_table, report.tables)),
+            f"<h2>Command</h2><pre>{_text(chr(10).join(commands))}</pre>",
+            f"<h2>Settings</h2><div class=settings>{''.join(f'<div>{_table(rows)}</div>' for rows in report.settings)}",
+            f"<div>{_table([('machine', ''), *made.items()])}</div></div>",
+        ]
+    )
+
+
+def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
+    found = [(at, f) for at, outcome in outcomes.items() for f in outcome["findings"]]
+    rows = []
+    for key, claim in CLAIMS.items():
+        here = [(at, f) for at, f in found if f.claim == key]
+        ours = [
+            f"<p>{_badge(f.verdict)} {_text(f.ours)} (<a href='{_text(str(at.relative_to(folder)))}/{PAGE}'>"
+            f"{_text(at.name)}</a>)</p>"
+            for at, f in here
+        ] or [f"<p>{_badge('not tested at this size')} <code>ademamix run {claim.experiment}</code> tests it</p>"]
+        rows.append(
+            f"<section class=claim><h2>{_text(sentence(claim.text))}</h2>"
+            f"<dl><dt>The paper</dt><dd>{_text(claim.paper)}</dd>"
+            f"<dt>Here</dt><dd>{''.join(ours)}</dd><dt>Criterion</dt><dd class=soft>{_text(claim.criterion)}</dd></dl>"
+            "</section>"
+        )
+    cards = [
+        f"<section><h2><a href='{name}/{PAGE}'>{_text(outcome['title'])}</a></h2>"
+        f"<a href='{name}/{PAGE}'><img src='{name}/{PICTURES}' alt='{_text(outcome['title'])}' loading=lazy></a>"
+        f"{''.join(f'<p>{_text(line)}.</p>' for line in outcome['headlines'])}</section>"
+        for at, outcome in outcomes.items()
+        if (name := html.escape(str(at.relative_to(folder)), quote=True))
+    ]
+    counts = {v: sum(any(f.claim == key and f.verdict == v for _, f in found) for key in CLAIMS) for v in MARKS}
+    left = len(CLAIMS) - counts["reproduced"] - counts["not reproduced"]
+    lead = (
+        f"{counts['reproduced']} of {len(CLAIMS)} claims reproduced, {counts['not reproduced']} not, {left} not tested"
+    )
+    body = f"<div class=lead><p>{lead}.</p></div>{''.join(rows)}"
+    return f"{body}<h2>The experiments</h2><div class=pictures>{''.join(cards)}</div>"
+
+
+def _verdict(finding: Finding) -> str:
+    claim = CLAIMS[finding.claim]
+    return (
+        f"<div class=verdict><p>{_badge(finding.verdict)} {_text(sentence(claim.text))}.</p>"
+        f"<p>Here: {_text(finding.ours)}. The paper: {_text(claim.paper)}.</p>"
+        f"<p class=soft>Criterion: {_text(claim.criterion)}.</p></div>"
+    )
+
+
+def _badge(verdict: str) -> str:
+    return f"<b class='badge {verdict.split()[0]}-{verdict.split()[-1]}'>{MARKS[verdict]} {verdict}</b>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _table(rows: Rows) -> str:
+    def row(cells: Cells, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = f"{row(rows[0], 'th')}{''.join(row(cells, 'td') for cells in rows[1:])}"
+    return f"<div class=table><table>{lines}</table></div>"
+
+
+# --------------------------------------------------------------------------------- Markdown
+
+
+def _markdown(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
+    def table(rows: Rows) -> Iterator[str]:
+        for number, row in enumerate(rows):
+            yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+            if number == 0:
+                yield "| --- |" + " --: |" * (len(row) - 1)
+        yield ""
+
+    lines = [f"# {report.title}", "", f"![{report.title}]({PICTURES})", ""]
+    lines += [f"- {line}." for line in report.headlines]
+    for f in report.findings:
+        lines += [f"- **{f.verdict}**: {CLAIMS[f.claim].text}. Here: {f.ours}. The paper: {CLAIMS[f.claim].paper}."]
+        lines += [f"  Criterion: {CLAIMS[f.claim].criterion}."]
+    lines += [""]
+    for rows in report.tables:
+        lines += table(rows)
+    lines += ["## How", "", *(f"    {command}" for command in commands), ""]
+    lines += [", ".join(f"{key}: {value}" for key, value in made.items()) + ".", ""]
+    for rows in report.settings:
+        lines += table(rows)
+    return "\n".join(lines)

@@ -1,0 +1,438 @@
+"""The one training loop: data, model and optimizer in, metrics and checkpoints out, exact to the bit across stops."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ademamix import RuleOptimizer
+from ademamix.convert import from_adamw
+from ademamix.engine.coefficients import sent_to
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, from_json, to_json
+from ademamix.lab.console import Show
+from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
+from ademamix.lab.training.model import checksum
+from ademamix.lab.training.optimizers import arguments_of, pinned, title
+from ademamix.lab.training.processes import Processes, backward_of, launched, put_away, spread
+from ademamix.lab.training.schedule import lr_factor
+from ademamix.lab.training.tasks import Batch, task_of
+
+METRICS, RESULT = "metrics.jsonl", "result.json"
+HELD_OUT = "held_out_loss/"  # names the metric of a held-out batch, before its number
+PATIENCE = 100  # steps: a few bad gradients are skipped, but a loss that stays bad has diverged
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop; it was saved first."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        super().__init__(step, signum)  # as it must be to come out of a worker process
+        self.step, self.signum = step, signum
+
+    def __str__(self) -> str:
+        return f"stopped and saved at step {self.step:,}"
+
+
+class DivergedError(Exception):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    optimizer: Optimizer
+    steps: int
+    seen: int  # tokens, images: the recipe's unit
+    seconds: float  # in training steps; evaluation, logging and saving are not counted
+    valid_loss: float
+    optimizer_ms: float  # median milliseconds of optimizer.step()
+    state_bytes_per_parameter: float
+    skipped_steps: int  # their gradients were not finite
+    parameters: int
+    initial_weights: str  # checksum
+    device: str
+    curve: list[dict[str, float]]  # step, what was seen, seconds, valid_loss of every evaluation
+    held_out: list[dict[int, float]]  # of each held-out batch its loss, by the step after which it was taken
+
+    @staticmethod
+    def read(out: Path) -> "Result":
+        """The result of the run in the folder `out`.
+
+        Raises:
+            BadInputError: its file is damaged, or of another version.
+        """
+        stored = from_json(out / RESULT)
+        try:
+            held_out = [{int(step): loss for step, loss in losses.items()} for losses in stored["held_out"]]
+            return Result(**{**stored, "held_out": held_out})
+        except (KeyError, TypeError) as error:
+            raise BadInputError(f"{out / RESULT} is damaged, or of another version of ademamix ({error})") from error
+
+
+def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
+    """Raise BadInputError for whatever would end such runs at once, before anything is written."""
+    pick_device(device)
+    task_of(recipe)
+    for name in names:
+        arguments_of(name, recipe)
+    _check_parts(recipe, Processes())
+
+
+def _check_parts(recipe: Training, processes: Processes) -> None:
+    """Raise BadInputError if the processes, or the parts of a batch, would not all get as many examples."""
+    if recipe.batch % (recipe.accumulate * processes.size):
+        got = f"{recipe.accumulate} x {processes.size} with a batch of {recipe.batch}"
+        raise BadInputError(f"accumulate x processes must divide batch, got {got}")
+
+
+def train(
+    name: Optimizer, recipe: Training, job: Job, out: Path, *, label: str | None = None, quiet: bool = False
+) -> Result:
+    """Train in the folder `out`: start there, go on from its checkpoint, or return the result that it already holds.
+
+    Args:
+        name: the optimizer.
+        recipe: what to train; a checkpoint in `out` must come from the same one.
+        job: how; its `out` and `resume` are not looked at.
+        out: the run's own folder, made if need be.
+        label: the name to show, by default the optimizer's.
+        quiet: show nothing.
+
+    Raises:
+        BadInputError: data or settings cannot be used.
+        StoppedError: SIGINT or SIGTERM came; a checkpoint was written.
+        DivergedError: the loss is not finite.
+        SaveError: a checkpoint could not be written.
+    """
+    processes = Processes()
+    done = processes.on_first(lambda: Result.read(out) if (out / RESULT).exists() else None)
+    if done:
+        return done
+    with (
+        closing(_Run(name, recipe, job, out, processes)) as run,
+        _stop_on_signals() as came,
+        Show(label or title(name), recipe, run.step, quiet=quiet or not processes.first) as show,
+    ):
+        for step in range(run.step + 1, recipe.steps + 1):
+            loss = run.advance()
+            last = step == recipe.steps
+            stop = processes.largest(came[0] if came else 0)
+            if step % job.log_every == 0 or last:
+                run.log(loss)
+                show.update(step, loss.item())
+            if step % recipe.eval_every == 0 or last:
+                show.update(step, loss.item(), run.evaluate(loss))
+            if recipe.held_out:
+                run.follow(loss)
+            if step % job.save_every == 0 or last or stop:
+                run.save(loss)
+            if stop and not last:
+                run.checkpoints.wait()
+                raise StoppedError(step, stop)
+        run.checkpoints.wait()
+        return processes.on_first(run.finish)
+
+
+class _Run:
+    """The state of a run between two steps, on disk and in memory."""
+
+    def __init__(self, name: Optimizer, recipe: Training, job: Job, out: Path, processes: Processes) -> None:
+        self.name, self.recipe, self.out, self.processes = pinned(name), recipe, out, processes
+        self.device = pick_device(job.device)
+        _check_parts(recipe, processes)
+        self.task = task_of(recipe)
+        if len(set(processes.everywhere(lambda: self.task.sha256))) > 1:
+            raise BadInputError("the processes have different data")
+        self.part = processes.part(recipe.batch)
+        self.valid, self.valid_size = self._valid_share()
+        self.held_out = [self.task.held_out(number, self.part) for number in range(len(recipe.held_out))]
+        self.model = self.task.model()
+        self.initial_weights = checksum(self.model)
+        self.model.to(self.device, getattr(torch, recipe.dtype))
+        self.spread = spread(self.model, processes, self.device, shard=job.shard)
+        self.step, self.seconds = 0, 0.0
+        self.switch_at = recipe.switch_at if self.name == "ademamix" else 0
+        self.optimizer = self._optimizer_of(1)
+        self.skipped_before = 0  # the run was resumed, or another optimizer took over
+        self.sound = 0  # the last step whose loss was seen to be finite
+        self.stopwatch = Stopwatch(self.device)
+        out.mkdir(parents=True, exist_ok=True)
+        from ademamix.lab.training.checkpoints import Checkpoints  # nearly a second of import time
+
+        self.checkpoints = Checkpoints(out, job.keep, processes)
+        saved = self.checkpoints.newest()
+        if saved is not None:
+            self._load(*saved)
+        if self.spread is not self.model:
+            self._order_sums()
+        if processes.first:
+            self._open_metrics()
+        self.began = time.perf_counter()
+
+    def _valid_share(self) -> tuple[list[tuple[Batch, int]], int]:
+        """The validation batches of this process, as many as every other's, and what each counts; what all count."""
+        size = self.processes.size
+        batches = self.task.valid_batches(max(1, self.recipe.batch // self.recipe.accumulate // size))
+        counted = [(batch, len(batch[0])) for batch in batches]
+        filled = counted + [(batches[0], 0)] * (-len(batches) % size)
+        return filled[self.processes.rank :: size], sum(count for _, count in counted)
+
+    def _order_sums(self) -> None:
+        """Take a backward pass for nothing: DDP orders its buckets after the first, and sums are rounded by that order.
+
+        So a resumed run sums as one does that goes on.
+        """
+        batch, _ = self.valid[0]
+        torch.autograd.backward(self._loss(batch))
+        self.optimizer.zero_grad()
+
+    def _open_metrics(self) -> None:
+        _keep_until(self.out / METRICS, self.step)
+        self.metrics = (self.out / METRICS).open("a")
+        from torch.utils.tensorboard import SummaryWriter  # a second of import time
+
+        self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
+
+    def _optimizer_of(self, step: int) -> RuleOptimizer:
+        """A new optimizer of the kind that takes this step."""
+        kind, arguments = arguments_of("adamw" if step <= self.switch_at else self.name, self.recipe)
+        return kind(self.model.parameters(), **arguments)
+
+    def advance(self) -> Tensor:
+        """Take one training step; return its loss over all processes, still on the device."""
+        recipe = self.recipe
+        self.step += 1
+        if self.switch_at and self.step == self.switch_at + 1:
+            self.skipped_before = self.skipped_steps
+            before, self.optimizer = self.optimizer, self._optimizer_of(self.step)
+            self.optimizer.load_state_dict(from_adamw(before.state_dict(), self.optimizer))
+        factor = lr_factor(self.step, recipe.steps, recipe.warmup, recipe.schedule, recipe.final_lr)
+        self.lr = self.optimizer.defaults["lr"] * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        if recipe.insert and self.step in recipe.held_out:
+            batch = self.held_out[recipe.held_out.index(self.step)]
+        else:
+            batch = self.task.batch(self.step, self.part)
+        if recipe.accumulate == 1:
+            total = self._loss(batch)
+            torch.autograd.backward(total)
+        else:
+            total = torch.zeros((), device=self.device)
+            parts = list(zip(*(t.chunk(recipe.accumulate) for t in batch), strict=True))
+            for part in parts:
+                with backward_of(self.spread, last=part is parts[-1]):
+                    loss = self._loss(part) / recipe.accumulate
+                    torch.autograd.backward(loss)
+                total += loss.detach()
+        self.norm = self.optimizer.clip_grad_norm_(recipe.clip)
+        with self.stopwatch:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.processes.mean(total.detach())
+
+    def _loss(self, batch: Batch) -> Tensor:
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+            return self.task.loss(self.spread, tuple(sent_to(self.device, t) for t in batch))
+
+    def log(self, loss: Tensor) -> None:
+        """Write the step's metrics."""
+        self._lap(loss)
+        self._write(
+            loss=loss.item(),
+            lr=self.lr,
+            grad_norm=self.norm.item(),
+            skipped_steps=self.skipped_steps,
+            optimizer_ms=self.stopwatch.median_ms(),
+        )
+        self.began = time.perf_counter()
+
+    def evaluate(self, loss: Tensor) -> float:
+        """Return and write the validation loss; `loss` is the step's own."""
+        self._lap(loss)
+        # Examples are alike, batches are not equally large: weight each by its size.
+        counts = torch.tensor([count for _, count in self.valid], device=self.device)
+        losses = self._losses([batch for batch, _ in self.valid]) * counts
+        value = self.processes.total(losses.sum()).item() / self.valid_size
+        if not math.isfinite(value):
+            raise DivergedError(self._diverged("validation loss", value))
+        self._write(valid_loss=value)
+        self.began = time.perf_counter()
+        return value
+
+    def follow(self, loss: Tensor) -> None:
+        """Write the losses of held-out batches: before and after their steps, then ever more seldom."""
+        since = [(number, self.step - at) for number, at in enumerate(self.recipe.held_out)]
+        due = [number for number, n in since if n >= -1 and n & (n - 1) <= 0]  # -1, 0, 1, 2, 4, 8, ...
+        if due:
+            self._lap(loss)
+            losses = self.processes.mean(self._losses([self.held_out[number] for number in due]))
+            self._write(**{f"{HELD_OUT}{number}": loss for number, loss in zip(due, losses.tolist(), strict=True)})
+            self.began = time.perf_counter()
+
+    def _losses(self, batches: list[Batch]) -> Tensor:
+        """The losses of batches that are not trained on."""
+        with torch.no_grad():
+            losses = torch.stack([self._loss(batch) for batch in batches])
+        put_away(self.spread)
+        return losses
+
+    def _lap(self, loss: Tensor) -> None:
+        """Stop the clock, once the device has caught up, and refuse to go on from a loss that is no number."""
+        value = loss.item()  # waits for the forward pass ...
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # ... and this for the rest of the step
+        self.seconds += time.perf_counter() - self.began
+        if math.isfinite(value):
+            self.sound = self.step
+        elif self.step - self.sound >= PATIENCE:
+            raise DivergedError(self._diverged("loss", value))
+
+    def _diverged(self, what: str, value: float) -> str:
+        return f"the {what} is {value} at step {self.step:,} with {self.name} at lr {self.lr:g}"
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.skipped_before + self.optimizer.skipped_steps
+
+    def _write(self, **values: float) -> None:
+        if not self.processes.first:
+            return
+        where = {"step": self.step, self.recipe.unit: self.step * self.recipe.units_per_step, "seconds": self.seconds}
+        self.metrics.write(json.dumps(where | values) + "\n")
+        self.metrics.flush()
+        for key, value in values.items():
+            self.board.add_scalar(key, value, self.step)
+
+    def save(self, loss: Tensor) -> None:
+        """Begin to write a checkpoint; what was logged before is on the disk by then."""
+        self._lap(loss)
+        if self.processes.first:
+            os.fsync(self.metrics.fileno())
+        about = {**self._identity(), "step": self.step, "seconds": self.seconds, "skipped_steps": self.skipped_steps}
+        self.checkpoints.save(self.step, about, self.model, self.optimizer)
+        self.began = time.perf_counter()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {"optimizer": self.name, "recipe": recipe, "data": self.task.sha256}
+
+    def _load(self, path: Path, about: dict[str, Any]) -> None:
+        from ademamix.lab.training.checkpoints import load
+
+        own = self._identity()
+        differ = differing(about["recipe"], own["recipe"])
+        differ += ["optimizer"] * (about["optimizer"] != own["optimizer"])
+        differ += ["the data"] * (about["data"] != own["data"])
+        refuse_other(self.out, differ)
+        self.step, self.seconds = about["step"], about["seconds"]
+        self.optimizer = self._optimizer_of(self.step)
+        load(path, self.model, self.optimizer)
+        self.skipped_before, self.sound = about["skipped_steps"], about["step"]
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        if self.processes.first:
+            self.metrics.close()
+            self.board.close()
+
+    def finish(self) -> Result:
+        """Write and return what the run came to."""
+        result = self.result()
+        to_json(self.out / RESULT, dataclasses.asdict(result))
+        return result
+
+    def result(self) -> Result:
+        lines = [json.loads(line) for line in (self.out / METRICS).read_text().splitlines()]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        slots = (slot for state in self.optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor))
+        curve = [line for line in lines if "valid_loss" in line]
+        return Result(
+            optimizer=self.name,
+            steps=self.step,
+            seen=self.step * self.recipe.units_per_step,
+            seconds=self.seconds,
+            valid_loss=curve[-1]["valid_loss"],
+            optimizer_ms=statistics.median(line["optimizer_ms"] for line in lines if "optimizer_ms" in line),
+            state_bytes_per_parameter=sum(slot.numel() * slot.element_size() for slot in slots) / parameters,
+            skipped_steps=self.skipped_steps,
+            parameters=parameters,
+            initial_weights=self.initial_weights,
+            device=device_name(self.device),
+            curve=curve,
+            held_out=[
+                {line["step"]: line[f"{HELD_OUT}{number}"] for line in lines if f"{HELD_OUT}{number}" in line}
+                for number in range(len(self.recipe.held_out))
+            ],
+        )
+
+
+def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the names of the settings in which two recipes (as dictionaries) differ."""
+    names: list[str] = []
+    for key in a | b:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            names += differing(left, right, f"{prefix}{key}.")
+        elif left != right:
+            names.append(f"{prefix}{key} ({left} there, {right} here)")
+    return names
+
+
+def refuse_other(out: Path, differ: list[str]) -> None:
+    """Raise BadInputError if the run in `out` was started with other settings, naming them."""
+    if differ:
+        raise BadInputError(f"{out} is a run with other settings: {', '.join(differ)}")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the metrics of steps that a killed run took after its last checkpoint; they will be taken again."""
+    if path.exists():
+        whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        steps = [_step_of(path, number, line) for number, line in enumerate(whole, 1)]
+        aside = path.with_name(path.name + ".partial")
+        aside.write_bytes(b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
+        aside.replace(path)
+
+
+def _step_of(path: Path, number: int, line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{path}, line {number} is damaged; without that line the run can go on") from error
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[list[int]]:
+    """Yield a list that holds the signal once SIGINT or SIGTERM came; a second one ends the program at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # only the main thread can catch signals
+        return
+
+    def note(signum: int, _: object) -> None:
+        came.append(signum)
+        if not launched():  # torchrun passes on what the machine's own program has sent already
+            signal.signal(signum, before[signal.Signals(signum)])
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

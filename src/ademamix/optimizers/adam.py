@@ -1,0 +1,275 @@
+"""The Adam family: the hyperparameters of each optimizer, their ranges, and the coefficients they give its rule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as xp
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ademamix import rules
+from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
+
+BETA3_SCHEDULES = ("half-life", "log-time")
+WARMUPS = ("beta3_warmup", "alpha_warmup")
+
+
+def check_common(group: Mapping[str, Any], *others: str) -> None:
+    """The hyperparameters that all rules of the family have, and others that are finite numbers >= 0."""
+    for name in ("lr", "eps", "weight_decay", *others):
+        check_number(name, group[name], "a finite number >= 0", lambda x: x >= 0.0)
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
+
+
+def check_betas(group: Mapping[str, Any], count: int) -> None:
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != count:
+        raise ValueError(f"betas must be {count} numbers in [0, 1), got {group['betas']!r}")
+    for i, beta in enumerate(group["betas"]):
+        check_beta(f"betas[{i}]", beta)
+
+
+def check_beta(name: str, value: Any) -> None:
+    check_number(name, value, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
+
+
+def check_warmups(group: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if group[name] is not None:
+            check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
+
+
+def check_log_time(group: Mapping[str, Any]) -> None:
+    check_number("delta", group["delta"], "a finite number > 0", lambda x: x > 0.0)
+    check_number("kappa", group["kappa"], "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
+
+
+def common_coefficients(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in ("lr", "weight_decay", "eps")}
+
+
+def debias(step: Any, beta: Any) -> Any:
+    """The bias correction of an EMA: 1 / (1 - beta^t), the inverse of the weight that all gradients have in it."""
+    return 1.0 / (1.0 - beta**step)
+
+
+def _adam_coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+    beta1, beta2 = group["betas"][:2]
+    return {
+        **common_coefficients(group),
+        "w1": 1.0 - beta1,
+        "w2": 1.0 - beta2,
+        "debias1": debias(step, beta1),
+        "debias2": xp.sqrt(debias(step, beta2)),
+    }
+
+
+class AdEMAMix(RuleOptimizer):
+    """AdEMAMix (Pagliardini, Ablin and Grangier, arXiv 2409.03137): AdamW with a second, slow EMA of the gradients.
+
+    With g_t the gradient in step t = 1, 2, ...::
+
+        m1_t = b1 m1_{t-1} + (1 - b1) g_t
+        m2_t = b3_t m2_{t-1} + (1 - b3_t) g_t
+        v_t  = b2 v_{t-1} + (1 - b2) g_t^2
+        p_t  = p_{t-1} - lr ((m1_t / (1 - b1^t) + alpha_t m2_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
+
+    Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
+    of 2 and the missing warmups among them are seldom what you want. For a run of T steps: ``alpha`` 5 to 8,
+    ``alpha_warmup = beta3_warmup = T``, beta3 = 0.9999 from about 100,000 steps on and less for shorter runs (0.999
+    for a few thousand steps); ``lr``, ``weight_decay`` and the other betas as for AdamW.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decays (b1, b2, b3) of the fast EMA, of the squared gradient's EMA and of the slow EMA, each in [0, 1).
+            With b1 = 0 the gradient itself takes the fast EMA's place, and no fast EMA is stored.
+        alpha: weight of the slow EMA, >= 0.
+        beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
+        alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
+        schedule_start: steps done before the schedules of alpha and b3 begin, an integer >= 0: in step t they stand
+            where they would in step t - schedule_start, and until then at their start. For a training that AdamW began;
+            see :func:`ademamix.convert.from_adamw`, which sets it.
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, multiplied by lr, >= 0.
+        beta3_schedule: "half-life", with the warmups above, or "log-time", which needs no T, so that a run can be
+            stopped or extended at will: b3_t = 1 - delta / (delta + t), alpha_t = alpha (1 + t)^(1 - kappa)
+            (schedules of ADana, arXiv 2602.05298, where alpha is 1). Both warmups must be None then; b3 is not used.
+        delta: of "log-time": the slow EMA's horizon is about t / delta, > 0.
+        kappa: of "log-time": in (0, 1]; with 1, alpha_t stays alpha.
+        maximize: go along the gradient, not against it.
+        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
+            parameter), or a mapping of slots to formats. All but float32 round stochastically.
+        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
+        stochastic_rounding: round bfloat16 parameters stochastically, so that updates far below half a unit in the
+            last place move them by the right amount on average; False rounds to nearest, as torch.optim does.
+        seed: of the noise for stochastic rounding, an integer >= 0.
+        capturable: count steps and compute coefficients on the parameters' devices, so that a CUDA graph can capture
+            the step; on a device ``step`` is a tensor there. Make ``lr`` a tensor on the device if it is to change.
+        skip_nonfinite: a NaN or an infinity that enters the slow EMA would stay for tens of thousands of steps. True:
+            a step whose gradients' norm is not finite leaves parameters, state and ``step`` as they are, and
+            ``skipped_steps`` counts it. None: so it is after :meth:`clip_grad_norm_`, which gives the norm, and under a
+            GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
+        offload: keep state, and float32 master weights of low-precision parameters, in the host's memory: gradients
+            are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
+
+    State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names its value and what is allowed.
+
+    Example:
+        >>> optimizer = AdEMAMix(model.parameters(), lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=8.0,
+        ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
+    """
+
+    rule = staticmethod(rules.ademamix)
+    compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 2.0,
+        beta3_warmup: float | None = None,
+        alpha_warmup: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        schedule_start: float = 0.0,
+        beta3_schedule: str = "half-life",
+        delta: float = 8.0,
+        kappa: float = 0.85,
+        maximize: bool = False,
+        state: str | Mapping[str, str] = "float32",
+        backend: str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        capturable: bool = False,
+        skip_nonfinite: bool | None = None,
+        offload: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "beta3_warmup": beta3_warmup,
+            "alpha_warmup": alpha_warmup,
+            "schedule_start": schedule_start,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "beta3_schedule": beta3_schedule,
+            "delta": delta,
+            "kappa": kappa,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params,
+            defaults,
+            state=state,
+            backend=backend,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            capturable=capturable,
+            skip_nonfinite=skip_nonfinite,
+            offload=offload,
+        )
+
+    @staticmethod
+    def check(group: Mapping[str, Any]) -> None:
+        check_common(group, "alpha")
+        check_betas(group, 3)
+        check_warmups(group, *WARMUPS)
+        if group["beta3_schedule"] not in BETA3_SCHEDULES:
+            raise ValueError(f"beta3_schedule must be one of {BETA3_SCHEDULES}, got {group['beta3_schedule']!r}")
+        check_log_time(group)
+        check_number("schedule_start", group["schedule_start"], "an integer >= 0", lambda x: x >= 0 and x == int(x))
+        if group["beta3_schedule"] == "log-time" and any(group[name] is not None for name in WARMUPS):
+            given = {name: group[name] for name in WARMUPS}
+            raise ValueError(f"warmups must be None with beta3_schedule='log-time', which has no end, got {given}")
+
+    @classmethod
+    def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
+        names = super().stored(group)
+        return names if group["betas"][0] > 0.0 else names[1:]
+
+    @staticmethod
+    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        beta1, _, beta3 = group["betas"]
+        scheduled = xp.maximum(step - group["schedule_start"], 0.0)
+        if group["beta3_schedule"] == "log-time":
+            alpha = group["alpha"] * log_time_alpha(scheduled, group["kappa"])
+            w3 = log_time_weight(scheduled, group["delta"])
+        else:
+            alpha = alpha_schedule(scheduled, group["alpha"], group["alpha_warmup"])
+            w3 = 1.0 - beta3_schedule(scheduled, beta1, beta3, group["beta3_warmup"])
+        return {**_adam_coefficients(step, group), "alpha": alpha, "w3": w3}
+
+
+class AdamW(RuleOptimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the same engine: the baseline.
+
+    Arguments, defaults and state keys (``step``, ``exp_avg``, ``exp_avg_sq``) are those of torch.optim.AdamW.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decays (b1, b2) of the EMAs of the gradient and of its square, each in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, multiplied by lr, >= 0.
+        maximize: go along the gradient, not against it.
+        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 2.0 bytes a
+            parameter), or a mapping of slots to formats. All but float32 round stochastically.
+        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
+        stochastic_rounding: as in :class:`AdEMAMix`.
+        seed, capturable, skip_nonfinite, offload: as in :class:`AdEMAMix`.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names its value and what is allowed.
+    """
+
+    rule = staticmethod(rules.adamw)
+    compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        state: str | Mapping[str, str] = "float32",
+        backend: str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        capturable: bool = False,
+        skip_nonfinite: bool | None = None,
+        offload: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(
+            params,
+            defaults,
+            state=state,
+            backend=backend,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            capturable=capturable,
+            skip_nonfinite=skip_nonfinite,
+            offload=offload,
+        )
+
+    @staticmethod
+    def check(group: Mapping[str, Any]) -> None:
+        check_common(group)
+        check_betas(group, 2)
+        if group.get("amsgrad"):  # from a checkpoint of torch.optim's
+            raise ValueError(f"amsgrad must be False, got {group['amsgrad']!r}: no maximum of second moments is kept")
+
+    @staticmethod
+    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        return _adam_coefficients(step, group)

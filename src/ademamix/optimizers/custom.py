@@ -1,0 +1,99 @@
+"""An optimizer from nothing but a rule."""
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as xp
+
+from ademamix.backends import Rule, bind, coefficient_names, slot_names
+from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.engine.tracing import traced
+
+_OPTIONS = [
+    inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False),
+    *(q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY),
+]
+
+
+def optimizer_from(
+    rule: Rule,
+    coefficients: Callable[..., Mapping[str, Any]] | None = None,
+    *,
+    compact: Mapping[str, str] | None = None,
+) -> type[RuleOptimizer]:
+    """An optimizer class, of the same shape as :class:`AdEMAMix`, made from a rule.
+
+    Args:
+        rule: ``(p, g, *slots, *, coefficients) -> (p, *slots)``, elementwise, written against a global ``xp`` (import
+            numpy as xp) with arithmetic, comparisons and ``xp.sqrt``, ``abs``, ``exp``, ``log``, ``minimum``,
+            ``maximum`` and ``where``. Coefficients with defaults are hyperparameters. It is run now, on stand-ins, and
+            never again: what it finds by name (numbers, helpers) is in the class as it is now.
+        coefficients: ``(step, *, hyperparameters) -> {name: value}``, those that change over time, of the step from 1
+            on, written against ``xp`` too. What it takes beside the rule's hyperparameters, with defaults, is one too.
+            What a plain function finds by name is kept as it is now.
+        compact: formats of the slots under ``state="compact"``; None for 8 bits for slots whose names end with "_sq",
+            which must not be negative, and 16 bits for all others.
+
+    Returns:
+        A class named like the rule, in camel case (assign it to that name, and its instances can be pickled). It takes
+        ``(params, hyperparameters, *, maximize, state, backend, ...)``; every hyperparameter is a finite number.
+
+    Raises:
+        ValueError: the rule cannot be run by all backends; the message names its file, line and text.
+    """
+    frozen = traced(rule)
+    over_time = coefficients or _constant
+    asked = list(inspect.signature(over_time).parameters.values())[1:]  # after the step
+    with_defaults = [q for q in (*inspect.signature(rule).parameters.values(), *asked) if q.default is not q.empty]
+    hyperparameters = {q.name: q.replace(kind=q.POSITIONAL_OR_KEYWORD, annotation=q.empty) for q in with_defaults}
+    unknown = [q.name for q in asked if q.name not in hyperparameters]
+    if unknown:
+        raise ValueError(
+            f"{over_time.__name__} takes {unknown}, for which neither it nor {rule.__name__} has a default"
+        )
+    own = [name for name in coefficient_names(rule) if name in hyperparameters]
+    kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
+    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept}
+    params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(rule)}
+    body = {
+        "rule": staticmethod(frozen),
+        "coefficients": staticmethod(types.FunctionType(_coefficients.__code__, scope)),
+        "compact": default if compact is None else compact,
+        "hyperparameters": tuple(hyperparameters),
+        "__signature__": inspect.Signature([params, *hyperparameters.values(), *_OPTIONS]),
+        "__doc__": rule.__doc__,
+        "__module__": rule.__module__,
+    }
+    return type("".join(word.capitalize() for word in rule.__name__.split("_")), (_FromRule,), body)
+
+
+class _FromRule(RuleOptimizer):
+    hyperparameters: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(type(self)).bind(*args, **kwargs)
+        bound.apply_defaults()
+        group = {name: bound.arguments[name] for name in (*self.hyperparameters, "maximize")}
+        options = {q.name: bound.arguments[q.name] for q in _OPTIONS if q.name != "maximize"}
+        super().__init__(bound.arguments["params"], group, **options)
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        for name in cls.hyperparameters:
+            check_number(name, group[name], "a finite number", lambda x: True)
+        if not isinstance(group["maximize"], bool):
+            raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
+
+
+def _constant(step: Any) -> dict[str, Any]:
+    return {}
+
+
+def _coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Given its globals anew for each class: among them a backend finds what it calls, and binds its ``xp``."""
+    values = {name: group[name] for name in own}  # type: ignore[name-defined]  # noqa: F821
+    values.update(over_time(step, **{name: group[name] for name in asked}))  # type: ignore[name-defined]  # noqa: F821
+    return values

@@ -1,0 +1,289 @@
+"""Any optimizer trains in the lab: the library's by its name, and a rule of the user's by its file."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ademamix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
+from ademamix.lab.config import AdEMAMixSettings, BadInputError, Job, Recipe
+from ademamix.lab.training.checkpoints import FOLDER, complete, weights
+from ademamix.lab.training.loop import train
+from ademamix.lab.training.optimizers import arguments_of, buffers_of, kind_of, pinned, settings_of, title
+from ademamix.lab.training.schedule import lr_factor
+from ademamix.lab.training.tasks import task_of
+
+PAGE = Path(__file__).parents[3] / "docs" / "a-memory-of-your-own.md"
+RULE = """\
+import numpy as xp
+from ademamix import optimizer_from
+LEAK = 0.25
+def helped(m):
+    return 2.0 * m
+def mine(p, g, m, *, lr=0.1, leak=0.5):
+    m = m + leak * (LEAK * g - m)
+    return p - lr * helped(m), m
+Mine = optimizer_from(mine)
+"""
+
+
+@pytest.fixture
+def recipe(tokens: Path) -> Recipe:
+    small = {"layers": 1, "width": 16, "context": 16, "batch": 4, "steps": 20, "warmup": 2}
+    return dataclasses.replace(Recipe(), data=str(tokens), eval_every=20, eval_sequences=8, **small)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(RULE)
+    return tmp_path / "mine.py"
+
+
+def by_hand(recipe: Recipe, optimizer_of: Any, peak: float) -> dict[str, torch.Tensor]:
+    """The weights after a run, by a loop of the test's own."""
+    task = task_of(recipe)
+    model = task.model()
+    optimizer = optimizer_of(model.parameters())
+    for step in range(1, recipe.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * lr_factor(step, recipe.steps, recipe.warmup, recipe.schedule)
+        task.loss(model, task.batch(step)).backward()
+        optimizer.clip_grad_norm_(recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+RUNS: dict[str, tuple[dict[str, Any], Any, float]] = {  # by name: settings, the optimizer that they mean, its peak lr
+    "simplified_ademamix": (
+        {"betas": (0.95, 0.99), "alpha": 3.0},
+        lambda p: SimplifiedAdEMAMix(p, betas=(0.95, 0.99), alpha=3.0),
+        1e-4,
+    ),
+    "ADana": ({"lr": 3e-3, "state": "bfloat16"}, lambda p: ADana(p, state="bfloat16"), 3e-3),
+    "kema": (
+        {"lr": 2e-3, "longest": "T", "shortest": 5, "warmup": "0.5T"},
+        lambda p: KEMA(p, shortest=5, longest=20.0, warmup=10.0),
+        2e-3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_has_the_settings_of_its_recipe(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    settings, optimizer_of, peak = RUNS[name]
+    recipe = dataclasses.replace(recipe, settings=settings)
+    result = train(name, recipe, Job(device="cpu"), tmp_path)
+    expected = by_hand(recipe, optimizer_of, peak)
+    stored = weights(complete(tmp_path / FOLDER)[-1])
+    assert all(torch.equal(stored[key], expected[key]) for key in expected)
+    assert result.optimizer == pinned(name)
+
+
+def test_a_rule_of_the_users_trains_like_its_class(recipe: Recipe, mine: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, settings={"leak": 0.25})
+    kind = kind_of(f"{mine}:Mine")
+    expected = by_hand(recipe, lambda p: kind(p, leak=0.25), 0.1)
+    for name in ("mine", "Mine"):
+        result = train(f"{mine}:{name}", recipe, Job(device="cpu"), tmp_path / name)
+        stored = weights(complete(tmp_path / name / FOLDER)[-1])
+        assert all(torch.equal(stored[key], expected[key]) for key in expected)
+        assert result.state_bytes_per_parameter == pytest.approx(4, rel=0.01)
+    assert title(f"{mine}:mine") == "Mine"
+
+
+def test_every_class_that_the_library_exports_has_its_name_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = [getattr(ademamix, name) for name in ademamix.__all__]
+    kinds = {x for x in exported if isinstance(x, type) and issubclass(x, RuleOptimizer)} - {RuleOptimizer}
+    assert {kind_of(kind.__name__) for kind in kinds} == kinds
+    assert pinned("Simplified_AdEMAMix") == "simplifiedademamix"
+    monkeypatch.setattr(ademamix, "Newer", type("Newer", (AdamW,), {}), raising=False)
+    monkeypatch.setattr(ademamix, "__all__", [*ademamix.__all__, "Newer"])
+    assert kind_of("newer").__name__ == "Newer"
+
+
+def test_what_a_recipe_plans_is_what_schedules_are_made_for(recipe: Recipe) -> None:
+    def warmup(**changes: Any) -> tuple[float, float]:
+        changed = dataclasses.replace(recipe, settings={"longest": "0.5T", "warmup": "T"}, **changes)
+        mixed, kema = arguments_of("ademamix", changed)[1], arguments_of("kema", changed)[1]
+        assert kema["longest"] == kema["warmup"] / 2
+        return mixed["beta3_warmup"], kema["warmup"]
+
+    assert warmup() == (20, 20)
+    assert warmup(planned=80) == (80, 80)
+    assert warmup(planned=80, steps=160) == (80, 80)
+
+
+def test_log_time_has_no_warmups(recipe: Recipe) -> None:
+    section = AdEMAMixSettings(beta3_schedule="log-time", delta=4.0, kappa=0.9, alpha=0.5)
+    kind, given = arguments_of("ademamix", dataclasses.replace(recipe, ademamix=section))
+    assert kind is AdEMAMix
+    names = ("alpha_warmup", "beta3_warmup", "delta", "kappa", "alpha", "beta3_schedule")
+    assert [given[name] for name in names] == [None, None, 4.0, 0.9, 0.5, "log-time"]
+
+
+def test_settings_and_buffers_are_those_of_the_optimizer(recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, settings={"count": 4, "longest": "T", "shortest": 1})
+    assert settings_of("kema", recipe)["longest"] == 20.0
+    assert settings_of("kema", recipe)["power"] == 0.7  # the class's own
+    assert settings_of("adamw", recipe) == dataclasses.asdict(recipe.adamw)
+    assert buffers_of("kema", recipe) == ("exp_avg_2", "exp_avg_3", "exp_avg_4", "exp_avg_sq")
+    assert buffers_of("adamw", recipe) == ("exp_avg", "exp_avg_sq")
+
+
+# --------------------------------------------------------------------------------- the digest of a rule
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("\ndef helped", "\n\n# A helper.\ndef helped", True),
+        ("m + leak", "m - leak", False),
+        ("2.0 * m", "3.0 * m", False),
+        ("LEAK = 0.25", "LEAK = 0.5", False),
+        ("leak=0.5", "leak=0.6", False),
+    ],
+)
+def test_a_digest_is_that_of_what_is_computed(old: str, new: str, same: bool, mine: Path) -> None:
+    before = pinned(f"{mine}:mine")
+    assert re.fullmatch(rf"{re.escape(str(mine))}:mine@[0-9a-f]{{8}}", before)
+    assert pinned(before) == before
+    mine.write_text(RULE.replace(old, new))
+    assert (pinned(f"{mine}:mine") == before) is same
+    if not same:
+        with pytest.raises(BadInputError, match=r"mine.py:mine has changed since: its digest was [0-9a-f]+ and is"):
+            kind_of(before)
+
+
+AROUND = """
+def around(share, times):
+    def weight(step, n): return weight(step, n - 1) / step if n else share
+    def inner(p, g, m, *, lr=0.1, w):
+        m = m + (lambda x: w * times(x))(g)
+        return p - lr * m, m
+    return optimizer_from(inner, lambda step: {"w": (lambda x: abs(weight(x, 2)))(step)})
+Around = around(0.5, lambda x: 2.0 * x)
+"""
+
+
+@pytest.mark.parametrize("name", ["Mine", "Around"])
+def test_a_digest_is_the_same_in_every_process(name: str, mine: Path) -> None:
+    mine.write_text(RULE + AROUND)
+    code = f"from ademamix.lab.training.optimizers import pinned; print(pinned({f'{mine}:{name}'!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    digest = pinned(f"{mine}:{name}")
+    assert done.stdout.strip() == digest
+    for old, new in (
+        ("0.5, lambda", "0.25, lambda"),
+        ("2.0 * x", "3.0 * x"),
+        ("abs(weight", "-(weight"),
+        ("n - 1", "n - 2"),
+    ):
+        mine.write_text(RULE + AROUND.replace(old, new))
+        assert (pinned(f"{mine}:{name}") == digest) is (name == "Mine")
+
+
+def test_a_changed_rule_does_not_go_on(cli: Any, tiny: tuple[str, ...], mine: Path, capsys: Any) -> None:
+    assert cli("train", *tiny, "--optimizer", "mine.py:mine", "--settings", "leak=0.25", "--out", "run") == 0
+    Path("run/result.json").unlink()
+    assert cli("train", "--resume", "run") == 0
+    Path("run/result.json").unlink()
+    mine.write_text(RULE.replace("0.25", "0.5"))
+    capsys.readouterr()
+    assert cli("train", "--resume", "run") == 2
+    assert "mine.py:mine has changed since" in capsys.readouterr().err
+    assert cli("train", "--resume", "run", "--optimizer", "mine.py:mine") == 2
+    assert "run is a run with other settings: optimizer (mine.py:mine@" in capsys.readouterr().err
+    assert cli("train", "--resume", "run", "--settings", "leak=0.5") == 2
+
+
+def test_a_checkpoint_is_of_one_rule(recipe: Recipe, mine: Path, tmp_path: Path) -> None:
+    train(f"{mine}:mine", recipe, Job(device="cpu"), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    mine.write_text(RULE.replace("0.25", "0.5"))
+    with pytest.raises(BadInputError, match="run is a run with other settings: optimizer"):
+        train(f"{mine}:mine", recipe, Job(device="cpu"), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------- refusals
+
+
+def refused(*words: str, **files: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    return words, files
+
+
+RAISES = "def mine(p, g): pass\n1 / 0"
+NO_LR = "def mine(p, g, m, *, rate=0.1):\n    m = m + g\n    return p - rate * m, m"
+REFUSED = {
+    "unknown optimizer lion; there are": refused("lion"),
+    "unknown optimizer mine.py; there are": refused("mine.py"),
+    "KEMA has no setting lenght; it has lr, count,": refused("kema", "--settings", "lenght=3"),
+    "KEMA has no setting params": refused("kema", "--settings", "params=3"),
+    "Mine has no setting kappa; it has lr, leak, maximize, state,": refused("mine.py:mine", "--settings", "kappa=1"),
+    "count must be an integer from 2 to 8, got 'x'": refused("kema", "--settings", "count=x"),
+    "kappa must be a number in (0, 1], got 2": refused("adana", "--settings", "kappa=2"),
+    "leak must be a finite number, got (1, 2)": refused("mine.py:mine", "--settings", "leak=1,2"),
+    "AdamW and AdEMAMix have sections of their own: lr=1": refused("ademamix", "--settings", "lr=1"),
+    "no such file: nowhere.py": refused("nowhere.py:mine"),
+    "mine.py has no rule or optimizer LEAK; it defines helped, mine, Mine": refused("mine.py:LEAK"),
+    "mine.py has no rule or optimizer yours; it defines": refused("mine.py:yours"),
+    "mine.py:4, in the rule helped: a rule takes (p, g, *slots": refused("mine.py:helped"),
+    "raises.py cannot be run (ZeroDivisionError: division by zero)": refused("raises.py:mine", raises=RAISES),
+    "exits.py cannot be run (SystemExit: 3)": refused("exits.py:mine", exits="raise SystemExit(3)"),
+    "a rule returns a tuple of 1, the new (p,), got no tuple": refused(
+        "plain.py:mine", plain="def mine(p, g, *, lr=0.1):\n    return p - lr * g\n"
+    ),
+    "broken.py cannot be run (SyntaxError": refused("broken.py:mine", broken="def"),
+    "power.py:3, in the rule mine: ** is not there": refused("power.py:mine", power=NO_LR.replace("* m,", "* m**2,")),
+    "Mine has no lr, which the schedule": refused("rate.py:mine", rate=NO_LR),
+    "the coefficients of Mine lack ['rate'], which its rule takes": refused(
+        "lacks.py:mine", lacks=NO_LR.replace("rate=0.1", "rate")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    command: str, message: str, cli: Any, tiny: tuple[str, ...], mine: Path, capsys: Any
+) -> None:
+    words, files = REFUSED[message]
+    for stem, text in files.items():
+        Path(f"{stem}.py").write_text(text)
+    before = set(Path().iterdir())
+    assert cli(command, *tiny, "--optimizer", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert set(Path().iterdir()) == before
+
+
+def test_adamw_is_not_compared_with_itself(cli: Any, tiny: tuple[str, ...], capsys: Any) -> None:
+    assert cli("compare", *tiny, "--optimizer", "AdamW") == 2
+    assert "optimizer must be another one than AdamW" in capsys.readouterr().err
+
+
+def test_a_setting_without_a_value_is_refused(cli: Any, tiny: tuple[str, ...], capsys: Any) -> None:
+    assert cli("train", *tiny, "--optimizer", "kema", "--settings", "count") == 2
+    assert "expected NAME=VALUE, got 'count'" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- the page
+
+
+def test_the_page_s_commands_run_on_the_page_s_rule(cli: Any, tiny: tuple[str, ...], monkeypatch: Any) -> None:
+    """As they are written, on a tiny model: what is added is the size alone."""
+    text = PAGE.read_text(encoding="utf-8")
+    Path("my_file.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    (compared,) = re.findall(r"^    ademamix (compare .*)$", text, re.MULTILINE)
+    assert cli(*shlex.split(compared), *tiny, "--out", "out") == 0
+    report = Path("out/report.md").read_text()
+    assert report.startswith("# AdamW against Agreeing\n")
+    assert "| optimizer | AdamW | Agreeing |" in report
+    assert {path.parent.name for path in Path("out").glob("*/result.json")} == {"adamw", "my_file-agreeing"}
