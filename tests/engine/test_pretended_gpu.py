@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ademamix import AdEMAMix, backends
-from ademamix.engine.coefficients import on_host, sent_to
+from ademamix.backends import sent_to
+from ademamix.engine.coefficients import on_host
 from ademamix.engine.offload import Host, Trip
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a real one")

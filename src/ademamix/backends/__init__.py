@@ -118,6 +118,18 @@ def storage_dtype(format: Format) -> torch.dtype:
     return torch.bfloat16 if format.storage == "bits16" else getattr(torch, format.storage)
 
 
+def sent_to(device: torch.device, t: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device, copied if it is not there.
+
+    Copies between GPUs are ordered by their streams. Host memory is not: what leaves it unwaited must be pinned and
+    nobody else's, who might write it before it is read, and what arrives in it has to be waited for.
+    """
+    if "cpu" not in (device.type, t.device.type):
+        return t.to(device, non_blocking=True)
+    own = t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" else t  # itself if it was pinned before
+    return own.to(device, non_blocking=own is not t)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is started on the device is not carried out but recorded, in a CUDA graph."""
     if device.type != "cuda":

@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from ademamix.backends import bind, row_length
-from ademamix.engine.state import SMALLEST
-from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, turned
+from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, hashed, turned
 
 
 class Blocks(NamedTuple):

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names
-from ademamix.engine.coefficients import sent_to
+from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names, sent_to
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 BLOCKS = 8  # of one program, which computes once what they share: addresses, coefficients, the noise of lanes

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from ademamix import backends
-from ademamix.engine.coefficients import sent_to
+from ademamix.backends import sent_to
 from ademamix.engine.sharding import global_norm
 from ademamix.engine.state import scalar
 

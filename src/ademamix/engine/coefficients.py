@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ademamix.backends import bind
+from ademamix.backends import bind, sent_to
 
 Coefficients = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]  # of the step, from 1 on, and the group
 
@@ -192,15 +192,3 @@ def _values(group: Mapping[str, Any], late: Callable[[Tensor], Any]) -> dict[str
         return tuple(map(value, x)) if isinstance(x, tuple | list) else x
 
     return {name: value(x) for name, x in group.items() if name not in ("params", "param_names")}
-
-
-def sent_to(device: torch.device, t: Tensor) -> Tensor:
-    """The tensor on the device, copied if it is not there.
-
-    Copies between GPUs are ordered by their streams. Host memory is not: what leaves it unwaited must be pinned and
-    nobody else's, who might write it before it is read, and what arrives in it has to be waited for.
-    """
-    if "cpu" not in (device.type, t.device.type):
-        return t.to(device, non_blocking=True)
-    own = t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" else t  # itself if it was pinned before
-    return own.to(device, non_blocking=own is not t)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ademamix import backends
-from ademamix.engine.coefficients import Tape, on_device, on_host, sent_to
+from ademamix.backends import sent_to
+from ademamix.engine.coefficients import Tape, on_device, on_host
 from ademamix.engine.offload import CHUNK, Trip
 from ademamix.engine.sharding import is_sharded, local, rows_of
 from ademamix.engine.state import CPU, fits, slot_formats, state_of, tensor_names

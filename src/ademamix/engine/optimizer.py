@@ -16,8 +16,8 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
+from ademamix.backends import sent_to
 from ademamix.engine.clipping import Norm, clipping, factor_and_skip, is_captured
-from ademamix.engine.coefficients import sent_to
 from ademamix.engine.launches import GroupSettings, Plan, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ademamix.backends import Rows, row_length, whole
-from ademamix.engine.coefficients import sent_to
+from ademamix.backends import Rows, row_length, sent_to, whole
 from ademamix.formats import BLOCK
 
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from ademamix import backends
 from ademamix.backends import eager
 from ademamix.engine.sharding import blocks_are_whole, is_sharded, joined, local, local_part
-from ademamix.formats import BLOCK, FORMATS, Format
+from ademamix.formats import BLOCK, FORMATS, SMALLEST, Format
 
 CPU = torch.device("cpu")
 MASTER = "master"  # the key of float32 master weights, which a parameter with its state on the host may have
-SMALLEST = 4096  # parameters with fewer elements, or one dimension, keep float32 state
 
 
 def scalar(value: float) -> Tensor:

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ademamix.backends import capturing
+from ademamix.backends import capturing, sent_to
 from ademamix.backends.triton import define, made_current, xp
-from ademamix.engine.coefficients import Tape, sent_to
+from ademamix.engine.coefficients import Tape
 
 ROWS = 128  # of one program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

@@ -7,7 +7,7 @@ import numpy as xp
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ademamix import rules
+from ademamix import memories
 from ademamix.engine.optimizer import RuleOptimizer, check_number
 from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
 
@@ -124,7 +124,7 @@ class AdEMAMix(RuleOptimizer):
         ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
     """
 
-    rule = staticmethod(rules.ademamix)
+    rule = staticmethod(memories.ademamix)
     compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -230,7 +230,7 @@ class AdamW(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(rules.adamw)
+    rule = staticmethod(memories.adamw)
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
 
     def __init__(

@@ -7,7 +7,7 @@ import numpy as xp
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ademamix import rules
+from ademamix import memories
 from ademamix.backends import Rule
 from ademamix.engine.optimizer import RuleOptimizer, check_number
 from ademamix.optimizers.adam import (
@@ -59,7 +59,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(rules.simplified_ademamix)
+    rule = staticmethod(memories.simplified_ademamix)
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -131,7 +131,7 @@ class ADana(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(rules.adana)
+    rule = staticmethod(memories.adana)
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -248,7 +248,7 @@ class KEMA(RuleOptimizer):
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Rule:
-        return rules.kema(int(group["count"]))
+        return memories.kema(int(group["count"]))
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ademamix import RuleOptimizer
+from ademamix.backends import sent_to
 from ademamix.convert import from_adamw
-from ademamix.engine.coefficients import sent_to
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training, from_json, to_json
 from ademamix.lab.console import Show
 from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
