@@ -1,7 +1,7 @@
 """Files that version 0.1.0 wrote: optimizers load them, runs go on from them, and kernels are compiled anew.
 
 `data/optimizers.pt` holds, for each optimizer, its state dict and parameters after 6 steps, and the parameters after
-6 more. `data/runs` are trainings of 400 steps that were stopped at step 151, each with the metrics of its unbroken twin.
+6 more. `data/runs` are runs of 400 steps that were stopped at step 151, each with the metrics of its unbroken twin.
 """
 
 import json

@@ -238,8 +238,8 @@ def test_a_step_waits_for_nothing_and_is_a_launch_for_each_kind_of_state() -> No
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert optimizer._plan is not None
-        assert len(optimizer._plan.launches) == 2
+        assert optimizer._launches is not None
+        assert len(optimizer._launches.calls) == 2
 
 
 @gpu

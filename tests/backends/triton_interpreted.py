@@ -240,7 +240,7 @@ def test_one_launch_for_aligned_tensors_and_one_for_the_others() -> None:
         for t in members:
             t.grad = torch.ones_like(t)
         optimizer.step()
-        ((launch, *_),) = optimizer._plan.launches  # type: ignore[union-attr]
+        ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
         started: list[bool] = []
         launch.kernel = Counted(launch.kernel, started)
         optimizer.step()
@@ -257,7 +257,7 @@ def test_an_empty_tensor_starts_nothing() -> None:
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton")
     optimizer.step()
-    ((launch, *_),) = optimizer._plan.launches  # type: ignore[union-attr]
+    ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
     assert launch.launches == []
     assert optimizer.state[p]["step"] == 1.0
 
@@ -267,16 +267,16 @@ def test_nothing_changes_where_the_device_says_skip() -> None:
     optimizer = AdEMAMix(params, backend="triton", state="compact", capturable=True)
     give_gradients(params, 0)
     optimizer.step()
-    plan = optimizer._plan
-    assert plan is not None
-    assert len(plan.launches) == 2  # compact state, and float32 for the small ones
+    launches = optimizer._launches
+    assert launches is not None
+    assert len(launches.calls) == 2  # compact state, and float32 for the small ones
 
     def tensors() -> list[torch.Tensor]:
         return [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
 
     before = tensors()
     for skip in (True, False):
-        plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
+        launches.run(optimizer._program(), [p.grad for p in params], None, torch.tensor(skip))
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip
 
 
@@ -286,7 +286,7 @@ def test_graphs_and_other_steps_have_tables_of_their_own(monkeypatch: pytest.Mon
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
-    ((launch, *_),) = optimizer._plan.launches  # type: ignore[union-attr]
+    ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
     tables = [launch.table]
 
     def step(captured: bool) -> None:
@@ -318,7 +318,7 @@ def test_captures_allocate_no_host_memory_and_say_how_many_there_may_be(monkeypa
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
-    ((launch, *_),) = optimizer._plan.launches  # type: ignore[union-attr]
+    ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
     monkeypatch.setattr(triton, "capturing", lambda device: True)
     monkeypatch.setattr(launch, "_stage", None)
     for _ in range(10 * triton.STAGED):
@@ -373,7 +373,7 @@ def test_one_launch_computes_coefficients_and_counts(case: str, skip: bool) -> N
                 params[0].grad[0, 0] = torch.nan
             optimizer.clip_grad_norm_(1.0)
             optimizer.step()
-        assert bool(optimizer._plan.tables) == (which == "triton" and in_one)  # type: ignore[union-attr]
+        assert bool(optimizer._launches.steps.tables) == (which == "triton" and in_one)  # type: ignore[union-attr]
         runs.append((params, [optimizer.state[p]["step"].item() for p in params], optimizer.skipped_steps))
     assert runs[0][1:] == runs[1][1:] == ([4.0 - skip, 3.0 - skip, 4.0 - skip, 4.0 - skip], int(skip))
     for p, q in zip(runs[0][0], runs[1][0], strict=True):
@@ -401,7 +401,7 @@ def test_a_capture_sends_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
-    (table,) = optimizer._plan.tables.values()  # type: ignore[union-attr]
+    (table,) = optimizer._launches.steps.tables.values()  # type: ignore[union-attr]
     (numbers,) = table.sent[1]
     for module in (triton, triton_coefficients):
         monkeypatch.setattr(module, "capturing", lambda device: True)
@@ -431,7 +431,7 @@ def test_a_graph_keeps_what_its_replays_read(monkeypatch: pytest.MonkeyPatch) ->
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(Elsewhere)
     monkeypatch.setattr(triton_coefficients, "sent_to", lambda device, t: t.as_subclass(torch.Tensor))
     optimizer.step()
-    (table,) = optimizer._plan.tables.values()  # type: ignore[union-attr]
+    (table,) = optimizer._launches.steps.tables.values()  # type: ignore[union-attr]
     numbers = weakref.ref(table.sent[1][0])
     with monkeypatch.context() as patched:
         for module in (triton, triton_coefficients):

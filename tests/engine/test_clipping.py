@@ -286,10 +286,10 @@ def test_a_step_skipped_on_the_device_changes_and_counts_nothing() -> None:
     give_gradients(params, 0)
     optimizer.step()
     before = snapshot(params, optimizer)
-    plan = optimizer._plan
-    assert plan is not None
+    launches = optimizer._launches
+    assert launches is not None
     for skip, changed in ((True, False), (False, True)):
-        plan.run(optimizer, [p.grad for p in params], None, torch.tensor(skip))
+        launches.run(optimizer._program(), [p.grad for p in params], None, torch.tensor(skip))
         assert equal(before, snapshot(params, optimizer)) is not changed
     assert optimizer.state[params[0]]["step"] == 2.0
 
@@ -324,7 +324,7 @@ def test_what_a_graph_reads_lives_on_when_other_steps_need_other_tables(monkeypa
     optimizer = AdEMAMix(params, capturable=True)
     give_gradients(params, 0)
     optimizer.step()
-    captured = weakref.ref(optimizer._plan)
+    captured = weakref.ref(optimizer._launches)
     capture(monkeypatch)
     optimizer.step()
     monkeypatch.undo()
@@ -332,4 +332,4 @@ def test_what_a_graph_reads_lives_on_when_other_steps_need_other_tables(monkeypa
     optimizer.step()
     gc.collect()
     assert captured() is not None
-    assert optimizer._plan is not captured()
+    assert optimizer._launches is not captured()

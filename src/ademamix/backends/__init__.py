@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import os
+import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -163,13 +164,20 @@ def launch(backend: str, batch: Batch) -> Launch:
         if backend != "auto" or name == "eager":
             raise
         _unavailable.add((name, batch.rule))
-        warnings.warn(
-            f"ademamix: the {name!r} backend failed, so the rule {batch.rule.__name__!r} runs on 'eager', several "
-            f"times slower ({reason(error)}; torch {torch.__version__}). backend={name!r} raises the whole error.",
-            stacklevel=5,
+        warn(
+            f"the {name!r} backend failed, so the rule {batch.rule.__name__!r} runs on 'eager', several times slower "
+            f"({reason(error)}; torch {torch.__version__}). backend={name!r} raises the whole error."
         )
         return launch(backend, batch)
     return made
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line: the first outside this library and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ademamix", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"ademamix: {message}", stacklevel=level)
 
 
 def reason(error: BaseException) -> str:

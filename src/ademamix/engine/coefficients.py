@@ -1,20 +1,32 @@
 """The coefficients of one step as a table: a row for each parameter, or for each group and number of steps done.
 
 A row holds a factor on the gradient, the steps done before this one, then the rule's coefficients in their order, all
-in float64.
+in float64. Steps are counted on the host, or where the parameters are: then nobody waits for the device, and a graph
+can hold the step.
 """
 
+import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ademamix.backends import bind, sent_to
+from ademamix.backends import bind, reason, sent_to, warn
 
 Coefficients = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]  # of the step, from 1 on, and the group
+
+
+class Source(NamedTuple):
+    """What a step's coefficients are computed of."""
+
+    coefficients: Coefficients
+    names: Sequence[str]  # in the rule's order
+    groups: Sequence[Mapping[str, Any]]
 
 
 def _number_or(function: Callable[..., float], of_tensors: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -192,3 +204,130 @@ def _values(group: Mapping[str, Any], late: Callable[[Tensor], Any]) -> dict[str
         return tuple(map(value, x)) if isinstance(x, tuple | list) else x
 
     return {name: value(x) for name, x in group.items() if name not in ("params", "param_names")}
+
+
+def _multiplied(table: Tensor, factor: Tensor | None, device: torch.device) -> Tensor:
+    """A table with a factor on the gradients, which a device knows, or the host: then it multiplies on any device."""
+    if factor is None:
+        return table
+    if factor.device.type != "cpu":
+        table, factor = sent_to(device, table), sent_to(device, factor)
+    table[:, 0] *= factor.squeeze()
+    return table
+
+
+class CountedOnHost:
+    """The steps of parameters, counted in memory that the host reads."""
+
+    tables: Mapping[torch.device, Any] = {}
+
+    def __init__(self, steps: Sequence[Tensor], of_group: Sequence[int]) -> None:
+        self.of_group = of_group
+        # Read and written through these, many scalars take a tenth of the time that torch takes.
+        self.counters: list[Any] = [memoryview(step.numpy()) for step in steps]  # type: ignore[arg-type]
+
+    def next(
+        self, source: Source, factor: Tensor | None, skip: Tensor | None
+    ) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
+        """The parameters' rows in tables, and what gives a device its table for the step after those counted.
+
+        Args:
+            source: of the coefficients.
+            factor: multiplies all gradients; of one element.
+            skip: boolean, of one element: the step that is not taken is not counted, where that happens at once.
+        """
+        rows, table = on_host(*source, self.of_group, [counter[()] for counter in self.counters])
+        return rows, lambda device: _multiplied(table(device), factor, device)
+
+    def taken(self) -> None:
+        """Count the step, once it has been."""
+        for counter in self.counters:
+            counter[()] += 1.0
+
+
+class CountedOnDevice:
+    """The steps of parameters, counted where these are, in the moment in which a table is computed there.
+
+    Args:
+        steps: the counters, each where its parameter is.
+        of_group: the group of each.
+        in_one_launch: devices with Triton, where one launch computes all coefficients.
+    """
+
+    def __init__(
+        self, steps: Sequence[Tensor], of_group: Sequence[int], in_one_launch: Collection[torch.device]
+    ) -> None:
+        self.steps: dict[torch.device, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        members: dict[torch.device, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for m, (i, step) in enumerate(zip(of_group, steps, strict=True)):
+            self.steps[step.device][i].append(step)
+            members[step.device][i].append(m)
+        self.rows = [0] * len(steps)
+        for there in members.values():
+            for row, m in enumerate(chain.from_iterable(there.values())):
+                self.rows[m] = row
+        self.tables = {device: self._table_on(device) for device in in_one_launch}
+        self.dropped: list[Any] = []  # tables that serve no more, which graphs may read
+
+    def _table_on(self, device: torch.device) -> Any:
+        there = self.steps[device]
+        module = importlib.import_module("ademamix.engine.triton_coefficients")
+        return module.Table(list(chain.from_iterable(there.values())), [i for i, steps in there.items() for _ in steps])
+
+    def next(
+        self, source: Source, factor: Tensor | None, skip: Tensor | None
+    ) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
+        """As :meth:`CountedOnHost.next`; a device's table may be asked for once, and counts the step."""
+        tapes = self._tapes(source)
+        return self.rows, lambda device: self._counted(source, tapes, device, factor, skip)
+
+    def taken(self) -> None:
+        """It has been counted."""
+
+    def _tapes(self, source: Source) -> list[Tape]:
+        """Each group's coefficients, for devices that compute them in one launch."""
+        try:
+            return [Tape(source.coefficients, source.names, group) for group in source.groups if self.tables]
+        except (TypeError, ValueError, AttributeError):  # made of other things than arithmetic
+            self.dropped += self.tables.values()
+            self.tables.clear()
+            return []
+
+    def _counted(
+        self, source: Source, tapes: Sequence[Tape], device: torch.device, factor: Tensor | None, skip: Tensor | None
+    ) -> Tensor:
+        skip = None if skip is None else sent_to(device, skip)
+        if factor is not None and factor.device.type != "cpu":
+            factor = sent_to(device, factor)
+        if tapes and device in self.tables:
+            inside = factor is not None and factor.device == device
+            made = self._in_one_launch(tapes, device, factor if inside else None, skip)
+            if made is not None:
+                return made if inside else _multiplied(made, factor, device)
+        there = self.steps[device]
+        table = torch.cat(
+            [on_device(source.coefficients, source.names, source.groups[i], steps) for i, steps in there.items()]
+        )
+        steps = list(chain.from_iterable(there.values()))
+        if skip is None:
+            torch._foreach_add_(steps, 1.0)
+        else:  # without alpha, torch would take the tensor for a number and wait for it
+            torch._foreach_add_(steps, 1.0 - skip.float(), alpha=1.0)
+        return _multiplied(table, factor, device)
+
+    def _in_one_launch(
+        self, tapes: Sequence[Tape], device: torch.device, factor: Tensor | None, skip: Tensor | None
+    ) -> Tensor | None:
+        """The device's table by a kernel of its own; None, with nothing counted, where torch must compute it."""
+        own = self.tables[device]
+        try:
+            made: Tensor | None = own(tapes, factor, skip)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its kernel did not compile
+            self.dropped.append(self.tables.pop(device))
+            if own.counted:
+                raise
+            warn(f"torch computes the coefficients of a step, in some 40 launches ({reason(error)})")
+            return None
+        return made

@@ -6,7 +6,7 @@ gradients of the next ones and the parameters of the last are under way.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def with_master(state: Mapping[str, Any] | None, p: Tensor, stand_in: Tensor) ->
 
 
 class Trip:
-    """The ways of one step's gradients to the host and of its parameters back."""
+    """The ways of one step's gradients to the host and of its parameters back, in chunks that are worked on in turn."""
 
     def __init__(self, host: Host, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         # torch resolves what is lazy where the copy goes to, which would be before it is there.
@@ -135,9 +135,10 @@ class Trip:
         """The gradients in host memory, once :meth:`arrived` has waited for them."""
         return [joined(_there(its.grad), p, p.shape) for its, p in zip(self.stand_ins, self.params, strict=True)]
 
-    def begin(self, chunks: Iterable[Sequence[int]]) -> list[list[Any]]:
-        """Send for all gradients, chunk by chunk: events of their arrival, one for each GPU that a chunk comes from."""
-        return [self._fetch(members) for members in chunks]
+    def begin(self, chunks: Sequence[Sequence[int]]) -> None:
+        """Send for all gradients, chunk by chunk."""
+        self.chunks = chunks
+        self.events = [self._fetch(members) for members in chunks]  # of their arrival, one for each GPU
 
     def _fetch(self, members: Sequence[int]) -> list[Any]:
         events = []
@@ -157,14 +158,19 @@ class Trip:
         for device, here in of_device.items():
             yield self.ways[device][direction] if device.type == "cuda" else None, here
 
-    def arrived(self, events: Iterable[Any]) -> None:
+    def arrived(self, chunk: int) -> None:
         """Wait for a chunk of gradients."""
-        for event in events:
+        for event in self.events[chunk]:
             event.synchronize()
 
-    def send(self, members: Sequence[int]) -> None:
+    def all_arrived(self) -> None:
+        """Wait for all gradients."""
+        for chunk in range(len(self.chunks)):
+            self.arrived(chunk)
+
+    def send(self, chunk: int) -> None:
         """Send the updated parameters of a chunk back."""
-        for way, here in self._by_way(members, 1):
+        for way, here in self._by_way(self.chunks[chunk], 1):
             with torch.cuda.stream(way):
                 for m in here:
                     its = self.stand_ins[m]

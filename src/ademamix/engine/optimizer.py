@@ -18,7 +18,8 @@ from torch.optim.optimizer import ParamsT
 from ademamix import backends
 from ademamix.backends import sent_to
 from ademamix.engine.clipping import Norm, clipping, factor_and_skip, is_captured
-from ademamix.engine.launches import GroupSettings, Plan, check_tensors
+from ademamix.engine.coefficients import Source
+from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
 from ademamix.engine.state import CPU, MASTER, check_state, scalar, slot_formats, state_of
@@ -89,8 +90,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.skip_nonfinite = skip_nonfinite
         self._skipped: int | Tensor = 0
         self._norm: Norm | None = None
-        self._plan: Plan | None = None
-        self._captured: list[Plan] = []  # CUDA graphs read their tables whenever they are replayed
+        self._launches: Launches | None = None
+        self._captured: list[Launches] = []  # CUDA graphs read their tables whenever they are replayed
         super().__init__(params, defaults)
 
     @staticmethod
@@ -183,7 +184,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         "eager" among them under ``backend="auto"`` on CPUs and on CUDA or ROCm devices means that the fused backend
         failed there; a warning has said why.
         """
-        return () if self._plan is None else self._plan.backends
+        return () if self._launches is None else self._launches.backends
 
     @property
     def skipped_steps(self) -> int:
@@ -236,6 +237,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         else:
             self._skipped += sent_to(getattr(self._skipped, "device", skip.device), skip)
 
+    def _count_on(self, device: torch.device) -> None:
+        """Count skipped steps there from now on: a graph that made the count would set it anew in each replay."""
+        if device != CPU and getattr(self._skipped, "device", CPU) == CPU:
+            self._skipped = torch.full((), int(self._skipped), device=device)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -262,34 +268,71 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
 
+        self._update()
+        return loss
+
+    def _update(self) -> None:
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = list(chain.from_iterable(active))
         if not params:  # other processes may have gradients, and wait for this one's part in their norm
             _, skip = self._factor_and_skip([])
             if skip is not None:
                 self._count(skip)
-            return loss
+            return
         captured = is_captured(params, self.param_groups)
         grads = gradients(params)
-        of_group = [i for i, members in enumerate(active) for _ in members]
-        settings = [self._settings(group) for group in self.param_groups]
         factor, skip = self._factor_and_skip(grads)
         if skip is not None and skip.device.type == "cpu":  # there it is known
             self._count(skip)
             if skip:
-                return loss
+                return
             skip = None
-        on_device = not self.offload and skip is not None
-        with_tensors = on_device or any(group["capturable"] for group in self.param_groups)
-        updated, trip = params, None
+        program = self._program()
+        inputs = Inputs(
+            params,
+            grads,
+            [i for i, members in enumerate(active) for _ in members],
+            [self._settings(group) for group in self.param_groups],
+            any(group["capturable"] for group in self.param_groups) or (skip is not None and not self.offload),
+            self.state,
+        )
+        trip = None
         if self.offload:
-            for i, p, g in zip(of_group, params, grads, strict=True):
-                check_tensors(self, i, p, g)
-            updated = self._host.stand_ins(params, self.state)
+            for i, p, g in zip(inputs.of_group, params, grads, strict=True):
+                check_tensors(program, i, p, g)
+            stand_ins = self._host.stand_ins(params, self.state)
             trip = Trip(self._host, params, grads)
-            grads = trip.arriving()
-        plan = self._plan
-        if plan is None or not plan.serves(self, updated, grads, of_group, settings, with_tensors):
+            inputs = inputs._replace(params=stand_ins, grads=trip.arriving())
+        launches = self._launches_for(program, params, inputs, captured)
+        if inputs.counted_there:
+            self._count_on((params[0] if skip is None else skip).device)
+        if trip is not None:
+            trip.begin(launches.chunks)  # under way before the host waits to know what to do with them
+            factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
+            if skip:
+                trip.all_arrived()  # the gradients' memory may be used for other things once the step is over
+                trip.finish()
+                self._skipped += 1
+                return
+            skip = None
+        launches.run(program, inputs.grads, factor, skip, trip)
+        if launches.fresh:
+            self.state.update(zip(params, launches.states, strict=True))
+            launches.taken_over(self.state)
+        if skip is not None:
+            self._count(skip)
+        increment_version(params)  # state is in nobody's graph
+        if trip is not None:
+            trip.finish()
+
+    def _program(self) -> Program:
+        source = Source(self.coefficients, backends.coefficient_names(self.rule), self.param_groups)
+        return Program(type(self).__name__, self.rule, source, self.backend, self.offload)
+
+    def _launches_for(self, program: Program, params: Sequence[Tensor], inputs: Inputs, captured: bool) -> Launches:
+        """Those of the last step, or new ones."""
+        launches = self._launches
+        if launches is None or not launches.serve(inputs):
             if captured:  # each replay would set new state to zero
                 raise RuntimeError(
                     "a CUDA graph cannot capture the first step, nor the first with these parameters, settings or "
@@ -297,27 +340,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 )
             saved = [self.state.get(p) for p in params]
             if self.offload:
-                saved = list(map(with_master, saved, params, updated))
-            self._plan = plan = Plan(self, updated, grads, saved, of_group, settings, with_tensors)
-        if captured and plan not in self._captured:
-            self._captured.append(plan)
-        where = params[0].device if skip is None else skip.device
-        if with_tensors and where != CPU and getattr(self._skipped, "device", CPU) == CPU:
-            # Also if nothing is skipped yet: a graph that made the count would set it anew in each replay.
-            self._skipped = torch.full((), int(self._skipped), device=where)
-        if not plan.run(self, grads, factor, skip, trip):
-            self._skipped += 1
-            return loss
-        if plan.fresh:
-            self.state.update(zip(params, plan.states, strict=True))
-            plan.fresh = False
-            plan.all_states = list(self.state.values())
-        if skip is not None and on_device:
-            self._count(skip)
-        increment_version(params)  # state is in nobody's graph
-        if trip is not None:
-            trip.finish()
-        return loss
+                saved = list(map(with_master, saved, params, inputs.params))
+            self._launches = launches = Launches(program, inputs, saved)
+        if captured and launches not in self._captured:
+            self._captured.append(launches)
+        return launches
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, exactly: state keeps its own dtype, whatever that of the parameter is.
@@ -387,7 +414,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         self.rule = _traced(self.rule_of(self.defaults))
-        self._plan = self._norm = None
+        self._launches = self._norm = None
         self._captured = []
         self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
