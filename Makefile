@@ -21,9 +21,10 @@ test-2.11: .venv-2.11/.ready  ## the same with torch 2.11; needs Python 3.12
 test-lowest test-2.11:
 	$(<D)/bin/python -m pytest $(VERSIONED)
 
-lint: $(READY)  ## formatting, lint and types, as CI does
+lint: $(READY)  ## formatting, lint, the floors of the house and types, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 bench: $(READY)  ## one optimizer step against torch.optim

@@ -5,7 +5,6 @@ in float64. Steps are counted on the host, or where the parameters are: then nob
 can hold the step.
 """
 
-import importlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ademamix.backends import bind, reason, sent_to, warn
-
-Coefficients = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]  # of the step, from 1 on, and the group
+from ademamix.engine.tape import Coefficients, Tape, values_of
 
 
 class Source(NamedTuple):
@@ -81,129 +79,17 @@ def on_host(
     return [rows[kind] for kind in kinds], placed
 
 
-class Tape:
-    """Coefficients as operations on a step that only the device knows, written down for it to compute.
-
-    Attributes:
-        lines: statements that compute ``t0``, ``t1``, ... of the step ``t``, of numbers ``n0``, ``n1``, ... and of each
-            other; functions are ``tl``'s, but for ``minimum`` and ``maximum``.
-        numbers: the host's numbers, and tensors of one element whose value only a device knows.
-        results: names of the results.
-
-    Raises:
-        TypeError: the coefficients are computed by something else than arithmetic and ``xp``'s functions, or branch on
-            the step.
-    """
-
-    def __init__(self, coefficients: Coefficients, names: Sequence[str], group: Mapping[str, Any]) -> None:
-        self._lines: list[str] = []
-        self.numbers: list[Any] = []
-        values = bind(coefficients, _tape_xp)(_Known(self, "t"), _values(group, lambda x: x))
-        sign = -1.0 if group["maximize"] else 1.0
-        self.results = tuple(self.name(x) for x in (sign, *(values[name] for name in names)))
-        self.lines = tuple(self._lines)
-
-    def name(self, x: Any) -> str:
-        if isinstance(x, _Known):
-            return x.name
-        self.numbers.append(x if _is_late(x) else float(x))
-        return f"n{len(self.numbers) - 1}"
-
-    def computed(self, text: str, *operands: Any) -> "_Known":
-        self._lines.append(f"t{len(self._lines)} = {text.format(*map(self.name, operands))}")
-        return _Known(self, f"t{len(self._lines) - 1}")
-
-
-class _Known:
-    """A number that only the device knows."""
-
-    __array_ufunc__ = None  # NumPy's numbers leave arithmetic with it to it
-
-    def __init__(self, tape: Tape, name: str) -> None:
-        self.tape, self.name = tape, name
-
-    def __pow__(self, power: Any) -> Any:
-        return _exp(_product(power, _log(self)))
-
-    def __rpow__(self, base: float) -> Any:
-        if isinstance(base, Tensor) or not base >= 0.0:
-            raise TypeError(f"the base of a power must be >= 0, got {base!r}")
-        return _exp(_product(self, math.log(base) if base else -math.inf))
-
-    def __neg__(self) -> Any:
-        return _product(self, -1.0)
-
-    def __bool__(self) -> bool:
-        raise TypeError("only the device knows the step")
-
-
-def _operation(text: str) -> Callable[..., Any]:
-    def apply(*operands: Any) -> Any:
-        tape = next(x.tape for x in operands if isinstance(x, _Known))
-        return tape.computed(text, *operands)
-
-    return apply
-
-
-for _name, _text in (("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/")):
-    _apply = _operation(f"{{0}} {_text} {{1}}")
-    setattr(_Known, f"__{_name}__", _apply)
-    setattr(_Known, f"__r{_name}__", lambda self, x, apply=_apply: apply(x, self))
-for _name, _text in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
-    setattr(_Known, f"__{_name}__", _operation(f"{{0}} {_text} {{1}}"))
-
-
-def _function(of_numbers: Callable[..., float], text: str) -> Callable[..., Any]:
-    written = _operation(text)
-
-    def apply(*args: Any) -> Any:
-        if any(isinstance(x, _Known) for x in args):
-            return written(*args)
-        if any(map(_is_late, args)):
-            raise TypeError("only a device knows one of the hyperparameters")
-        return of_numbers(*args)
-
-    return apply
-
-
-_product = _operation("{0} * {1}")
-_exp, _log = _function(math.exp, "tl.exp({0})"), _function(math.log, "tl.log({0})")
-
-
-class _tape_xp:  # noqa: N801 - the namespace in which coefficients are written down
-    sqrt, abs = _function(math.sqrt, "tl.sqrt({0})"), _function(abs, "tl.abs({0})")
-    exp, log = _exp, _log
-    minimum, maximum = _function(min, "minimum({0}, {1})"), _function(max, "maximum({0}, {1})")
-    where = _function(lambda condition, x, y: x if condition else y, "tl.where({0}, {1}, {2})")
-
-
 def on_device(
     coefficients: Coefficients, names: Sequence[str], group: Mapping[str, Any], done: Sequence[Tensor]
 ) -> Tensor:
     """The rows of some parameters of one group whose numbers of steps only the device knows."""
     before = torch.stack(list(done))
     before = before.to(torch.float32 if before.device.type == "mps" else torch.float64)  # MPS has no float64
-    values = bind(coefficients, _xp)(before + 1.0, _values(group, lambda x: sent_to(before.device, x)))
+    values = bind(coefficients, _xp)(before + 1.0, values_of(group, lambda x: sent_to(before.device, x)))
     table = before.new_empty(len(before), 2 + len(names))
     for column, value in enumerate((-1.0 if group["maximize"] else 1.0, before, *(values[name] for name in names))):
         table[:, column] = value.squeeze() if isinstance(value, Tensor) else value
     return table
-
-
-def _is_late(x: Any) -> bool:
-    """Whether only a device knows the number."""
-    return isinstance(x, Tensor) and x.device.type != "cpu"
-
-
-def _values(group: Mapping[str, Any], late: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """The group's hyperparameters, numbers in place of the host's tensors, and what is made of a device's."""
-
-    def value(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return late(x) if _is_late(x) else float(x)
-        return tuple(map(value, x)) if isinstance(x, tuple | list) else x
-
-    return {name: value(x) for name, x in group.items() if name not in ("params", "param_names")}
 
 
 def _multiplied(table: Tensor, factor: Tensor | None, device: torch.device) -> Tensor:
@@ -271,8 +157,9 @@ class CountedOnDevice:
 
     def _table_on(self, device: torch.device) -> Any:
         there = self.steps[device]
-        module = importlib.import_module("ademamix.engine.triton_coefficients")
-        return module.Table(list(chain.from_iterable(there.values())), [i for i, steps in there.items() for _ in steps])
+        from ademamix.engine.triton_coefficients import Table
+
+        return Table(list(chain.from_iterable(there.values())), [i for i, steps in there.items() for _ in steps])
 
     def next(
         self, source: Source, factor: Tensor | None, skip: Tensor | None

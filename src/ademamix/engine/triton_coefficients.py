@@ -1,6 +1,6 @@
 """The coefficients of a step whose number only the GPU knows: one launch for all parameters.
 
-The optimizer's coefficients are written down as operations on the step (:class:`ademamix.engine.coefficients.Tape`)
+The optimizer's coefficients are written down as operations on the step (:class:`ademamix.engine.tape.Tape`)
 and compiled by Triton, with the host's numbers as data: another learning rate compiles nothing.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ademamix.backends import capturing, sent_to
 from ademamix.backends.triton import define, made_current, xp
-from ademamix.engine.coefficients import Tape
+from ademamix.engine.tape import Tape
 
 ROWS = 128  # of one program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

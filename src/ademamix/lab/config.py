@@ -10,12 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.training.schedule import Shape
 from ademamix.lab.values import Values
 
 Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (optimizers.py)
 State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
+Shape = Literal["cosine", "linear", "wsd"]  # of the learning rate over a run
 SEEDS = 2**63  # torch takes no larger ones
 
 

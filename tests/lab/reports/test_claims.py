@@ -3,10 +3,8 @@ import math
 import pytest
 
 from ademamix.lab.experiments import NAMES
-from ademamix.lab.reports.claims import (
-    CLAIMS,
+from ademamix.lab.experiments.statistics import (
     clearly_below,
-    decide,
     difference,
     diverged,
     final_losses,
@@ -14,6 +12,7 @@ from ademamix.lab.reports.claims import (
     shown,
     table_of,
 )
+from ademamix.lab.reports.claims import CLAIMS, decide
 
 
 def test_the_mean_and_its_standard_error():

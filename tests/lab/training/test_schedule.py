@@ -1,9 +1,13 @@
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 
-from ademamix.lab.training.schedule import SHAPES, lr_factor
+from ademamix.lab.config import Shape
+from ademamix.lab.training.schedule import lr_factor
+
+SHAPES = get_args(Shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

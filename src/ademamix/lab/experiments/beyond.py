@@ -17,8 +17,8 @@ from ademamix.lab.experiments.common import Candidate, Settings, changed
 from ademamix.lab.experiments.compare import crossing
 from ademamix.lab.experiments.kernels import ages, memory
 from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.experiments.statistics import by_seed, clearly_below, difference, mean_and_error, plus_minus, shown
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value
-from ademamix.lab.reports.claims import by_seed, clearly_below, difference, mean_and_error, plus_minus, shown
 from ademamix.lab.reports.pictures import Chart, Line, Picture
 from ademamix.lab.reports.report import Report, Rows
 from ademamix.lab.training.loop import Result

@@ -13,8 +13,8 @@ import tyro
 
 from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
 from ademamix.lab.console import say
+from ademamix.lab.experiments.statistics import loss_of
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value, best
-from ademamix.lab.reports import claims
 from ademamix.lab.reports.pictures import Chart, Line, around
 from ademamix.lab.reports.report import Rows
 from ademamix.lab.training.loop import Result
@@ -162,7 +162,7 @@ def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[st
         chosen = best(losses)
         found[key] = dict(zip(candidate.space, chosen, strict=True))
         points = itertools.product(*candidate.space.values())
-        rows = [(*point, f"{loss_of(losses[point])}{' (chosen)' if point == chosen else ''}") for point in points]
+        rows = [(*point, f"{final_loss(losses[point])}{' (chosen)' if point == chosen else ''}") for point in points]
         tables.append([(*(f"{candidate.title}: {name}" for name in candidate.space), "loss, tuning"), *rows])
     return found, tables
 
@@ -178,9 +178,9 @@ def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows]]:
     return recipe, tables
 
 
-def loss_of(result: Result | None) -> str:
+def final_loss(result: Result | None) -> str:
     """A final loss for a table."""
-    return claims.loss_of(math.inf if result is None else result.valid_loss)
+    return loss_of(math.inf if result is None else result.valid_loss)
 
 
 def sample(results: Mapping[Point, Result | None], *, without: float = float("inf")) -> dict[Point, list[float]]:

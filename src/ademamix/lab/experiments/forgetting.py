@@ -14,8 +14,9 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings
 from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.experiments.statistics import clearly_below, diverged, mean_and_error, shown
 from ademamix.lab.experiments.trials import Grid, Point, Trials
-from ademamix.lab.reports.claims import clearly_below, decide, diverged, mean_and_error, shown
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, sentence
 from ademamix.lab.training.loop import Result

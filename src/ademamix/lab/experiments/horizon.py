@@ -14,8 +14,9 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.experiments.statistics import mean_and_error, plus_minus, shown
 from ademamix.lab.experiments.trials import Grid, Trials
-from ademamix.lab.reports.claims import decide, mean_and_error, plus_minus, shown
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, sentence
 

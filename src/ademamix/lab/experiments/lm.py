@@ -12,8 +12,9 @@ from ademamix.lab.config import AdEMAMixSettings, BadInputError, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
 from ademamix.lab.experiments.compare import crossing
+from ademamix.lab.experiments.statistics import clearly_below, diverged, final_losses, mean_and_error, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
-from ademamix.lab.reports.claims import clearly_below, decide, diverged, final_losses, mean_and_error, table_of
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report
 

@@ -11,8 +11,9 @@ from ademamix.lab.config import Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
 from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.experiments.statistics import clearly_below, final_losses, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
-from ademamix.lab.reports.claims import clearly_below, decide, final_losses, table_of
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.report import Report
 
 WHAT = "AdamW against AdEMAMix on Mamba, a state-space model, both tuned"

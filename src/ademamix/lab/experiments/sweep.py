@@ -12,8 +12,9 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import TUNING_SEED, Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
+from ademamix.lab.experiments.statistics import clearly_below, shown, table_of
 from ademamix.lab.experiments.trials import Grid, Point, Trials, best
-from ademamix.lab.reports.claims import clearly_below, decide, shown, table_of
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import HeatMap
 from ademamix.lab.reports.report import Report
 from ademamix.lab.training.loop import Result
@@ -120,7 +121,7 @@ def run(settings: Sweep, trials: Trials) -> Report:
             table_of(losses, ("run", "final validation loss", "by seed")),
             [
                 ("AdEMAMix, beta1 = 0: beta3", "loss, seed of the grids"),
-                *((p[0], common.loss_of(r)) for p, r in sorted(zero.items())),
+                *((p[0], common.final_loss(r)) for p, r in sorted(zero.items())),
             ],
         ],
         common.settings_of(settings),

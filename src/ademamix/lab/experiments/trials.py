@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training
 from ademamix.lab.console import say
-from ademamix.lab.reports.claims import loss_of
+from ademamix.lab.experiments.statistics import loss_of
 from ademamix.lab.training.devices import pick_device
 from ademamix.lab.training.loop import DivergedError, Result, StoppedError, train
 

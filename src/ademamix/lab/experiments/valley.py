@@ -11,8 +11,9 @@ from ademamix import AdamW, AdEMAMix
 from ademamix.lab.config import BadInputError
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings
+from ademamix.lab.experiments.statistics import clearly_below, shown
 from ademamix.lab.experiments.trials import Trials
-from ademamix.lab.reports.claims import clearly_below, decide, shown
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Field, Line
 from ademamix.lab.reports.report import Report, sentence
 

@@ -9,16 +9,16 @@ import tyro
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, ImageRecipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning
-from ademamix.lab.experiments.trials import Grid, Trials
-from ademamix.lab.reports.claims import (
+from ademamix.lab.experiments.statistics import (
     clearly_below,
-    decide,
     difference,
     diverged,
     mean_and_error,
     plus_minus,
     table_of,
 )
+from ademamix.lab.experiments.trials import Grid, Trials
+from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report, sentence
 

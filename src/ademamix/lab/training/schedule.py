@@ -1,10 +1,9 @@
 """The learning rate over a run, as pure functions of the step."""
 
 import math
-from typing import Literal, get_args
 
-Shape = Literal["cosine", "linear", "wsd"]
-SHAPES: tuple[Shape, ...] = get_args(Shape)
+from ademamix.lab.config import Shape
+
 WSD_DECAY = 0.2  # the share of all steps over which a "wsd" schedule decays
 
 
