@@ -52,7 +52,7 @@ def test_a_tape_gives_the_host_s_numbers(case: str) -> None:
 
 def test_comparisons_negation_and_numbers_on_both_sides() -> None:
     def coefficients(step: Any, group: Any) -> Any:
-        from ademamix.engine.coefficients import _tape_xp as xp
+        from ademamix.engine.tape import _tape_xp as xp
 
         chosen = xp.where(step <= 3.0, -step, xp.abs(2.0 - step))
         return {"a": chosen, "b": (1.0 + step) ** 0.5 - 6.0 / step, "c": xp.where(step > 3.0, 1.0, group["lr"]) * step}

@@ -105,8 +105,6 @@ def _multiplied(table: Tensor, factor: Tensor | None, device: torch.device) -> T
 class CountedOnHost:
     """The steps of parameters, counted in memory that the host reads."""
 
-    tables: Mapping[torch.device, Any] = {}
-
     def __init__(self, steps: Sequence[Tensor], of_group: Sequence[int]) -> None:
         self.of_group = of_group
         # Read and written through these, many scalars take a tenth of the time that torch takes.
