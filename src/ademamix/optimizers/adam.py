@@ -7,8 +7,9 @@ import numpy as xp
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ademamix import memories
+from ademamix import geometries, memories
 from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.engine.tracing import composed
 from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
 
 BETA3_SCHEDULES = ("half-life", "log-time")
@@ -124,7 +125,7 @@ class AdEMAMix(RuleOptimizer):
         ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
     """
 
-    rule = staticmethod(memories.ademamix)
+    rule = staticmethod(composed(memories.ademamix, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -230,7 +231,7 @@ class AdamW(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(memories.adamw)
+    rule = staticmethod(composed(memories.adamw, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
 
     def __init__(

@@ -7,9 +7,10 @@ import numpy as xp
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ademamix import memories
+from ademamix import geometries, memories
 from ademamix.backends import Rule
 from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.engine.tracing import composed
 from ademamix.optimizers.adam import (
     check_beta,
     check_betas,
@@ -59,7 +60,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(memories.simplified_ademamix)
+    rule = staticmethod(composed(memories.simplified_ademamix, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -131,7 +132,7 @@ class ADana(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(memories.adana)
+    rule = staticmethod(composed(memories.adana, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -161,11 +162,14 @@ class ADana(RuleOptimizer):
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         decay = 0.0 if group["peak_lr"] is None else group["omega"] / (step * group["peak_lr"])
+        w = log_time_weight(step, group["delta"])
         return {
             **common_coefficients(group),
             "weight_decay": group["weight_decay"] + decay,
             "alpha": log_time_alpha(step, group["kappa"]),
-            "w": log_time_weight(step, group["delta"]),
+            "w1": w,
+            "w2": w,
+            "debias2": 1.0,
         }
 
 
@@ -248,7 +252,7 @@ class KEMA(RuleOptimizer):
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Rule:
-        return memories.kema(int(group["count"]))
+        return composed(memories.kema(int(group["count"])), geometries.adam)
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -261,8 +265,8 @@ class KEMA(RuleOptimizer):
         ratio, beta1 = group["longest"] / shortest, 1.0 - 1.0 / shortest
         values = {
             **common_coefficients(group),
-            "w_sq": 1.0 - beta2,
-            "debias_sq": xp.sqrt(debias(step, beta2)),
+            "w2": 1.0 - beta2,
+            "debias2": xp.sqrt(debias(step, beta2)),
             "w_1": 1.0 - beta1,
             "a_1": debias(step, beta1),
         }
