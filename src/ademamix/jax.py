@@ -136,11 +136,11 @@ def _arguments(optimizer: type[RuleOptimizer]) -> list[tuple[str, inspect.Parame
         return q.kind, q.name != "lr", not decay, q.name in ("eps", "weight_decay"), q.name
 
     arguments = []
-    every = inspect.signature(optimizer).parameters.values()
+    every, common = inspect.signature(optimizer).parameters.values(), inspect.signature(RuleOptimizer).parameters
     for q in sorted((q for q in every if q.kind is not q.VAR_KEYWORD), key=place):
         if q.name == "betas":
             arguments += [(q.name, q.replace(name=f"b{i}", default=b)) for i, b in enumerate(q.default, start=1)]
-        elif q.name not in inspect.signature(RuleOptimizer).parameters:
+        elif q.name not in common:
             arguments.append((q.name, q.replace(name=_NAMES.get(q.name, q.name))))
     return [(name, q.replace(annotation=q.empty)) for name, q in arguments]
 

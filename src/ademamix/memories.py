@@ -2,7 +2,8 @@
 
 A memory maps ``(g, *slots)`` and its keyword-only coefficients to ``(u, *new slots)``: of the gradient to a direction
 ``u``, elementwise. Its positional names after ``g`` are the names of the state slots; its keyword-only names are the
-coefficients, computed once for each group and step by the optimizer class. How ``u`` becomes a step is the geometry's.
+coefficients, computed once for each group and step by the optimizer class. A memory computes with arithmetic, and with
+what ``xp`` has (``geometries.py``, which is also where ``u`` becomes a step).
 
 Averages are written ``m + w * (g - m)`` with ``w = 1 - beta``: in float32, ``1 - 0.9999`` would be off by 3e-4 of its
 value, while ``w`` arrives rounded once from float64.

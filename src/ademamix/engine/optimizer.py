@@ -79,12 +79,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.offload = offload
         self._host = Host()
         common = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
-        defaults = {
-            **defaults,
-            **common,
-            "capturable": capturable,
-            **defaults,
-        }  # a subclass may have them among its own
+        common["capturable"] = capturable
+        defaults = {**defaults, **common, **defaults}  # the subclass's own come first, and win
         self._check_group(defaults)
         self.backend = backend
         self.skip_nonfinite = skip_nonfinite
