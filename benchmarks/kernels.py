@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ademamix import memories
+from ademamix import AdamW, AdEMAMix
 from ademamix.backends.triton import OPTIONS, kernel
 from ademamix.engine.tracing import traced
 from ademamix.formats import BLOCK, FORMATS
@@ -31,12 +31,12 @@ BITS = {"float64": 64, "float32": 32, "float16": 16, "bits16": 16, "int16": 16, 
 KERNELS: dict[
     str, tuple[Any, tuple[str | None, ...]]
 ] = {  # formats of the parameter, the gradient and the rule's slots
-    "AdamW, float32": (memories.adamw, ("float32",) * 4),
-    "float32": (memories.ademamix, ("float32",) * 5),
-    "float32, bfloat16 parameters": (memories.ademamix, ("bfloat16", "bfloat16_nearest", *("float32",) * 3)),
-    "bfloat16, bfloat16 parameters": (memories.ademamix, ("bfloat16", "bfloat16_nearest", *("bfloat16",) * 3)),
-    "compact": (memories.ademamix, ("float32", "float32", "int8", "int16", "float8")),
-    "compact, bfloat16 parameters": (memories.ademamix, ("bfloat16", "bfloat16_nearest", "int8", "int16", "float8")),
+    "AdamW, float32": (AdamW.rule, ("float32",) * 4),
+    "float32": (AdEMAMix.rule, ("float32",) * 5),
+    "float32, bfloat16 parameters": (AdEMAMix.rule, ("bfloat16", "bfloat16_nearest", *("float32",) * 3)),
+    "bfloat16, bfloat16 parameters": (AdEMAMix.rule, ("bfloat16", "bfloat16_nearest", *("bfloat16",) * 3)),
+    "compact": (AdEMAMix.rule, ("float32", "float32", "int8", "int16", "float8")),
+    "compact, bfloat16 parameters": (AdEMAMix.rule, ("bfloat16", "bfloat16_nearest", "int8", "int16", "float8")),
 }
 POINTERS = {
     **{"tensors": "*i32", "begins": "*i32", "skip": "*u8", "table": "*i64", "shapes": "*i64", "lengths": "*i64"},

@@ -25,7 +25,8 @@ from jax import Array
 
 from ademamix.backends import bind, coefficient_names, slot_names
 from ademamix.backends.jax import Blocks, Leaf, Stored
-from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.engine.arguments import check_flags, check_seed
+from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.state import MASTER
 from ademamix.formats import keys
 from ademamix.optimizers.adam import AdamW, AdEMAMix
@@ -63,9 +64,8 @@ class _Transformation:
         formats = optimizer.formats_of(known, state if mu_dtype is None else _moments(mu_dtype, state, self.slots))
         self.formats = {name: formats[name] for name in optimizer.stored(known)}
         self.group, self.mask, self.rounding, self.seed = group, mask, stochastic_rounding, seed or 0
-        if not isinstance(stochastic_rounding, bool):
-            raise ValueError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r}")
-        check_number("seed", self.seed, "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+        check_flags({"stochastic_rounding": stochastic_rounding}, "stochastic_rounding")
+        check_seed(self.seed)
         self.rule, self.coefficients = bind(rule, jnp), bind(optimizer.coefficients, jnp)
 
     def _leaf(self, p: Any) -> Leaf:
@@ -126,7 +126,6 @@ _SETTINGS = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     for name, default in (("mu_dtype", None), ("state", "float32"), ("stochastic_rounding", True), ("seed", None))
 ]
-_NO_HYPERPARAMETERS = {*inspect.signature(RuleOptimizer).parameters, "maximize"}
 
 
 def _arguments(optimizer: type[RuleOptimizer]) -> list[tuple[str, inspect.Parameter]]:
@@ -137,11 +136,11 @@ def _arguments(optimizer: type[RuleOptimizer]) -> list[tuple[str, inspect.Parame
         return q.kind, q.name != "lr", not decay, q.name in ("eps", "weight_decay"), q.name
 
     arguments = []
-    every = inspect.signature(optimizer).parameters.values()
+    every, common = inspect.signature(optimizer).parameters.values(), inspect.signature(RuleOptimizer).parameters
     for q in sorted((q for q in every if q.kind is not q.VAR_KEYWORD), key=place):
         if q.name == "betas":
             arguments += [(q.name, q.replace(name=f"b{i}", default=b)) for i, b in enumerate(q.default, start=1)]
-        elif q.name not in _NO_HYPERPARAMETERS:
+        elif q.name not in common:
             arguments.append((q.name, q.replace(name=_NAMES.get(q.name, q.name))))
     return [(name, q.replace(annotation=q.empty)) for name, q in arguments]
 

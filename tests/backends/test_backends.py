@@ -218,13 +218,12 @@ def wide(p: Any, g: Any, a: Any, b: Any, c: Any, d: Any, e: Any, *, lr: Any) -> 
 
 @pytest.mark.skipif(sys.platform != "linux" or "avx2" not in Path("/proc/cpuinfo").read_text(), reason="needs AVX2")
 def test_kernels_are_vectorised_for_any_number_of_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ademamix import memories
     from ademamix.backends import cpu
     from ademamix.engine.tracing import traced
     from ademamix.formats import FORMATS
 
     monkeypatch.setenv("ADEMAMIX_CACHE", str(tmp_path))  # a kernel that was loaded from a cache has no text
-    for rule, slots in ((memories.ademamix, 3), (memories.adamw, 2), (wide, 5)):
+    for rule, slots in ((AdEMAMix.rule, 3), (AdamW.rule, 2), (wide, 5)):
         full = FORMATS["float32"]
         (text,) = cpu.kernel.__wrapped__(traced(rule), full, full, (full,) * slots).inspect_asm().values()
         assert "vaddps" in text, rule.__name__

@@ -12,7 +12,7 @@ import numpy as xp
 import pytest
 import torch
 
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix, memories
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import coefficient_names, slot_names
 from ademamix.engine.coefficients import Tape
 from ademamix.formats import FORMATS
@@ -71,7 +71,7 @@ def test_nvidia_accesses_are_as_wide_as_they_can_be(state: str, target: str) -> 
     """A thread of an aligned tile has 8 neighbouring elements: 128 bits of 16-bit streams, two times 128 of float32,
     64 of codes of 8 bits."""
     formats = STATES[state]
-    assembly = assembly_of(memories.ademamix, formats, target)
+    assembly = assembly_of(AdEMAMix.rule, formats, target)
     storages = [BITS[FORMATS[f].storage] for f in formats if f is not None]
     loads, stores = wide(assembly, "ld"), wide(assembly, "st")
     assert loads.get(128, 0) == sum(8 * bits // 128 for bits in storages if bits >= 16)
@@ -135,7 +135,7 @@ def test_coefficients_compile_without_a_number_in_them(kind: Any, options: Any, 
 @pytest.mark.parametrize("state", STATES)
 def test_it_compiles_for_amd(state: str) -> None:
     """A lane has 4 neighbouring elements of a block: 128 bits of float32 streams, 64 of 16-bit ones."""
-    assembly = assembly_of(memories.ademamix, STATES[state], "gfx942")
+    assembly = assembly_of(AdEMAMix.rule, STATES[state], "gfx942")
     for kind in ("load", "store"):
         widths = re.findall(rf"(?:global|buffer|flat)_{kind}_dword(x\d)?", assembly)
         assert "x4" in widths or "x2" in widths
@@ -143,7 +143,9 @@ def test_it_compiles_for_amd(state: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "rule", [memories.adamw, memories.simplified_ademamix, memories.adana, memories.kema(3)], ids=lambda r: r.__name__
+    "rule",
+    [AdamW.rule, SimplifiedAdEMAMix.rule, ADana.rule, KEMA.rule_of({"count": 3})],
+    ids=lambda r: r.__name__,
 )
 def test_the_other_rules_compile_too(rule: Any, target: str) -> None:
     for format, *own in (("float32", "float32", "float32"), ("bfloat16", "int8", "float8")):

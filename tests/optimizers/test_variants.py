@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ademamix import KEMA, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, memories
+from ademamix import KEMA, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends import bind, slot_names
 
 STEPS, SHAPE = 60, (7, 5)
@@ -136,9 +136,9 @@ def test_trajectories_are_those_of_the_equations(case: str, dtype: torch.dtype, 
 def kernel(count: int, ages: int, **options: float) -> Array:
     """The weight of a gradient by its age, from the rule itself: one unit gradient, then zeros, late in a run."""
     group = KEMA([torch.zeros(1, requires_grad=True)], lr=1.0, count=count, **options).param_groups[0]
-    plain = {"w_sq": 0.0, "debias_sq": 1.0, "eps": 0.0}  # exp_avg_sq stays 1
+    plain = {"w2": 0.0, "debias2": 1.0, "eps": 0.0}  # exp_avg_sq stays 1
     coefficients = {**KEMA.coefficients(10**9, group), **plain}
-    rule = bind(memories.kema(count), np)
+    rule = bind(KEMA.rule_of({"count": count}), np)
     averages, weights = [0.0] * count, []
     for age in range(ages):
         p, *averages, _ = rule(0.0, float(age == 0), *averages, 1.0, **coefficients)
@@ -195,8 +195,8 @@ def test_the_number_of_emas_is_one_for_all_groups() -> None:
 
 
 def test_the_rule_serves_any_number_of_emas() -> None:
-    assert slot_names(memories.kema(6)) == (*(f"exp_avg_{k}" for k in range(1, 7)), "exp_avg_sq")
-    assert memories.kema(6) is memories.kema(6)
+    assert slot_names(KEMA.rule_of({"count": 6})) == (*(f"exp_avg_{k}" for k in range(1, 7)), "exp_avg_sq")
+    assert KEMA.rule_of({"count": 6}) is KEMA.rule_of({"count": 6})
 
 
 # --------------------------------------------------------------------------------- errors

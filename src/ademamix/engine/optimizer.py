@@ -1,13 +1,12 @@
 """The torch.optim.Optimizer that users see: groups, state, checkpoints. The updates themselves are rules."""
 
-import math
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -17,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.backends import sent_to
+from ademamix.engine.arguments import NUMBERS, check_flags, check_seed, show_options
 from ademamix.engine.clipping import Norm, clipping, factor_and_skip, is_captured
 from ademamix.engine.coefficients import Source
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
@@ -28,7 +28,6 @@ from ademamix.formats import FORMATS, Format
 
 STATES = ("float32", "bfloat16", "compact")
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
-NUMBERS = (int, float, np.integer, np.floating)
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
 
 
@@ -42,14 +41,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         defaults: hyperparameters, each a param-group entry.
-        state: how state slots are stored: "float32", "bfloat16", "compact" (16 bits where memory is long, 8 elsewhere),
-            or a mapping of slots to formats (names in ``ademamix.formats.FORMATS``; float32 for slots not in it).
-        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
-        stochastic_rounding: round bfloat16 parameters stochastically.
-        seed: of the noise for stochastic rounding.
-        capturable: count steps and compute coefficients on the parameters' devices.
-        skip_nonfinite: what to do about gradients with a NaN or an infinity in them; see :class:`AdEMAMix`.
-        offload: keep state in host memory and step there; see :class:`AdEMAMix`.
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: what every optimizer
+            takes; see :class:`AdEMAMix`. A subclass takes them as ``**options: Unpack[Options]``, which its signature
+            shows one by one, and hands them on. ``state`` may map slots to formats by their names in
+            ``ademamix.formats.FORMATS``; slots not in it are float32, "compact" is the class's ``compact``.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
@@ -65,6 +60,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
+        maximize: bool = False,
         state: str | Mapping[str, str] = "float32",
         backend: str = "auto",
         stochastic_rounding: bool = True,
@@ -80,11 +76,12 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._formats = self.formats_of(defaults, state)
         if skip_nonfinite not in (None, True, False):
             raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
-        if not isinstance(offload, bool):
-            raise ValueError(f"offload must be True or False, got {offload!r}")
+        check_flags({"offload": offload}, "offload")
         self.offload = offload
         self._host = Host()
-        defaults = {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable}
+        common = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        common["capturable"] = capturable
+        defaults = {**defaults, **common, **defaults}  # the subclass's own come first, and win
         self._check_group(defaults)
         self.backend = backend
         self.skip_nonfinite = skip_nonfinite
@@ -93,6 +90,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._launches: Launches | None = None
         self._captured: list[Launches] = []  # CUDA graphs read their tables whenever they are replayed
         super().__init__(params, defaults)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            show_options(cls.__init__, OPTIONS)
 
     @staticmethod
     @abstractmethod
@@ -145,10 +147,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if _traced(self.rule_of(group)) is not self.rule:
             slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
             raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
-        check_number("seed", group["seed"], "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
-        for name in ("stochastic_rounding", "capturable"):
-            if not isinstance(group[name], bool):
-                raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+        check_seed(group["seed"])
+        check_flags(group, "maximize", "stochastic_rounding", "capturable")
         if self.offload and group["capturable"]:
             raise ValueError("capturable must be False with offload=True: no graph can hold what the host computes")
 
@@ -422,14 +422,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 group.setdefault(name, value)
 
 
+OPTIONS = [q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY]
 _traced = cache(traced)  # a class's rule stays what it was for the first of its instances
-
-
-def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
-    """Raise ValueError unless a hyperparameter is a finite number, or a tensor of one element, that fits."""
-    number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
-    if not number or not math.isfinite(value) or not fits(float(value)):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _check_bound(name: str, value: Any) -> None:

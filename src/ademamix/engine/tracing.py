@@ -13,14 +13,14 @@ import math
 import operator
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
 from typing import Any, NoReturn
 
 import numpy as np
 
-from ademamix.backends import Rule, bind, coefficient_names, slot_names
+from ademamix.backends import Rule, bind, coefficient_names
 from ademamix.engine.state import MASTER
 
 FUNCTIONS = ("sqrt", "abs", "exp", "log", "minimum", "maximum", "where")
@@ -159,64 +159,129 @@ def traced(rule: Rule) -> Rule:
         ValueError: the rule does what not all backends can compile, or gives what is not its arguments' shape; the
             message names its file, line and text.
     """
-    if not isinstance(rule, types.FunctionType) or not rule.__name__.isidentifier():
-        raise ValueError(f"a rule is a function that a def gives its name, got {rule!r}")
-    parameters = inspect.signature(rule).parameters.values()
-    positional = [q.name for q in parameters if q.kind is q.POSITIONAL_OR_KEYWORD]
-    if len(positional) < 2 or "step" in positional or len(positional) + len(coefficient_names(rule)) < len(parameters):
-        _blame(rule, f"a rule takes (p, g, *slots, *, coefficients), no slot named 'step', got {positional}")
-    for name in positional[2:]:
-        if name in (MASTER, *(f"{slot}_scale" for slot in positional[2:])):
-            _blame(rule, f"no slot is named {MASTER!r}, or like another with _scale: the state has these, got {name!r}")
+    positional, coefficients = _arguments(rule, "a rule", "p", "g"), coefficient_names(rule)
+    stand_ins = {name: Number(name) for name in coefficients}
+    results = _results(rule, "a rule", ("p", *positional[2:]), map(Array, positional), stand_ins)
+    in_order = sorted(_needed(results), key=lambda x: x._index)
+    return _written(rule.__name__, positional, coefficients, in_order, results)
+
+
+@cache
+def composed(memory: Rule, geometry: Rule) -> Rule:
+    """The rule of a memory of past gradients and an elementwise geometry, traced as one function: one fused pass.
+
+    Args:
+        memory: ``(g, *slots, *, coefficients) -> (u, *slots)``: how gradients become a direction.
+        geometry: ``(p, u, g, *slots, *, coefficients) -> (p, *slots)``: how the direction becomes a step.
+
+    Returns:
+        ``(p, g, *memory's slots, *geometry's slots, *, geometry's coefficients, memory's) -> (p, *slots)`` as
+        :func:`traced` returns it, named like the memory. A coefficient that both name is one.
+
+    Raises:
+        ValueError: as :func:`traced`; or two arguments that are not one have the same name.
+    """
+    remembered, kept = _arguments(memory, "a memory", "g")[1:], _arguments(geometry, "a geometry", "p", "u", "g")[3:]
+    positional = ("p", "g", *remembered, *kept)
+    coefficients = tuple(dict.fromkeys((*coefficient_names(geometry), *coefficient_names(memory))))
+    names = (*positional, *coefficients)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        _blame(memory, f"a slot has no other argument's name, of the geometry {geometry.__name__} too, got {twice}")
+    numbers = {name: Number(name) for name in coefficients}
+    p, g, *slots = map(Array, positional)
+    memories, others = slots[: len(remembered)], slots[len(remembered) :]
+    u, *memories = _results(memory, "a memory", ("u", *remembered), (g, *memories), numbers)
+    p, *others = _results(geometry, "a geometry", ("p", *kept), (p, u, g, *others), numbers)
+    # Slots first, and each operation when it is needed: u does not wait while slots are computed, so that eager holds
+    # no more at a time than it would for the rule in one piece.
+    in_order, results = _needed((*memories, *others, p)), (p, *memories, *others)
+    return _written(memory.__name__, positional, coefficients, in_order, results)
+
+
+def _arguments(function: Rule, kind: str, *first: str) -> tuple[str, ...]:
+    """Names of what the function takes by position: what stands for ``first``, then its slots, all checked."""
+    if not isinstance(function, types.FunctionType) or not function.__name__.isidentifier():
+        raise ValueError(f"{kind} is a function that a def gives its name, got {function!r}")
+    parameters = inspect.signature(function).parameters.values()
+    positional = tuple(q.name for q in parameters if q.kind is q.POSITIONAL_OR_KEYWORD)
+    slots, known = positional[len(first) :], len(positional) + len(coefficient_names(function))
+    if len(positional) < len(first) or "step" in positional or known < len(parameters):
+        takes = f"({', '.join(first)}, *slots, *, coefficients)"
+        _blame(function, f"{kind} takes {takes}, no slot named 'step', got {list(positional)}")
+    for name in slots:
+        if name in (MASTER, *(f"{slot}_scale" for slot in slots)):
+            has = "the state has these"
+            _blame(function, f"no slot is named {MASTER!r}, or like another with _scale: {has}, got {name!r}")
     for q in parameters:
         if q.name in positional and q.default is not q.empty:
-            _blame(rule, f"a slot starts at 0 and has no default (hyperparameters come after a *), got {q}")
+            _blame(function, f"a slot starts at 0 and has no default (hyperparameters come after a *), got {q}")
         if q.name == "xp":
-            _blame(rule, "xp is what a rule computes with, and no argument")
-    coefficients = {name: Number(name) for name in coefficient_names(rule)}
+            _blame(function, f"xp is what {kind} computes with, and no argument")
+    return positional
+
+
+def _results(
+    function: Rule, kind: str, wanted: Sequence[str], given: Iterable[Array], coefficients: Mapping[str, Number]
+) -> tuple[Array, ...]:
+    """What the function makes of stand-ins: arrays by the names ``wanted``."""
     xp = _Namespace()
     try:
-        results = bind(rule, xp)(*map(Array, positional), **coefficients)
+        results = bind(function, xp)(*given, **{name: coefficients[name] for name in coefficient_names(function)})
     except Exception as error:
         message = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
-        _blame(rule, message, error, xp)
-    wanted = ("p", *slot_names(rule))
+        _blame(function, message, error, xp)
     if not isinstance(results, tuple) or len(results) != len(wanted):
         tuple_of = f"({', '.join(wanted)}{',' if len(wanted) == 1 else ''})"
         got = f"one of {len(results)}" if isinstance(results, tuple) else "no tuple"
-        _blame(rule, f"a rule returns a tuple of {len(wanted)}, the new {tuple_of}, got {got}")
+        _blame(function, f"{kind} returns a tuple of {len(wanted)}, the new {tuple_of}, got {got}")
     for name, result in zip(wanted, results, strict=True):
         if type(result) is not Array:
-            _blame(rule, f"the new {name} must have p's shape, got {_kind(result)}")
+            _blame(function, f"the new {name} must have p's shape, got {_kind(result)}")
+    return results
+
+
+def _needed(results: Iterable[Array]) -> list[Number]:
+    """The operations that give the results, each as soon as one of these needs it, operands from left to right."""
+    done: dict[int, Number] = {}
+    for result in results:
+        waiting: list[Number] = [result]
+        while waiting:
+            operands = (x for x in waiting[-1]._operands if isinstance(x, Number))
+            first = next((x for x in operands if x._operands and x._index not in done), None)
+            if first is not None:
+                waiting.append(first)
+            elif (x := waiting.pop())._operands:
+                done[x._index] = x
+    return list(done.values())
+
+
+def _written(
+    name: str, positional: Sequence[str], coefficients: Sequence[str], in_order: Sequence[Number], results: Any
+) -> Rule:
     star = ["*"] if coefficients else []
-    head = f"def {rule.__name__}({', '.join([*positional, *star, *coefficients])}):"
-    return _made(rule.__name__, "\n".join([head, *_lines(results, {*positional, *coefficients}), ""]))
+    head = f"def {name}({', '.join([*positional, *star, *coefficients])}):"
+    return _made(name, "\n".join([head, *_lines(in_order, results, {*positional, *coefficients}), ""]))
 
 
-def _lines(results: Sequence[Number], taken: set[str]) -> Iterator[str]:
-    """The statements that compute the results. A name is free again after the last use of what it stands for, as in
-    nested expressions: eager's temporaries live no longer than they must."""
-    values, stack = {}, list(results)
-    while stack:
-        x = stack.pop()
-        if isinstance(x, Number) and x._operands and x._index not in values:
-            values[x._index] = x
-            stack += x._operands
-    last: dict[int, float] = {x._index: i for i in sorted(values) for x in values[i]._operands if isinstance(x, Number)}
+def _lines(in_order: Sequence[Number], results: Sequence[Number], taken: set[str]) -> Iterator[str]:
+    """The statements of the operations. A name is free again after the last use of what it stands for, as in nested
+    expressions: eager's temporaries live no longer than they must."""
+    place = {x._index: i for i, x in enumerate(in_order)}
+    last: dict[int, float] = {y._index: place[x._index] for x in in_order for y in x._operands if isinstance(y, Number)}
     last |= {x._index: math.inf for x in results}
     unused = (name for name in map("x{}".format, count()) if name not in taken)
-    names: dict[int, str] = {}
+    names: dict[int, str] = {}  # by place
     free: list[str] = []
 
     def text(x: Any) -> str:
-        return repr(float(x)) if not isinstance(x, Number) else names[x._index] if x._operands else x._text
+        return repr(float(x)) if not isinstance(x, Number) else names[place[x._index]] if x._operands else x._text
 
-    for i in sorted(values):
-        given = list(map(text, values[i]._operands))
-        ended = {x._index for x in values[i]._operands if isinstance(x, Number) and x._operands and last[x._index] == i}
-        free += [names[index] for index in sorted(ended)]
+    for i, operation in enumerate(in_order):
+        given = list(map(text, operation._operands))
+        operands = [x for x in operation._operands if isinstance(x, Number) and x._operands]
+        free += [names[k] for k in sorted({place[x._index] for x in operands if last[x._index] == i})]
         names[i] = free.pop() if free else next(unused)
-        yield f"    {names[i]} = {values[i]._text.format(*given)}"
+        yield f"    {names[i]} = {operation._text.format(*given)}"
     yield f"    return {', '.join(map(text, results))},"
 
 

@@ -1,68 +1,30 @@
-"""The Adam family: the hyperparameters of each optimizer, their ranges, and the coefficients they give its rule."""
+"""AdEMAMix and AdamW: their hyperparameters, the ranges of these, and the coefficients they give the rule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as xp
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ademamix import memories
-from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix import geometries, memories
+from ademamix.engine.arguments import Options, check_number
+from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.engine.tracing import composed
+from ademamix.optimizers.hyperparameters import (
+    adam_coefficients,
+    check_betas,
+    check_common,
+    check_log_time,
+    check_warmups,
+    debias,
+    hyperparameters,
+)
 from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
 
 BETA3_SCHEDULES = ("half-life", "log-time")
 WARMUPS = ("beta3_warmup", "alpha_warmup")
-
-
-def check_common(group: Mapping[str, Any], *others: str) -> None:
-    """The hyperparameters that all rules of the family have, and others that are finite numbers >= 0."""
-    for name in ("lr", "eps", "weight_decay", *others):
-        check_number(name, group[name], "a finite number >= 0", lambda x: x >= 0.0)
-    if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
-
-
-def check_betas(group: Mapping[str, Any], count: int) -> None:
-    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != count:
-        raise ValueError(f"betas must be {count} numbers in [0, 1), got {group['betas']!r}")
-    for i, beta in enumerate(group["betas"]):
-        check_beta(f"betas[{i}]", beta)
-
-
-def check_beta(name: str, value: Any) -> None:
-    check_number(name, value, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
-
-
-def check_warmups(group: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if group[name] is not None:
-            check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
-
-
-def check_log_time(group: Mapping[str, Any]) -> None:
-    check_number("delta", group["delta"], "a finite number > 0", lambda x: x > 0.0)
-    check_number("kappa", group["kappa"], "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
-
-
-def common_coefficients(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: group[name] for name in ("lr", "weight_decay", "eps")}
-
-
-def debias(step: Any, beta: Any) -> Any:
-    """The bias correction of an EMA: 1 / (1 - beta^t), the inverse of the weight that all gradients have in it."""
-    return 1.0 / (1.0 - beta**step)
-
-
-def _adam_coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-    beta1, beta2 = group["betas"][:2]
-    return {
-        **common_coefficients(group),
-        "w1": 1.0 - beta1,
-        "w2": 1.0 - beta2,
-        "debias1": debias(step, beta1),
-        "debias2": xp.sqrt(debias(step, beta2)),
-    }
 
 
 class AdEMAMix(RuleOptimizer):
@@ -124,7 +86,7 @@ class AdEMAMix(RuleOptimizer):
         ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
     """
 
-    rule = staticmethod(memories.ademamix)
+    rule = staticmethod(composed(memories.ademamix, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -142,40 +104,9 @@ class AdEMAMix(RuleOptimizer):
         beta3_schedule: str = "half-life",
         delta: float = 8.0,
         kappa: float = 0.85,
-        maximize: bool = False,
-        state: str | Mapping[str, str] = "float32",
-        backend: str = "auto",
-        stochastic_rounding: bool = True,
-        seed: int = 0,
-        capturable: bool = False,
-        skip_nonfinite: bool | None = None,
-        offload: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "alpha": alpha,
-            "beta3_warmup": beta3_warmup,
-            "alpha_warmup": alpha_warmup,
-            "schedule_start": schedule_start,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "beta3_schedule": beta3_schedule,
-            "delta": delta,
-            "kappa": kappa,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            defaults,
-            state=state,
-            backend=backend,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            capturable=capturable,
-            skip_nonfinite=skip_nonfinite,
-            offload=offload,
-        )
+        super().__init__(params, hyperparameters(locals()), **options)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -197,7 +128,7 @@ class AdEMAMix(RuleOptimizer):
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        beta1, _, beta3 = group["betas"]
+        beta1, beta2, beta3 = group["betas"]
         scheduled = xp.maximum(step - group["schedule_start"], 0.0)
         if group["beta3_schedule"] == "log-time":
             alpha = group["alpha"] * log_time_alpha(scheduled, group["kappa"])
@@ -205,7 +136,13 @@ class AdEMAMix(RuleOptimizer):
         else:
             alpha = alpha_schedule(scheduled, group["alpha"], group["alpha_warmup"])
             w3 = 1.0 - beta3_schedule(scheduled, beta1, beta3, group["beta3_warmup"])
-        return {**_adam_coefficients(step, group), "alpha": alpha, "w3": w3}
+        return {
+            **adam_coefficients(step, group, beta2),
+            "alpha": alpha,
+            "w1": 1.0 - beta1,
+            "w3": w3,
+            "debias1": debias(step, beta1),
+        }
 
 
 class AdamW(RuleOptimizer):
@@ -219,18 +156,14 @@ class AdamW(RuleOptimizer):
         betas: decays (b1, b2) of the EMAs of the gradient and of its square, each in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
-        maximize: go along the gradient, not against it.
-        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 2.0 bytes a
-            parameter), or a mapping of slots to formats. All but float32 round stochastically.
-        backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
-        stochastic_rounding: as in :class:`AdEMAMix`.
-        seed, capturable, skip_nonfinite, offload: as in :class:`AdEMAMix`.
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+            :class:`AdEMAMix`. state="compact" takes about 2.0 bytes a parameter.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(memories.adamw)
+    rule = staticmethod(composed(memories.adamw, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -240,28 +173,9 @@ class AdamW(RuleOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        state: str | Mapping[str, str] = "float32",
-        backend: str = "auto",
-        stochastic_rounding: bool = True,
-        seed: int = 0,
-        capturable: bool = False,
-        skip_nonfinite: bool | None = None,
-        offload: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(
-            params,
-            defaults,
-            state=state,
-            backend=backend,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            capturable=capturable,
-            skip_nonfinite=skip_nonfinite,
-            offload=offload,
-        )
+        super().__init__(params, hyperparameters(locals()), **options)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -272,4 +186,5 @@ class AdamW(RuleOptimizer):
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        return _adam_coefficients(step, group)
+        beta1, beta2 = group["betas"]
+        return {**adam_coefficients(step, group, beta2), "w1": 1.0 - beta1, "debias1": debias(step, beta1)}

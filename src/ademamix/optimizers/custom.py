@@ -8,13 +8,9 @@ from typing import Any, ClassVar
 import numpy as xp
 
 from ademamix.backends import Rule, bind, coefficient_names, slot_names
-from ademamix.engine.optimizer import RuleOptimizer, check_number
+from ademamix.engine.arguments import check_number
+from ademamix.engine.optimizer import OPTIONS, RuleOptimizer
 from ademamix.engine.tracing import traced
-
-_OPTIONS = [
-    inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False),
-    *(q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY),
-]
 
 
 def optimizer_from(
@@ -63,7 +59,7 @@ def optimizer_from(
         "coefficients": staticmethod(types.FunctionType(_coefficients.__code__, scope)),
         "compact": default if compact is None else compact,
         "hyperparameters": tuple(hyperparameters),
-        "__signature__": inspect.Signature([params, *hyperparameters.values(), *_OPTIONS]),
+        "__signature__": inspect.Signature([params, *hyperparameters.values(), *OPTIONS]),
         "__doc__": rule.__doc__,
         "__module__": rule.__module__,
     }
@@ -76,16 +72,13 @@ class _FromRule(RuleOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(type(self)).bind(*args, **kwargs)
         bound.apply_defaults()
-        group = {name: bound.arguments[name] for name in (*self.hyperparameters, "maximize")}
-        options = {q.name: bound.arguments[q.name] for q in _OPTIONS if q.name != "maximize"}
-        super().__init__(bound.arguments["params"], group, **options)
+        group = {name: bound.arguments.pop(name) for name in self.hyperparameters}
+        super().__init__(defaults=group, **bound.arguments)
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         for name in cls.hyperparameters:
             check_number(name, group[name], "a finite number", lambda x: True)
-        if not isinstance(group["maximize"], bool):
-            raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
 
 
 def _constant(step: Any) -> dict[str, Any]:

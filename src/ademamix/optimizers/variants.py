@@ -3,28 +3,26 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as xp
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ademamix import memories
+from ademamix import geometries, memories
 from ademamix.backends import Rule
-from ademamix.engine.optimizer import RuleOptimizer, check_number
-from ademamix.optimizers.adam import (
+from ademamix.engine.arguments import Options, check_number
+from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.engine.tracing import composed
+from ademamix.optimizers.hyperparameters import (
+    adam_coefficients,
     check_beta,
     check_betas,
     check_common,
     check_log_time,
     check_warmups,
-    common_coefficients,
     debias,
+    hyperparameters,
 )
 from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
-
-
-def _hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a constructor was given for its parameter groups."""
-    return {n: value for n, value in arguments.items() if n not in ("self", "params", "options", "__class__")}
 
 
 class SimplifiedAdEMAMix(RuleOptimizer):
@@ -49,9 +47,8 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         min_beta1: where b1_t starts, in [0, 1).
-        maximize: go along the gradient, not against it.
-        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: see :class:`AdEMAMix`.
-            state="compact" takes about 3.0 bytes a parameter.
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+            :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg`` (m_t), ``exp_avg_sq``. Arguments and keys are the authors'.
 
@@ -59,7 +56,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(memories.simplified_ademamix)
+    rule = staticmethod(composed(memories.simplified_ademamix, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -72,11 +69,9 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         min_beta1: float = 0.9,
-        *,
-        maximize: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, _hyperparameters(locals()), **options)
+        super().__init__(params, hyperparameters(locals()), **options)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -89,11 +84,9 @@ class SimplifiedAdEMAMix(RuleOptimizer):
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {
-            **common_coefficients(group),
+            **adam_coefficients(step, group, beta2),
             "alpha": group["alpha"],
             "w1": 1.0 - beta3_schedule(step, group["min_beta1"], beta1, group["beta1_warmup"]),
-            "w2": 1.0 - beta2,
-            "debias2": xp.sqrt(debias(step, beta2)),
         }
 
 
@@ -121,9 +114,8 @@ class ADana(RuleOptimizer):
         omega: the paper's weight decay, >= 0: omega / t, multiplied by lr's schedule but not by its peak. The paper's
             value is 4; more than 1 wants an lr that warms up, or the first steps would turn the parameters' sign.
         peak_lr: what ``lr`` is divided by to get its schedule, > 0; needed if ``omega`` is not 0.
-        maximize: go along the gradient, not against it.
-        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: see :class:`AdEMAMix`.
-            state="compact" takes about 3.0 bytes a parameter.
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+            :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq``.
 
@@ -131,7 +123,7 @@ class ADana(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(memories.adana)
+    rule = staticmethod(composed(memories.adana, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -144,11 +136,9 @@ class ADana(RuleOptimizer):
         weight_decay: float = 0.0,
         omega: float = 0.0,
         peak_lr: float | None = None,
-        *,
-        maximize: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, _hyperparameters(locals()), **options)
+        super().__init__(params, hyperparameters(locals()), **options)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -161,11 +151,15 @@ class ADana(RuleOptimizer):
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         decay = 0.0 if group["peak_lr"] is None else group["omega"] / (step * group["peak_lr"])
+        w = log_time_weight(step, group["delta"])
         return {
-            **common_coefficients(group),
+            "lr": group["lr"],
             "weight_decay": group["weight_decay"] + decay,
+            "eps": group["eps"],
             "alpha": log_time_alpha(step, group["kappa"]),
-            "w": log_time_weight(step, group["delta"]),
+            "w1": w,
+            "w2": w,
+            "debias2": 1.0,
         }
 
 
@@ -202,9 +196,8 @@ class KEMA(RuleOptimizer):
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         warmup: steps over which the weights of all EMAs but the first grow linearly from 0, and their horizons from
             ``shortest`` (linearly in the half-life), as AdEMAMix's alpha and beta3 do; None for both at once.
-        maximize: go along the gradient, not against it.
-        options: state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: see :class:`AdEMAMix`.
-            state="compact" takes about 2 K bytes a parameter.
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+            :class:`AdEMAMix`. state="compact" takes about 2 K bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg_1`` (absent with shortest = 1) to ``exp_avg_K``, ``exp_avg_sq``.
 
@@ -230,11 +223,9 @@ class KEMA(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup: float | None = None,
-        *,
-        maximize: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, _hyperparameters(locals()), **options)
+        super().__init__(params, hyperparameters(locals()), **options)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -248,7 +239,7 @@ class KEMA(RuleOptimizer):
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Rule:
-        return memories.kema(int(group["count"]))
+        return composed(memories.kema(int(group["count"])), geometries.adam)
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -257,12 +248,10 @@ class KEMA(RuleOptimizer):
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        shortest, beta2, warmup = group["shortest"], group["beta2"], group["warmup"]
+        shortest, warmup = group["shortest"], group["warmup"]
         ratio, beta1 = group["longest"] / shortest, 1.0 - 1.0 / shortest
         values = {
-            **common_coefficients(group),
-            "w_sq": 1.0 - beta2,
-            "debias_sq": xp.sqrt(debias(step, beta2)),
+            **adam_coefficients(step, group, group["beta2"]),
             "w_1": 1.0 - beta1,
             "a_1": debias(step, beta1),
         }

@@ -119,10 +119,10 @@ def _in_steps(value: Any, planned: int) -> Any:
 
 
 def _check_names(kind: type[RuleOptimizer], given: Mapping[str, Any]) -> None:
-    taken = dict(inspect.signature(kind).parameters)
-    if any(q.kind is q.VAR_KEYWORD for q in taken.values()):
-        taken |= inspect.signature(RuleOptimizer).parameters
-    names = [q.name for q in taken.values() if q.kind is not q.VAR_KEYWORD and q.name not in ("params", "defaults")]
+    taken = inspect.signature(kind).parameters.values()
+    if any(q.kind is q.VAR_KEYWORD for q in taken):
+        return  # only the class itself knows
+    names = [q.name for q in taken if q.name != "params"]
     for name in given:
         if name not in names:
             raise BadInputError(f"{kind.__name__} has no setting {name}; it has {', '.join(names)}")

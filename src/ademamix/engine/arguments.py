@@ -1,0 +1,54 @@
+"""What optimizers are given: the options that all of them take, and checks of single arguments."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypedDict, get_args
+
+import numpy as np
+from torch import Tensor
+
+NUMBERS = (int, float, np.integer, np.floating)
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer takes beside its hyperparameters, as ``**options: Unpack[Options]``.
+
+    :class:`ademamix.AdEMAMix` says at length what they mean, :class:`ademamix.RuleOptimizer` has their defaults.
+    """
+
+    maximize: bool  # go along the gradient, not against it
+    state: str | Mapping[str, str]  # "float32", "bfloat16", "compact", or a mapping of slots to formats
+    backend: str  # "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm)
+    stochastic_rounding: bool  # of bfloat16 parameters
+    seed: int  # of the noise for stochastic rounding
+    capturable: bool  # count steps and compute coefficients on the parameters' devices
+    skip_nonfinite: bool | None  # what to do about gradients with a NaN or an infinity in them
+    offload: bool  # keep state in host memory and step there
+
+
+def show_options(function: Any, options: Iterable[inspect.Parameter]) -> None:
+    """Give a function that takes ``**options: Unpack[Options]`` a signature with each of them."""
+    signature = inspect.signature(function)
+    own = [q for q in signature.parameters.values() if get_args(q.annotation) != (Options,)]
+    if len(own) < len(signature.parameters):
+        names = {q.name for q in own}
+        function.__signature__ = signature.replace(parameters=[*own, *(q for q in options if q.name not in names)])
+
+
+def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
+    """Raise ValueError unless the value is a finite number, or a tensor of one element, that fits."""
+    number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not number or not math.isfinite(value) or not fits(float(value)):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_seed(value: Any) -> None:
+    check_number("seed", value, "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+
+
+def check_flags(group: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless these are True or False."""
+    for name in names:
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}")

@@ -1,0 +1,253 @@
+"""The library's rules, composed of a memory and a geometry, against the same rules written in one piece."""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy as xp
+import pytest
+import torch
+
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, geometries, memories
+from ademamix.backends import Rule, bind, coefficient_names, eager, slot_names, with_numbers
+from ademamix.engine.tracing import composed, traced
+
+# --------------------------------------------------------------------------------- in one piece
+
+
+def ademamix(
+    p: Any,
+    g: Any,
+    exp_avg_fast: Any,
+    exp_avg_slow: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    alpha: Any,
+    w1: Any,
+    w2: Any,
+    w3: Any,
+    debias1: Any,
+    debias2: Any,
+) -> Any:
+    exp_avg_fast = exp_avg_fast + w1 * (g - exp_avg_fast)
+    exp_avg_slow = exp_avg_slow + w3 * (g - exp_avg_slow)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = (debias1 * exp_avg_fast + alpha * exp_avg_slow) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg_fast, exp_avg_slow, exp_avg_sq
+
+
+def adamw(
+    p: Any,
+    g: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    w1: Any,
+    w2: Any,
+    debias1: Any,
+    debias2: Any,
+) -> Any:
+    exp_avg = exp_avg + w1 * (g - exp_avg)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = debias1 * exp_avg / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
+
+
+def simplified_ademamix(
+    p: Any,
+    g: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    alpha: Any,
+    w1: Any,
+    w2: Any,
+    debias2: Any,
+) -> Any:
+    exp_avg = exp_avg + (g - w1 * exp_avg)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = (exp_avg + alpha * g) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
+
+
+def adana(
+    p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: Any, weight_decay: Any, eps: Any, alpha: Any, w2: Any
+) -> Any:
+    exp_avg = exp_avg + w2 * (g - exp_avg)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = (g + alpha * exp_avg) / (xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
+
+
+def kema_3(
+    p: Any,
+    g: Any,
+    exp_avg_1: Any,
+    exp_avg_2: Any,
+    exp_avg_3: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    w2: Any,
+    debias2: Any,
+    w_1: Any,
+    a_1: Any,
+    w_2: Any,
+    a_2: Any,
+    w_3: Any,
+    a_3: Any,
+) -> Any:
+    exp_avg_1 = exp_avg_1 + w_1 * (g - exp_avg_1)
+    exp_avg_2 = exp_avg_2 + w_2 * (g - exp_avg_2)
+    exp_avg_3 = exp_avg_3 + w_3 * (g - exp_avg_3)
+    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    update = (a_1 * exp_avg_1 + a_2 * exp_avg_2 + a_3 * exp_avg_3) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg_1, exp_avg_2, exp_avg_3, exp_avg_sq
+
+
+def kema(count: int) -> Rule:
+    return KEMA.rule_of({"count": count})
+
+
+def on_eager(rule: Rule, tensors: list[torch.Tensor], coefficients: dict[str, float]) -> list[torch.Tensor]:
+    number = np.float64 if tensors[0].dtype == torch.float64 else np.float32
+    bound = bind(rule, eager.xp, lambda f: with_numbers(f, number))
+    given = {name: number(coefficients[name]) for name in coefficient_names(rule)}
+    return [x.tensors[0] for x in bound(*(eager.Tensors([t]) for t in tensors), **given)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rule", "whole"),
+    [
+        (AdEMAMix.rule, ademamix),
+        (AdamW.rule, adamw),
+        (SimplifiedAdEMAMix.rule, simplified_ademamix),
+        (ADana.rule, adana),
+        (kema(3), kema_3),
+    ],
+    ids=lambda rule: rule.__name__,
+)
+def test_a_composed_rule_has_the_bits_of_the_one_in_one_piece(rule: Rule, whole: Rule, dtype: torch.dtype) -> None:
+    assert rule.__name__ == whole.__name__
+    assert slot_names(rule) == slot_names(whole)
+    generator = torch.Generator().manual_seed(0)
+    p, g, *slots = (torch.randn(10_000, dtype=dtype, generator=generator) for _ in range(2 + len(slot_names(rule))))
+    slots[-1].abs_()  # the second moment
+    names = sorted({*coefficient_names(rule), *coefficient_names(whole)})
+    coefficients = dict(zip(names, torch.rand(len(names), generator=generator).tolist(), strict=True))
+    if whole is adana:  # both moments have one decay there, and no bias correction
+        coefficients |= {"w1": coefficients["w2"], "debias2": 1.0}
+    found, expected = (on_eager(f, [p, g, *slots], coefficients) for f in (rule, whole))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("rule", "digest"),
+    [
+        (AdEMAMix.rule, "81c4ee274b7702b6fae26c06c933c9189ae3dc30a41ea8ae6f85458a139430b9"),
+        (AdamW.rule, "5cfa4e647c07c4592f9b77196be0d282c9de5cf9e913711daa623c50a3a82f73"),
+        (SimplifiedAdEMAMix.rule, "7faf79da710b5ab2b43d1ddddf6d68a92ef4203609c8f5be1176a300bd451c2b"),
+        (ADana.rule, "c9dfe42f865970b7c71e60a101223a39e18703ce49015d7db43f21cd49cfeadb"),
+        (kema(2), "04e8a8e88e86e50c3a692783f207c66db389b9e2725e0bc301319f85bb5f9af3"),
+        (kema(3), "4d3dd281f95a71ccf59b9a232cac24565e57c12671d200e5f9e176cf7325ba4f"),
+        (kema(8), "749bbe98aa7ae80cee418f655c52d49d34d05605bee76401b5255f9406cee53a"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_the_arithmetic_of_a_rule_is_what_it_was(rule: Rule, digest: str) -> None:
+    """Digests of the operations, one a line. A change of one changes results, or the order of temporaries at least."""
+    assert traced(rule) is rule
+    _, _, body = inspect.getsource(rule).partition("\n")
+    assert hashlib.sha256(body.encode()).hexdigest() == digest
+
+
+# --------------------------------------------------------------------------------- a memory of one's own
+
+
+def agreeing(g: Any, short: Any, long: Any, *, alpha: Any, w_short: Any, w_long: Any) -> Any:
+    short = short + w_short * (g - short)
+    long = long + w_long * (g - long)
+    return short + xp.where(short * long > 0.0, alpha * long, 0.0), short, long
+
+
+class Agreeing(RuleOptimizer):
+    rule = staticmethod(composed(agreeing, geometries.adam))
+
+    def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
+        super().__init__(params, {"lr": lr}, **options)
+
+    @staticmethod
+    def check(group: Any) -> None: ...
+
+    @staticmethod
+    def coefficients(step: Any, group: Any) -> dict[str, Any]:
+        adam = {"lr": group["lr"], "weight_decay": 0.1, "eps": 1e-8, "w2": 0.01, "debias2": 1.0}
+        return {**adam, "alpha": 2.0, "w_short": 0.1, "w_long": 0.01}
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_memory_of_one_s_own_makes_an_optimizer(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(500, dtype=torch.float64, generator=generator).requires_grad_()
+    optimizer = Agreeing([p], backend=backend)
+    exact, short, long, mean_sq = p.detach().numpy().copy(), np.zeros(500), np.zeros(500), np.zeros(500)
+    for _ in range(5):
+        p.grad = torch.randn(500, dtype=torch.float64, generator=generator)
+        optimizer.step()
+        g = p.grad.numpy()
+        short, long, mean_sq = 0.9 * short + 0.1 * g, 0.99 * long + 0.01 * g, 0.99 * mean_sq + 0.01 * g**2
+        u = short + np.where(short * long > 0, 2.0 * long, 0.0)
+        exact -= 1e-2 * (u / (np.sqrt(mean_sq) + 1e-8) + 0.1 * exact)
+    np.testing.assert_allclose(p.detach().numpy(), exact, rtol=1e-12)
+    assert list(optimizer.state[p]) == ["step", "short", "long", "exp_avg_sq"]
+
+
+def made(text: str) -> Callable[..., Any]:
+    scope: dict[str, Any] = {"xp": xp}
+    exec(text, scope)
+    return scope["mine"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def mine(*, w): return w,", r"a memory takes \(g, \*slots, \*, coefficients\), .* got \[\]"),
+        ("def mine(g, m=0): return g, m", "a slot starts at 0 and has no default .* got m=0"),
+        (
+            "def mine(g, exp_avg_sq): return g, exp_avg_sq",
+            r"no other argument's name, .* adam too, got \['exp_avg_sq'\]",
+        ),
+        ("def mine(g, m, *, p): return g, m", r"no other argument's name, .* got \['p'\]"),
+        ("def mine(g, m): return m", r"a memory returns a tuple of 2, the new \(u, m\), got no tuple"),
+        ("def mine(g, m, *, w): return w, m", "the new u must have p's shape, got a coefficient"),
+        ("def mine(g, m): return g ** 2, m", r"in the rule mine: \*\* is not there on all backends"),
+    ],
+)
+def test_what_is_no_memory_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        composed(made(text), geometries.adam)
+
+
+def test_a_coefficient_that_both_name_is_one() -> None:
+    rule = composed(made("def mine(g, m, *, eps, w): return g + eps * m, w * g"), geometries.adam)
+    assert coefficient_names(rule) == ("lr", "weight_decay", "eps", "w2", "debias2", "w")
+
+
+def test_the_memories_of_kema_are_made_once() -> None:
+    assert memories.kema(3) is memories.kema(3)
+    assert kema(3) is kema(3)
+    assert list(inspect.signature(memories.kema(2)).parameters)[:3] == ["g", "exp_avg_1", "exp_avg_2"]
