@@ -16,7 +16,7 @@ Options = Mapping[str, Any]
 NAN, INF = float("nan"), float("inf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """An optimizer with hyperparameters. Called, it makes one; what it is called with comes before its own."""
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_table import CASES, ROWS, Case, Options, Row, every_case, every_row
-from small_models import model, same, set_grads
 from torch import nn
 
 import ademamix
 from ademamix import RuleOptimizer
+from optimizer_table import CASES, ROWS, Case, Options, Row, every_case, every_row
+from small_models import model, same, set_grads
 
 OF_ALL_GROUPS = ("state", "backend", "skip_nonfinite", "offload")
 BYTES = {"int8": 1, "float8": 1, "int16": 2}
