@@ -25,7 +25,7 @@ class Case:
     slots: Mapping[str, str]  # those that a parameter's state has, and their formats under state="compact"
 
     def __call__(self, params: Any, **options: Any) -> RuleOptimizer:
-        return self.kind(params, **{**self.options, **options})  # type: ignore[arg-type]
+        return self.kind(params, **{**self.options, **options})
 
 
 class Row:
@@ -34,8 +34,9 @@ class Row:
     Args:
         kind: the class.
         slots: the state's slots, and their formats under state="compact".
-        cases: sets of hyperparameters by name, that of name "" first: it has all warmups. They are reached and passed
-            in the few steps that a test makes. "slots" among them are the slots that this set stores, if not all.
+        cases: sets of hyperparameters by name, that of name "" first: it has all warmups, short enough for the few
+            steps of a test to pass their end. "slots" among them are what this set stores, if not ``slots``. The
+            defaults are a case too.
         refused: arguments that a constructor, a group and a checkpoint must not have, and a part of the message.
         warmups: which hyperparameters are numbers of steps after which everything is as without them.
     """
@@ -50,10 +51,11 @@ class Row:
     ) -> None:
         self.kind, self.warmups = kind, warmups
         self.refused = (*REFUSED_BY_ALL, *refused)
-        self.cases = {}
-        for name, given in {**cases, "defaults": {"slots": slots, **cases.get("defaults", {})}}.items():
-            options = {"slots": slots, **given}
-            self.cases[name] = Case(kind, options, options.pop("slots"))
+        every = {**cases, "defaults": cases.get("defaults", {})}
+        self.cases = {
+            name: Case(kind, {k: x for k, x in given.items() if k != "slots"}, given.get("slots", slots))
+            for name, given in every.items()
+        }
 
 
 REFUSED_BY_ALL: tuple[tuple[Options, str], ...] = (

@@ -59,12 +59,11 @@ def test_groups_have_their_own_hyperparameters(row: Row, backend: str) -> None:
     groups = [{**case.options, **more} for case in shared for more in ({}, {"lr": 0.1, "maximize": True, "eps": 1e-3})]
     together, apart = ([model() for _ in groups] for _ in range(2))
     defaults = {"weight_decay": 0.2, "backend": backend}
-    grouped = row.kind([{"params": together[0].parameters(), **groups[0]}], **defaults)  # type: ignore[call-arg]
+    grouped = row.kind([{"params": together[0].parameters(), **groups[0]}], **defaults)
     for net, options in zip(together[1:], groups[1:], strict=True):
         grouped.add_param_group({"params": net.parameters(), **options})
     singles = [
-        row.kind(net.parameters(), **{**defaults, **options})  # type: ignore[call-arg]
-        for net, options in zip(apart, groups, strict=True)
+        row.kind(net.parameters(), **{**defaults, **options}) for net, options in zip(apart, groups, strict=True)
     ]
     for t in range(5):
         for net in (*together, *apart):

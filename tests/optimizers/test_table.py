@@ -66,7 +66,7 @@ def test_what_is_refused_is_named_before_anything_changes(kind: Any, options: Op
 def test_an_option_of_the_whole_optimizer_is_refused_in_a_group(row: Row, option: dict[str, Any]) -> None:
     """It would do nothing."""
     with pytest.raises(ValueError, match=f"{next(iter(option))} is given to the optimizer, for all groups"):
-        row.kind([{"params": model().parameters(), **option}])  # type: ignore[call-arg]
+        row.kind([{"params": model().parameters(), **option}])
 
 
 @every_case
