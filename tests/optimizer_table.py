@@ -134,7 +134,16 @@ ROWS = (
     Row(
         SimplifiedAdEMAMix,
         {"exp_avg": "int16", "exp_avg_sq": "float8"},
-        {"": {"lr": 0.02, "betas": (0.9, 0.99), "alpha": 1.0, "min_beta1": 0.8, "beta1_warmup": 6}},
+        {
+            "": {
+                "lr": 0.02,
+                "betas": (0.9, 0.99),
+                "alpha": 1.0,
+                "min_beta1": 0.8,
+                "beta1_warmup": 6,
+                "weight_decay": 0.1,
+            }
+        },
         (
             ({"alpha": -1.0}, "alpha must be a finite number >= 0, got -1.0"),
             ({"min_beta1": 1.0}, r"min_beta1 must be a number in \[0, 1\), got 1.0"),

@@ -53,9 +53,8 @@ def test_defaults_are_torch_s_and_the_authors() -> None:
 @every_row
 @BACKENDS
 def test_groups_have_their_own_hyperparameters(row: Row, backend: str) -> None:
-    """Those of all cases that share a rule, which all groups must, and of each with more that differs."""
-    first, *others = row.cases.values()
-    shared = [first, *(case for case in others if rule_of(case) is rule_of(first))]
+    """Those of all cases with the rule of the defaults, as groups share one, and each again with more that differs."""
+    shared = [case for case in row.cases.values() if rule_of(case) is rule_of(row.cases["defaults"])]
     groups = [{**case.options, **more} for case in shared for more in ({}, {"lr": 0.1, "maximize": True, "eps": 1e-3})]
     together, apart = ([model() for _ in groups] for _ in range(2))
     defaults = {"weight_decay": 0.2, "backend": backend}
