@@ -50,7 +50,13 @@ class Row:
         warmups: tuple[str, ...] = (),
     ) -> None:
         self.kind, self.warmups = kind, warmups
-        self.refused = (*REFUSED_BY_ALL, *refused)
+        slot = next(iter(slots))
+        self.refused = (
+            *REFUSED_BY_ALL,
+            ({"state": {"no slot": "int8"}}, rf"state must map slots .*{slot}.* to formats .*, got 'no slot': 'int8'"),
+            ({"state": {slot: "int4"}}, rf"state must map slots .* to formats .*float8.*, got '{slot}': 'int4'"),
+            *refused,
+        )
         every = {**cases, "defaults": cases.get("defaults", {})}
         self.cases = {
             name: Case(kind, {k: x for k, x in given.items() if k != "slots"}, given.get("slots", slots))
@@ -71,8 +77,6 @@ REFUSED_BY_ALL: tuple[tuple[Options, str], ...] = (
     ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, got 1"),
     ({"capturable": 1}, "capturable must be True or False, got 1"),
     ({"state": "int4"}, r"state must be one of \('float32', 'bfloat16', 'compact'\) or a mapping .*, got 'int4'"),
-    ({"state": {"average": "int8"}}, r"state must map slots .*exp_avg_sq.* to formats .*, got 'average': 'int8'"),
-    ({"state": {"exp_avg_sq": "int4"}}, r"state must map slots .* to formats .*float8.*, got 'exp_avg_sq': 'int4'"),
     ({"backend": "gpu"}, r"backend must be one of \('auto', 'eager', 'cpu', 'triton'\), got 'gpu'"),
     ({"skip_nonfinite": "yes"}, "skip_nonfinite must be None, True or False, got 'yes'"),
     ({"offload": 1}, "offload must be True or False, got 1"),
