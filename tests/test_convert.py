@@ -12,6 +12,7 @@ from torch import nn
 import ademamix
 from ademamix import AdEMAMix
 from ademamix.convert import from_adamw, from_authors, from_bitsandbytes, from_pytorch_optimizer, to_adamw
+from optimizer_table import FIRST
 
 SHAPES = ((6, 4), (5,))
 SCHEDULED: dict[str, Any] = {"alpha": 5.0, "alpha_warmup": 6, "beta3_warmup": 8}
@@ -108,13 +109,13 @@ def test_a_schedule_that_has_not_begun_stands_at_its_start() -> None:
 @pytest.mark.parametrize("target", ["float32", "compact"])
 def test_low_bit_adamw_states_are_taken_over(state: str, target: str) -> None:
     p = nn.Parameter(torch.randn(64, 70))
-    adamw = ademamix.AdamW([p], state=state)
+    adamw = ademamix.AdamW([p], state=state, backend="eager")
     for _ in range(3):
         p.grad = torch.randn_like(p)
         adamw.step()
-    optimizer = AdEMAMix([p], state=target)
+    optimizer = AdEMAMix([p], state=target, backend="eager")
     optimizer.load_state_dict(from_adamw(adamw.state_dict(), optimizer))
-    fresh = AdEMAMix([q := nn.Parameter(p.detach().clone())], state=target)
+    fresh = AdEMAMix([q := nn.Parameter(p.detach().clone())], state=target, backend="eager")
     q.grad = torch.zeros_like(q)
     fresh.step()
     layout = {k: (v.dtype, v.shape) for k, v in fresh.state[q].items()}
@@ -127,12 +128,14 @@ def test_low_bit_adamw_states_are_taken_over(state: str, target: str) -> None:
 
 def test_adamw_of_beta1_zero_brings_no_fast_average() -> None:
     p = nn.Parameter(torch.randn(64, 70))
-    adamw = ademamix.AdamW([p], betas=(0.0, 0.99), state="compact")
+    adamw = ademamix.AdamW([p], betas=(0.0, 0.99), state="compact", backend="eager")
     p.grad = torch.randn_like(p)
     adamw.step()
-    optimizer = AdEMAMix([p], state="compact")
+    optimizer = AdEMAMix([p], state="compact", backend="eager")
     optimizer.load_state_dict(from_adamw(adamw.state_dict(), optimizer))
-    fresh = AdEMAMix([q := nn.Parameter(p.detach().clone())], betas=(0.0, 0.99, 0.999), state="compact")
+    fresh = AdEMAMix(
+        [q := nn.Parameter(p.detach().clone())], betas=(0.0, 0.99, 0.999), state="compact", backend="eager"
+    )
     q.grad = p.grad
     fresh.step()
     assert optimizer.state[p].keys() == fresh.state[q].keys()
@@ -141,13 +144,13 @@ def test_adamw_of_beta1_zero_brings_no_fast_average() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_master_weights_in_host_memory_move_along(dtype: torch.dtype) -> None:
     params = parameters(dtype)
-    adamw = ademamix.AdamW(params, lr=0.01, offload=True)
+    adamw = ademamix.AdamW(params, lr=0.01, offload=True, backend="eager")
     train(params, adamw, range(3))
     masters = [adamw.state[p]["master"].clone() for p in params]
     assert not all(torch.equal(m, m.to(dtype)) for m in masters)
-    optimizer = AdEMAMix(params, offload=True)
+    optimizer = AdEMAMix(params, offload=True, backend="eager")
     optimizer.load_state_dict(from_adamw(adamw.state_dict(), optimizer))
-    back = ademamix.AdamW(params, offload=True)
+    back = ademamix.AdamW(params, offload=True, backend="eager")
     back.load_state_dict(to_adamw(optimizer.state_dict()))
     for p, m in zip(params, masters, strict=True):
         assert torch.equal(optimizer.state[p]["master"], m)
@@ -157,10 +160,10 @@ def test_master_weights_in_host_memory_move_along(dtype: torch.dtype) -> None:
     train(params, plain, range(3, 5))
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SimplifiedAdEMAMix", "KEMA"])
+@pytest.mark.parametrize("name", sorted(FIRST.keys() - {"AdEMAMix"}))
 def test_only_ademamix_goes_on_from_adamw(name: str) -> None:
     with pytest.raises(ValueError, match=f"from_adamw: optimizer must be an ademamix.AdEMAMix, got {name}"):
-        from_adamw(adamw_state(), getattr(ademamix, name)(parameters()))
+        from_adamw(adamw_state(), FIRST[name](parameters()))
 
 
 def test_an_optimizer_in_the_place_of_its_state_dict_is_named() -> None:
@@ -221,12 +224,6 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 def test_a_foreign_state_dict_is_refused_by_the_name_of_its_key(state: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_adamw(state, AdEMAMix(parameters()))
-
-
-@pytest.mark.parametrize("bad", [-1, 2.5, "3"])
-def test_a_bad_schedule_start_is_named(bad: Any) -> None:
-    with pytest.raises(ValueError, match="schedule_start must be an integer >= 0, got"):
-        AdEMAMix(parameters(), schedule_start=bad)
 
 
 # --------------------------------------------------------------------------------- from other programs' AdEMAMix
@@ -419,11 +416,11 @@ def test_adamw_goes_on_from_ademamix(beta1: float, target: Any) -> None:
 
 def test_codes_become_numbers_for_adamw() -> None:
     p = nn.Parameter(torch.randn(64, 70))
-    optimizer = AdEMAMix([p], state="compact")
+    optimizer = AdEMAMix([p], state="compact", backend="eager")
     for _ in range(3):
         p.grad = torch.randn_like(p)
         optimizer.step()
-    exact = AdEMAMix([p], state="float32")
+    exact = AdEMAMix([p], state="float32", backend="eager")
     exact.load_state_dict(optimizer.state_dict())
     converted = to_adamw(optimizer.state_dict())
     for name, slot in (("exp_avg", "exp_avg_fast"), ("exp_avg_sq", "exp_avg_sq")):

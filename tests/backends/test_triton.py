@@ -14,7 +14,7 @@ import torch
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.backends import coefficient_names, slot_names
-from ademamix.engine.coefficients import Tape
+from ademamix.engine.tape import Tape
 from ademamix.formats import FORMATS
 
 triton = pytest.importorskip("triton", reason="Triton is there on Linux alone")

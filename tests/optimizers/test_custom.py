@@ -15,6 +15,7 @@ import torch
 
 from ademamix import AdEMAMix, RuleOptimizer, optimizer_from
 from ademamix.engine.tracing import traced
+from optimizer_table import Case, every_case
 
 PAGE = (Path(__file__).parents[2] / "docs" / "a-memory-of-your-own.md").read_text(encoding="utf-8")
 
@@ -208,8 +209,9 @@ def of_recursion(p: Any, g: Any, m: Any, *, lr: Any = 0.5) -> Any:
     ],
     ids=lambda rule: rule.__name__,
 )
-def test_numbers_are_float32_wherever_they_come_from(rule: Any, backend: str) -> None:
+def test_numbers_are_float32_wherever_they_come_from(rule: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     m = ONE(A) * GRADIENT + ONE(B) * GRADIENT
+    monkeypatch.setattr(rule, "__name__", "rule")  # what has equal names and traces is compiled once
     assert_same_bits(stepped(optimizer_from(rule), GRADIENT, backend), m=m, p=ONE(1) - ONE(0.5) * m)
 
 
@@ -463,3 +465,8 @@ def test_a_class_whose_rule_is_wrong_is_refused_before_anything_is_made() -> Non
 
     with pytest.raises(ValueError, match=r"<string>:1, in the rule wrong: an array has no .sum"):
         Wrong([torch.zeros(2, requires_grad=True)], {"maximize": False})
+
+
+@every_case
+def test_the_library_s_own_rules_are_right(make: Case) -> None:
+    traced(make.kind.rule_of(make([torch.zeros(2, requires_grad=True)]).param_groups[0]))
