@@ -16,8 +16,9 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends, optimizer_from
-from ademamix.backends import Rows, cpu, eager, triton, triton_coefficients
+from ademamix.backends import Rows, cpu, eager, triton
 from ademamix.backends.triton import xp
+from ademamix.engine import triton_coefficients
 from ademamix.engine.tracing import traced
 from ademamix.formats import FORMATS
 
