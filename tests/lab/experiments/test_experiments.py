@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,9 +67,28 @@ class Inline:
         pass
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """What carries out a run, or copies what became of the same one in an earlier test of this module."""
+    folder, known = tmp_path_factory.mktemp("runs"), {}
+    carry_out = trials._train
+
+    def run(optimizer, recipe, out):
+        key = (optimizer, repr(recipe))
+        if key not in known:
+            loss = carry_out(optimizer, recipe, out)
+            known[key] = loss, shutil.copytree(out, folder / str(len(known)))
+        elif not out.exists():
+            shutil.copytree(known[key][1], out)
+        return known[key][0]
+
+    return run
+
+
 @pytest.fixture
-def inline(monkeypatch):
+def inline(monkeypatch, once):
     monkeypatch.setattr("ademamix.lab.experiments.trials.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("ademamix.lab.experiments.trials._train", once)
     monkeypatch.setattr("ademamix.lab.data.images.VALID_GLYPHS", 30)
 
 
@@ -386,6 +406,17 @@ def test_grids_run_every_point_once_and_both_optimizers_are_tuned_alike(recipe, 
     }
 
 
+def test_a_run_in_a_process_of_its_own_is_that_of_this_one(recipe, tmp_path):
+    short = dataclasses.replace(recipe, steps=4)
+    with Trials(tmp_path, "cpu", 1) as trials:
+        (results,) = trials.run(
+            Grid("some", {"seed": (3,)}, lambda seed: ("adamw", dataclasses.replace(short, seed=seed)))
+        )
+    alone = train("adamw", dataclasses.replace(short, seed=3), Job(), tmp_path / "alone")
+    # It has all cores: sums of some other order.
+    assert results[3,].valid_loss == pytest.approx(alone.valid_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("devices", "workers", "running"),
     [(["cpu"] * 2, 0, 2), (["cuda:0", "cuda:1"], 0, 8), (["cuda:0", "cuda:1"], 3, 3), (["mps"], 0, 1)],
@@ -441,13 +472,14 @@ def test_killed_and_stopped_it_goes_on_where_it_was(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def reports(tokens, tiny, tmp_path_factory) -> Path:
+def reports(tiny, once, tmp_path_factory) -> Path:
     """A folder of reports with every kind of picture, and their index."""
     from ademamix.lab import cli
 
     folder = tmp_path_factory.mktemp("reports")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ademamix.lab.experiments.trials.ProcessPoolExecutor", Inline)
+        patch.setattr("ademamix.lab.experiments.trials._train", once)
         for name in ("sweep", "valley", "beyond"):
             patch.setattr(sys, "argv", ["ademamix", *arguments(name, tiny), "--out", str(folder / name)])
             cli.main()
