@@ -3,23 +3,28 @@ PYTHON310 ?= python3.10
 PYTHON312 ?= python3.12
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS ?= 2
+PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The tests whose outcome depends on the versions of torch, Triton, NumPy and Numba.
 VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends $(addprefix engine/test_,optimizer.py checkpoints.py tensors.py refusals.py clipping.py) \
 	engine/test_pretended_gpu.py engine/test_sharding.py lab/training/test_checkpoints.py)
 
-.PHONY: demo test test-lowest test-2.11 lint bench gpu clean
+.PHONY: demo test test-all test-lowest test-2.11 lint bench gpu clean
 
 demo: $(READY)  ## train AdamW and AdEMAMix on the same text, a few minutes on 2 cores, and write a report
 	$(BIN)/ademamix compare
 
-test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## the tests but for those that take minutes
+	$(BIN)/$(PYTEST) -m "not slow"
+
+test-all: $(READY)  ## all tests
+	$(BIN)/$(PYTEST)
 
 test-lowest: .venv-lowest/.ready  ## the tests that depend on versions, with the oldest ones allowed; needs Python 3.10
 test-2.11: .venv-2.11/.ready  ## the same with torch 2.11; needs Python 3.12
 test-lowest test-2.11:
-	$(<D)/bin/python -m pytest $(VERSIONED)
+	$(<D)/bin/$(PYTEST) -m "not slow" $(VERSIONED)
 
 lint: $(READY)  ## formatting, lint, the floors of the house and types, as CI does
 	$(BIN)/ruff format --check .
@@ -47,5 +52,5 @@ $(READY): pyproject.toml constraints.txt
 .venv-%/.ready: pyproject.toml constraints-%.txt
 	@$(PYTHON) -c "" 2>/dev/null || { echo "make test-$* needs $(PYTHON)" >&2; exit 1; }
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt --editable ".[lab]" pytest hypothesis
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt --editable ".[lab]" pytest pytest-xdist hypothesis
 	touch $@

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("jax", reason="needs the extra [jax]")
 
 
+@pytest.mark.first
 def test_in_a_process_of_its_own() -> None:
     """JAX makes virtual devices when it starts, and other tests fork, which its threads would not survive."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -32,6 +32,7 @@ STATES = {  # parameter, gradient, then the formats of AdEMAMix's slots
 }
 
 
+@pytest.mark.first
 def test_in_the_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported whether it compiles."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

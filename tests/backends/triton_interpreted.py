@@ -118,9 +118,8 @@ def assert_same(one: Any, other: Any, steps: int = 2) -> None:
 @pytest.mark.parametrize(
     ("kind", "state", "dtype"),
     [
-        *itertools.product(
-            (AdEMAMix, AdamW, Clipped), ("float32", "bfloat16", "compact"), (torch.float32, torch.bfloat16)
-        ),
+        *itertools.product((AdEMAMix, Clipped), ("float32", "bfloat16", "compact"), (torch.float32, torch.bfloat16)),
+        *((AdamW, state, torch.bfloat16) for state in ("float32", "compact")),  # formats know nothing of rules
         *((kind, "compact", torch.float32) for kind in (SimplifiedAdEMAMix, ADana, KEMA)),
     ],
     ids=str,
@@ -218,17 +217,13 @@ def test_a_part_is_rounded_by_the_noise_of_the_whole(state: str, part: str, whic
 
 
 class Counted:
-    """A kernel that writes down which of its two versions is started."""
+    """In place of a kernel: writes down which of its two versions would be started."""
 
-    def __init__(self, kernel: Any, started: list[bool]) -> None:
-        self.kernel, self.started = kernel, started
+    def __init__(self, started: list[bool]) -> None:
+        self.started = started
 
     def __getitem__(self, grid: Any) -> Any:
-        def start(*args: Any, **options: Any) -> None:
-            self.started.append(args[-1])
-            self.kernel[grid](*args, **options)
-
-        return start
+        return lambda *args, **options: self.started.append(args[-1])
 
 
 def test_one_launch_for_aligned_tensors_and_one_for_the_others() -> None:
@@ -241,16 +236,16 @@ def test_one_launch_for_aligned_tensors_and_one_for_the_others() -> None:
         for t in members:
             t.grad = torch.ones_like(t)
         optimizer.step()
+        assert optimizer.state[members[0]]["exp_avg_fast_scale"].all()
         ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
         started: list[bool] = []
-        launch.kernel = Counted(launch.kernel, started)
+        launch.kernel = Counted(started)
         optimizer.step()
         assert started == aligned
         started.clear()
         p.grad = memory[1:].view(8, 512)
         optimizer.step()
         assert started == [False] * unaligned
-        assert optimizer.state[members[0]]["exp_avg_fast_scale"].all()
 
 
 def test_an_empty_tensor_starts_nothing() -> None:
@@ -264,13 +259,13 @@ def test_an_empty_tensor_starts_nothing() -> None:
 
 
 def test_nothing_changes_where_the_device_says_skip() -> None:
-    params = parameters(torch.float32)
+    params = parameters(torch.float32, ((5,), (8, 512)))
     optimizer = AdEMAMix(params, backend="triton", state="compact", capturable=True)
     give_gradients(params, 0)
     optimizer.step()
     launches = optimizer._launches
     assert launches is not None
-    assert len(launches.calls) == 2  # compact state, and float32 for the small ones
+    assert len(launches.calls) == 2  # compact state, and float32 for the small one
 
     def tensors() -> list[torch.Tensor]:
         return [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
@@ -322,7 +317,7 @@ def test_captures_allocate_no_host_memory_and_say_how_many_there_may_be(monkeypa
     ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
     monkeypatch.setattr(triton, "capturing", lambda device: True)
     monkeypatch.setattr(launch, "_stage", None)
-    for _ in range(10 * triton.STAGED):
+    for _ in range(2 * triton.STAGED):
         optimizer.step()
     grads = [torch.ones_like(p) for _ in range(triton.STAGED)]
 

@@ -47,6 +47,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads(result.read_text()) for result in results]
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_four_processes(name: str, outcomes: list[dict[str, Any]]) -> None:
     errors = [f"process {rank}: {outcome.get(name, 'did not get there')}" for rank, outcome in enumerate(outcomes)]

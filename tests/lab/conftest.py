@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -8,24 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ademamix.lab.cli import main
 from ademamix.lab.config import Data
 from ademamix.lab.data.corpus import write_data
 
 Cli = Callable[..., int]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """The models here are so small that a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
-    yield
-    torch.set_num_threads(before)
-    del os.environ["OMP_NUM_THREADS"]
 
 
 @pytest.fixture(scope="session")

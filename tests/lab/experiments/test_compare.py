@@ -74,9 +74,15 @@ def test_match_trains_adamw_on_full_schedules_until_it_is_there(compared):
         assert trials[1] == [1.25, longer["valid_loss"]]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_report_opens_without_errors_and_fits_the_screen(compared, browse, scheme, width):
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        *(pytest.param(*s, marks=pytest.mark.slow) for s in ((1280, "dark"), (390, "light"))),
+    ],
+)
+def test_the_report_opens_without_errors_and_fits_the_screen(compared, browse, width, scheme):
     with browse(compared / "report.html", width, scheme) as page:
         assert page.execute_script("return document.querySelectorAll('.picture .scatterlayer .trace').length") == 6
         assert page.execute_script("return document.documentElement.scrollWidth") <= width

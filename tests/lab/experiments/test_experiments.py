@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ TINY = {  # of each experiment its settings, after those of a tiny language mode
     "switch": ("--after", "0.3", "0.6"),
     "sweep": ("--alpha", "2", "8", "--beta3", "0.9", "0.99", "0.999", "--adamw-beta1", "0.95", "--adamw-lr", "0.01"),
     "horizon": ("--lengths", "12", "24", "--beta3", "0.5", "0.8", "0.9"),
-    "vit": (*IMAGES, "--size", "8", "--patch", "4", "--layers", "1", "--width", "32"),
+    "vit": (*IMAGES, "--examples", "40", "--size", "8", "--patch", "4", "--layers", "1", "--width", "32"),
     "mamba": ("--tuning.adamw-lr", "0.01", "--tuning.ademamix-lr", "0.01"),
     "valley": ("--steps", "50"),
     "beyond": (
@@ -41,6 +42,14 @@ TINY = {  # of each experiment its settings, after those of a tiny language mode
         *("--fractions", "0.5", "1", "--budgets", "1.5"),
     ),
 }
+
+
+LONG = ("sweep", "beyond")  # experiments of many runs; `reports` carries them out in any case
+
+
+def marked(*cases):
+    """Cases of a test that begin with an experiment: those of the long ones are slow."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in LONG)) for case in cases]
 
 
 class Inline:
@@ -58,9 +67,28 @@ class Inline:
         pass
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """What carries out a run, or copies what became of the same one in an earlier test of this module."""
+    folder, known = tmp_path_factory.mktemp("runs"), {}
+    carry_out = trials._train
+
+    def run(optimizer, recipe, out):
+        key = (optimizer, repr(recipe))
+        if key not in known:
+            loss = carry_out(optimizer, recipe, out)
+            known[key] = loss, shutil.copytree(out, folder / str(len(known)))
+        elif not out.exists():
+            shutil.copytree(known[key][1], out)
+        return known[key][0]
+
+    return run
+
+
 @pytest.fixture
-def inline(monkeypatch):
+def inline(monkeypatch, once):
     monkeypatch.setattr("ademamix.lab.experiments.trials.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("ademamix.lab.experiments.trials._train", once)
     monkeypatch.setattr("ademamix.lab.data.images.VALID_GLYPHS", 30)
 
 
@@ -75,7 +103,7 @@ def arguments(name: str, tiny: tuple[str, ...], seeds: tuple[str, ...] = SEEDS) 
     return ("run", name, *(() if name in ("vit", "valley") else text), *seeds, *TINY[name])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", marked(*zip(EXPERIMENTS, strict=True)))
 def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inline, tiny, capsys):
     assert cli(*arguments(name, tiny), "--out", "out") == 0
     said = capsys.readouterr().out
@@ -114,9 +142,10 @@ TRAINED = [name for name in EXPERIMENTS if name != "valley"]  # by `train`
 
 
 EITHER = [(name, ("ademamix",)) for name in TRAINED if name != "horizon"]
+EITHER += [("lm", ("adamw",)), ("beyond", ("adamw", "ademamix"))]
 
 
-@pytest.mark.parametrize(("name", "optimizers"), [*EITHER, ("lm", ("adamw",)), ("beyond", ("adamw", "ademamix"))])
+@pytest.mark.parametrize(("name", "optimizers"), marked(*EITHER))
 def test_a_seed_that_diverged_is_counted_and_gives_no_figure(name, optimizers, cli, diverge, tiny, capsys):
     diverge(lambda optimizer, recipe: optimizer in optimizers and recipe.seed == 1)
     assert cli(*arguments(name, tiny), "--out", "out") == 0
@@ -377,6 +406,17 @@ def test_grids_run_every_point_once_and_both_optimizers_are_tuned_alike(recipe, 
     }
 
 
+def test_a_run_in_a_process_of_its_own_is_that_of_this_one(recipe, tmp_path):
+    short = dataclasses.replace(recipe, steps=4)
+    with Trials(tmp_path, "cpu", 1) as trials:
+        (results,) = trials.run(
+            Grid("some", {"seed": (3,)}, lambda seed: ("adamw", dataclasses.replace(short, seed=seed)))
+        )
+    alone = train("adamw", dataclasses.replace(short, seed=3), Job(), tmp_path / "alone")
+    # It has all cores: sums of some other order.
+    assert results[3,].valid_loss == pytest.approx(alone.valid_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("devices", "workers", "running"),
     [(["cpu"] * 2, 0, 2), (["cuda:0", "cuda:1"], 0, 8), (["cuda:0", "cuda:1"], 3, 3), (["mps"], 0, 1)],
@@ -391,6 +431,7 @@ def outcome(out: Path) -> list[str]:
     return json.loads((out / "outcome.json").read_text())["headlines"]
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_it_goes_on_where_it_was(tiny, tmp_path):
     """SIGKILL, then SIGINT to the whole process group as a terminal sends it, then to the end; against one unbroken."""
     words = [*arguments("switch", tiny), "--steps", "300", "--eval-every", "100"]
@@ -431,13 +472,14 @@ def test_killed_and_stopped_it_goes_on_where_it_was(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def reports(tokens, tiny, tmp_path_factory) -> Path:
+def reports(tiny, once, tmp_path_factory) -> Path:
     """A folder of reports with every kind of picture, and their index."""
     from ademamix.lab import cli
 
     folder = tmp_path_factory.mktemp("reports")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ademamix.lab.experiments.trials.ProcessPoolExecutor", Inline)
+        patch.setattr("ademamix.lab.experiments.trials._train", once)
         for name in ("sweep", "valley", "beyond"):
             patch.setattr(sys, "argv", ["ademamix", *arguments(name, tiny), "--out", str(folder / name)])
             cli.main()
@@ -457,8 +499,13 @@ def test_the_index_shows_every_claim_with_the_papers_figure_and_ours(reports):
     assert page.count("<section class=claim>") == len(CLAIMS)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (390, "dark"),
+        *(pytest.param(*s, marks=pytest.mark.slow) for s in ((390, "light"), (1280, "light"), (1280, "dark"))),
+    ],
+)
 @pytest.mark.parametrize("page", ["sweep/report.html", "valley/report.html", "beyond/report.html", "index.html"])
 def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, reports, browse):
     with browse(reports / page, width, scheme) as browser:

@@ -65,7 +65,8 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
     raise TimeoutError(f"{run} did not reach step {step}")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "ademamix"])
+@pytest.mark.first
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "ademamix"])
 def test_stopped_killed_and_resumed_is_the_unbroken_run_bit_for_bit(optimizer, tiny, tmp_path):
     longer = (*tiny, "--steps", "1500", "--eval-every", "100", "--save-every", "40", "--optimizer", optimizer)
     broken, whole = tmp_path / "broken", tmp_path / "whole"

@@ -24,6 +24,7 @@ def recipe(tokens) -> Recipe:
     return dataclasses.replace(Recipe(), data=str(tokens), eval_every=20, eval_sequences=8, **small)
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_random_moments_ends_as_one_never_killed_bit_for_bit(recipe, tmp_path):
     kills = 4
     figures = reliability.killed_at_random(tmp_path, dataclasses.replace(recipe, steps=1000, eval_every=100), kills)
@@ -33,6 +34,7 @@ def test_a_training_killed_at_random_moments_ends_as_one_never_killed_bit_for_bi
 
 
 @linux
+@pytest.mark.slow
 def test_when_torchrun_starts_a_killed_rank_again_the_run_ends_as_an_unbroken_one_bit_for_bit(recipe, tmp_path):
     """On three: the sum of two numbers has one order, and would not show another one after the restart."""
     three = dataclasses.replace(recipe, steps=200, batch=6)
@@ -77,7 +79,7 @@ def test_one_and_two_processes_have_the_same_loss_curve(recipe, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "fsdp") if "loss" in line] == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize("state", ["float32", "compact"])
+@pytest.mark.parametrize("state", [pytest.param("float32", marks=pytest.mark.slow), "compact"])
 def test_parts_and_copies_are_switched_to_another_optimizer_alike(state, recipe, tmp_path):
     """Right after an evaluation, which has put some parameters together; and with batches cut in two."""
     settings = dataclasses.replace(recipe.ademamix, state=state)
@@ -89,6 +91,7 @@ def test_parts_and_copies_are_switched_to_another_optimizer_alike(state, recipe,
 
 
 @linux
+@pytest.mark.slow
 def test_a_stop_reaches_all_processes_at_one_step_and_another_number_of_them_goes_on(recipe, tmp_path):
     longer = dataclasses.replace(recipe, steps=400, eval_every=400)
     run, settings = tmp_path / "run", as_arguments(longer, log_every=1, save_every=1000)
