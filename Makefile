@@ -7,8 +7,7 @@ WORKERS ?= 2
 PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The tests whose outcome depends on the versions of torch, Triton, NumPy and Numba.
-VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends $(addprefix engine/test_,optimizer.py checkpoints.py tensors.py refusals.py clipping.py) \
-	engine/test_pretended_gpu.py engine/test_sharding.py lab/training/test_checkpoints.py)
+VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends engine lab/training/test_checkpoints.py)
 
 .PHONY: demo test test-all test-lowest test-2.11 lint bench gpu clean
 

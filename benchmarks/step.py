@@ -39,7 +39,7 @@ from torch.autograd import DeviceType
 
 import ademamix
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, SimplifiedAdEMAMix
-from ademamix.engine.optimizer import STATES
+from ademamix.engine.kinds import STATES
 
 Step = Callable[[], Any]
 

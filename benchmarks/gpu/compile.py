@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from step import TINY, made, programs
 
-from ademamix.engine.optimizer import STATES
+from ademamix.engine.kinds import STATES
 from gpu import sweep
 from gpu.exact import KINDS, RULES, gradients, parameters
 from gpu.report import DEVICE, left, said

@@ -1,11 +1,9 @@
 """The torch.optim.Optimizer that users see: groups, state, checkpoints. The updates themselves are rules."""
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,19 +17,17 @@ from ademamix.backends import sent_to
 from ademamix.engine.arguments import NUMBERS, check_flags, check_seed, show_options
 from ademamix.engine.clipping import Norm, clipping, factor_and_skip, is_captured
 from ademamix.engine.coefficients import Source
+from ademamix.engine.kinds import Kind, traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
 from ademamix.engine.state import CPU, MASTER, check_state, scalar, slot_formats, state_of
-from ademamix.engine.tracing import traced
-from ademamix.formats import FORMATS, Format
+from ademamix.formats import Format
 
-STATES = ("float32", "bfloat16", "compact")
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
-SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
 
 
-class RuleOptimizer(torch.optim.Optimizer, ABC):
+class RuleOptimizer(Kind, torch.optim.Optimizer):
     """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
 
     Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
@@ -51,9 +47,6 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     """
 
     _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
-
-    rule: backends.Rule
-    compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
 
     def __init__(
         self,
@@ -96,45 +89,6 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if "__init__" in vars(cls):
             show_options(cls.__init__, OPTIONS)
 
-    @staticmethod
-    @abstractmethod
-    def check(group: Mapping[str, Any]) -> None:
-        """Raise ValueError for a hyperparameter out of its range."""
-
-    @staticmethod
-    @abstractmethod
-    def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The rule's coefficients in a parameter's step ``step`` (from 1 on), in float64, written against ``xp``."""
-
-    @classmethod
-    def rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
-        """The rule for these hyperparameters; all groups of an optimizer share one."""
-        return cls.rule
-
-    @classmethod
-    def checked_rule(cls, group: Mapping[str, Any]) -> backends.Rule:
-        """The rule as all backends compile it, once it and its hyperparameters are found to be right."""
-        cls.check(group)
-        rule = _traced(cls.rule_of(group))
-        missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, group))
-        if missing:
-            raise ValueError(f"the coefficients of {cls.__name__} lack {sorted(missing)}, which its rule takes")
-        return rule
-
-    @classmethod
-    def formats_of(cls, group: Mapping[str, Any], state: str | Mapping[str, str]) -> dict[str, Format]:
-        """The format of each slot of the rule, stored or not."""
-        names = backends.slot_names(cls.rule_of(group))
-        if not isinstance(state, Mapping):
-            if state not in STATES:
-                raise ValueError(f"state must be one of {STATES} or a mapping of slots to formats, got {state!r}")
-            of_slot = cls.compact if state == "compact" else dict.fromkeys(names, state)
-            state = {name: of_slot[name] for name in names if name in of_slot}
-        for name, format in state.items():
-            if name not in names or format not in SLOT_FORMATS:
-                raise ValueError(f"state must map slots {names} to formats {SLOT_FORMATS}, got {name!r}: {format!r}")
-        return {name: FORMATS[state.get(name, "float32")] for name in names}
-
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
         return GroupSettings(self.formats(group), group["stochastic_rounding"], group["seed"])
 
@@ -144,18 +98,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
-        if _traced(self.rule_of(group)) is not self.rule:
+        if traced_once(self.rule_of(group)) is not self.rule:
             slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
             raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
         check_seed(group["seed"])
         check_flags(group, "maximize", "stochastic_rounding", "capturable")
         if self.offload and group["capturable"]:
             raise ValueError("capturable must be False with offload=True: no graph can hold what the host computes")
-
-    @classmethod
-    def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the rule's slots that parameters of ``group`` store."""
-        return backends.slot_names(cls.rule_of(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
@@ -413,7 +362,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
-        self.rule = _traced(self.rule_of(self.defaults))
+        self.rule = traced_once(self.rule_of(self.defaults))
         self._launches = self._norm = None
         self._captured = []
         self._host = Host()
@@ -423,7 +372,6 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
 
 OPTIONS = [q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY]
-_traced = cache(traced)  # a class's rule stays what it was for the first of its instances
 
 
 def _check_bound(name: str, value: Any) -> None:
