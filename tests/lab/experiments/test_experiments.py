@@ -44,14 +44,6 @@ TINY = {  # of each experiment its settings, after those of a tiny language mode
 }
 
 
-LONG = ("sweep", "beyond")  # experiments of many runs; `reports` carries them out in any case
-
-
-def marked(*cases):
-    """Cases of a test that begin with an experiment: those of the long ones are slow."""
-    return [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in LONG)) for case in cases]
-
-
 class Inline:
     """An executor that works at once and here: starting processes takes seconds."""
 
@@ -103,7 +95,7 @@ def arguments(name: str, tiny: tuple[str, ...], seeds: tuple[str, ...] = SEEDS) 
     return ("run", name, *(() if name in ("vit", "valley") else text), *seeds, *TINY[name])
 
 
-@pytest.mark.parametrize("name", marked(*zip(EXPERIMENTS, strict=True)))
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inline, tiny, capsys):
     assert cli(*arguments(name, tiny), "--out", "out") == 0
     said = capsys.readouterr().out
@@ -142,10 +134,9 @@ TRAINED = [name for name in EXPERIMENTS if name != "valley"]  # by `train`
 
 
 EITHER = [(name, ("ademamix",)) for name in TRAINED if name != "horizon"]
-EITHER += [("lm", ("adamw",)), ("beyond", ("adamw", "ademamix"))]
 
 
-@pytest.mark.parametrize(("name", "optimizers"), marked(*EITHER))
+@pytest.mark.parametrize(("name", "optimizers"), [*EITHER, ("lm", ("adamw",)), ("beyond", ("adamw", "ademamix"))])
 def test_a_seed_that_diverged_is_counted_and_gives_no_figure(name, optimizers, cli, diverge, tiny, capsys):
     diverge(lambda optimizer, recipe: optimizer in optimizers and recipe.seed == 1)
     assert cli(*arguments(name, tiny), "--out", "out") == 0
