@@ -31,7 +31,9 @@ def module(name: str, *words: str) -> list[str]:
 
 def with_tests() -> list[str]:
     """The files that have tests for a GPU; others may import what is not installed here."""
-    return [str(f.relative_to(ROOT)) for f in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in f.read_text()]
+    return [
+        str(f.relative_to(ROOT)) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text()
+    ]
 
 
 def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> None:

@@ -190,3 +190,7 @@ def test_the_lab_s_page_has_what_there_is(tmp_path: Path) -> None:
     assert "did not come to its end" in lab.train_rows("cuda", result)
     result.write_text(json.dumps({"seen": 1000, "seconds": 0.5, "optimizer_ms": 1.234, "valid_loss": 2.0}))
     assert "| tokens per second | 2,000 |" in lab.train_rows("cuda", result)
+
+
+def test_tests_for_a_gpu_are_found_in_all_rooms() -> None:
+    assert {"tests/engine/test_offload.py", "tests/backends/test_triton.py"} <= set(parts.with_tests())
