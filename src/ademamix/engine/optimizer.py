@@ -236,7 +236,6 @@ class RuleOptimizer(Kind, torch.optim.Optimizer):
             if skip:
                 return
             skip = None
-        program = self._program()
         inputs = Inputs(
             params,
             grads,
@@ -245,34 +244,43 @@ class RuleOptimizer(Kind, torch.optim.Optimizer):
             any(group["capturable"] for group in self.param_groups) or (skip is not None and not self.offload),
             self.state,
         )
-        trip = None
-        if self.offload:
-            for i, p, g in zip(inputs.of_group, params, grads, strict=True):
-                check_tensors(program, i, p, g)
-            stand_ins = self._host.stand_ins(params, self.state)
-            trip = Trip(self._host, params, grads)
-            inputs = inputs._replace(params=stand_ins, grads=trip.arriving())
-        launches = self._launches_for(program, params, inputs, captured)
+        run = self._run_on_host if self.offload else self._run
+        run(inputs, factor, skip, captured)
+
+    def _run(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
+        program = self._program()
+        launches = self._launches_for(program, inputs.params, inputs, captured)
         if inputs.counted_there:
-            self._count_on((params[0] if skip is None else skip).device)
-        if trip is not None:
-            trip.begin(launches.chunks)  # under way before the host waits to know what to do with them
-            factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
-            if skip:
-                trip.all_arrived()  # the gradients' memory may be used for other things once the step is over
-                trip.finish()
-                self._skipped += 1
-                return
-            skip = None
-        launches.run(program, inputs.grads, factor, skip, trip)
+            self._count_on((inputs.params[0] if skip is None else skip).device)
+        launches.run(program, inputs.grads, factor, skip)
+        self._taken(launches, inputs.params)
+        if skip is not None:
+            self._count(skip)
+
+    def _run_on_host(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
+        program = self._program()
+        for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):
+            check_tensors(program, i, p, g)
+        stand_ins = self._host.stand_ins(inputs.params, self.state)
+        trip = Trip(self._host, inputs.params, inputs.grads)
+        there = inputs._replace(params=stand_ins, grads=trip.arriving())
+        launches = self._launches_for(program, inputs.params, there, captured)
+        trip.begin(launches.chunks)  # under way before the host waits to know what to do with them
+        factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
+        if skip:
+            trip.all_arrived()  # the gradients' memory may be used for other things once the step is over
+            self._skipped += 1
+        else:
+            launches.run(program, there.grads, factor, None, trip)
+            self._taken(launches, inputs.params)
+        trip.finish()
+
+    def _taken(self, launches: Launches, params: Sequence[Tensor]) -> None:
+        """A step has been."""
         if launches.fresh:
             self.state.update(zip(params, launches.states, strict=True))
             launches.taken_over(self.state)
-        if skip is not None:
-            self._count(skip)
         increment_version(params)  # state is in nobody's graph
-        if trip is not None:
-            trip.finish()
 
     def _program(self) -> Program:
         source = Source(self.coefficients, backends.coefficient_names(self.rule), self.param_groups)
