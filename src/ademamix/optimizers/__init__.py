@@ -1,0 +1,1 @@
+"""What a user instantiates: each class names a memory and a geometry, its hyperparameters and their coefficients."""

@@ -1,0 +1,1 @@
+"""Text and images to files, and files to batches."""
