@@ -2,6 +2,7 @@
 
 import inspect
 import pydoc
+from abc import ABC
 from typing import Any, get_type_hints
 
 import pytest
@@ -71,8 +72,9 @@ def test_hyperparameters_come_first_and_options_last_in_the_defaults(kind: Any) 
 
 @pytest.mark.parametrize("kind", [*KINDS, Own])
 def test_maximize_is_checked_in_every_class(kind: Any) -> None:
-    with pytest.raises(ValueError, match="maximize must be True or False, got 1"):
-        kind(one(), maximize=1)
+    for value in (0, 1):
+        with pytest.raises(ValueError, match=f"maximize must be True or False, got {value}"):
+            kind(one(), maximize=value)
 
 
 def test_defaults_of_a_subclass_come_before_those_of_the_base() -> None:
@@ -93,3 +95,50 @@ def test_a_subclass_shows_options_that_it_does_not_name_itself() -> None:
     others = [q.name for q in OPTIONS if q.name != "seed"]
     assert list(inspect.signature(Same).parameters) == ["params", "seed", *others]
     assert Same(one()).defaults["seed"] == 7
+
+
+def test_options_are_shown_where_annotations_are_text() -> None:
+    class Later(AdamW):
+        def __init__(self, params: Any, **options: "Unpack[Options]") -> None:  # type: ignore[misc]
+            super().__init__(params, **options)
+
+    assert list(inspect.signature(Later).parameters.values())[1:] == OPTIONS
+
+
+def test_an_option_wins_over_the_same_among_the_defaults() -> None:
+    class Fixed(Own):
+        def __init__(self, params: Any, **options: Any) -> None:
+            defaults = {
+                "lr": 0.1,
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "maximize": False,
+                "seed": 1,
+            }
+            RuleOptimizer.__init__(self, params, defaults, **options)
+
+    assert Fixed(one(), seed=5, maximize=True).defaults["seed"] == 5
+    assert Fixed(one(), maximize=True).defaults["maximize"] is True
+
+
+def test_what_a_subclass_computes_may_depend_on_every_option_of_a_group() -> None:
+    class Asking(AdEMAMix):
+        @staticmethod
+        def coefficients(step: Any, group: Any) -> Any:
+            return {
+                **AdEMAMix.coefficients(step, group),
+                "lr": 0.5 if group["maximize"] and group["seed"] == 3 else 0.0,
+            }
+
+    p = torch.zeros(1, requires_grad=True)
+    p.grad = torch.ones(1)
+    Asking([p], maximize=True, seed=3, alpha=0.0).step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.5]))
+
+
+def test_a_subclass_may_name_torch_s_optimizer_among_its_bases() -> None:
+    class Mixed(AdEMAMix, torch.optim.Optimizer, ABC):
+        pass
+
+    assert isinstance(Mixed(one()), AdEMAMix)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict, get_args
 
@@ -30,10 +31,17 @@ class Options(TypedDict, total=False):
 def show_options(function: Any, options: Iterable[inspect.Parameter]) -> None:
     """Give a function that takes ``**options: Unpack[Options]`` a signature with each of them."""
     signature = inspect.signature(function)
-    own = [q for q in signature.parameters.values() if get_args(q.annotation) != (Options,)]
+    own = [q for q in signature.parameters.values() if not _are_options(q.annotation)]
     if len(own) < len(signature.parameters):
         names = {q.name for q in own}
         function.__signature__ = signature.replace(parameters=[*own, *(q for q in options if q.name not in names)])
+
+
+def _are_options(annotation: Any) -> bool:
+    """Whether it is Unpack[Options], or that as text, as ``from __future__ import annotations`` leaves it."""
+    if isinstance(annotation, str):
+        return re.fullmatch(r"(\w+\.)*Unpack\[(\w+\.)*Options\]", annotation) is not None
+    return get_args(annotation) == (Options,)
 
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:

@@ -27,7 +27,7 @@ from ademamix.formats import Format
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
 
 
-class RuleOptimizer(Kind, torch.optim.Optimizer):
+class RuleOptimizer(torch.optim.Optimizer, Kind):
     """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
 
     Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
@@ -64,6 +64,14 @@ class RuleOptimizer(Kind, torch.optim.Optimizer):
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
+        defaults = {
+            **defaults,
+            # A subclass may have it among its own.
+            "maximize": defaults.get("maximize", False) if maximize is False else maximize,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "capturable": capturable,
+        }
         self.rule = self.checked_rule(defaults)
         self.state_format = state
         self._formats = self.formats_of(defaults, state)
@@ -72,9 +80,6 @@ class RuleOptimizer(Kind, torch.optim.Optimizer):
         check_flags({"offload": offload}, "offload")
         self.offload = offload
         self._host = Host()
-        common = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
-        common["capturable"] = capturable
-        defaults = {**defaults, **common, **defaults}  # the subclass's own come first, and win
         self._check_group(defaults)
         self.backend = backend
         self.skip_nonfinite = skip_nonfinite

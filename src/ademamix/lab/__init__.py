@@ -2,6 +2,7 @@
 
 cli.py         the commands
 plan.py        what memory a run needs, counted without it
+checkpoints.py a run's weights, for other programs
 experiments/   the paper's experiments and ours, one file each; trials.py: many runs at a time, kept by Optuna;
                compare.py: AdamW against another optimizer on equal terms; statistics.py: means and their errors;
                kernels.py: what an optimizer remembers, measured

@@ -221,12 +221,23 @@ def refused(*words: str, **files: str) -> tuple[tuple[str, ...], dict[str, str]]
 
 RAISES = "def mine(p, g): pass\n1 / 0"
 NO_LR = "def mine(p, g, m, *, rate=0.1):\n    m = m + g\n    return p - rate * m, m"
+HANDS_ON = """
+from ademamix import AdEMAMix
+
+
+class Mine(AdEMAMix):
+    def __init__(self, params, alpha=3.0, **options):
+        super().__init__(params, alpha=alpha, **options)
+"""
 REFUSED = {
     "unknown optimizer lion; there are": refused("lion"),
     "unknown optimizer mine.py; there are": refused("mine.py"),
     "KEMA has no setting lenght; it has lr, count,": refused("kema", "--settings", "lenght=3"),
     "KEMA has no setting params": refused("kema", "--settings", "params=3"),
     "Mine has no setting kappa; it has lr, leak, maximize, state,": refused("mine.py:mine", "--settings", "kappa=1"),
+    "Mine has no setting weight_decy; it has alpha,": refused(
+        "mine.py:Mine", "--settings", "weight_decy=1", mine=HANDS_ON
+    ),
     "count must be an integer from 2 to 8, got 'x'": refused("kema", "--settings", "count=x"),
     "kappa must be a number in (0, 1], got 2": refused("adana", "--settings", "kappa=2"),
     "leak must be a finite number, got (1, 2)": refused("mine.py:mine", "--settings", "leak=1,2"),

@@ -119,10 +119,12 @@ def _in_steps(value: Any, planned: int) -> Any:
 
 
 def _check_names(kind: type[RuleOptimizer], given: Mapping[str, Any]) -> None:
-    taken = inspect.signature(kind).parameters.values()
-    if any(q.kind is q.VAR_KEYWORD for q in taken):
-        return  # only the class itself knows
-    names = [q.name for q in taken if q.name != "params"]
+    taken = dict(inspect.signature(kind).parameters)
+    if any(q.kind is q.VAR_KEYWORD for q in taken.values()):  # handed on to the classes that it is made of
+        for base in (base for base in kind.__mro__[1:] if issubclass(base, RuleOptimizer)):
+            taken |= inspect.signature(base).parameters
+    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    names = [q.name for q in taken.values() if q.kind not in several and q.name not in ("params", "defaults")]
     for name in given:
         if name not in names:
             raise BadInputError(f"{kind.__name__} has no setting {name}; it has {', '.join(names)}")
