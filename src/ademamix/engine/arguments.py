@@ -38,7 +38,7 @@ def show_options(function: Any, options: Iterable[inspect.Parameter]) -> None:
 
 
 def _are_options(annotation: Any) -> bool:
-    """Whether it is Unpack[Options], or that as text, as ``from __future__ import annotations`` leaves it."""
+    """Whether it is ``Unpack[Options]``, or its text, which ``from __future__ import annotations`` leaves."""
     if isinstance(annotation, str):
         return re.fullmatch(r"(\w+\.)*Unpack\[(\w+\.)*Options\]", annotation) is not None
     return get_args(annotation) == (Options,)

@@ -124,7 +124,7 @@ class CountedOnHost:
         return rows, lambda device: _multiplied(table(device), factor, device)
 
     def taken(self) -> None:
-        """Count the step, once it has been."""
+        """Count the step, once it has been taken."""
         for counter in self.counters:
             counter[()] += 1.0
 
@@ -154,9 +154,9 @@ class CountedOnDevice:
         self.dropped: list[Any] = []  # tables that serve no more, which graphs may read
 
     def _table_on(self, device: torch.device) -> Any:
-        there = self.steps[device]
         from ademamix.engine.triton_coefficients import Table
 
+        there = self.steps[device]
         return Table(list(chain.from_iterable(there.values())), [i for i, steps in there.items() for _ in steps])
 
     def next(
@@ -167,7 +167,7 @@ class CountedOnDevice:
         return self.rows, lambda device: self._counted(source, tapes, device, factor, skip)
 
     def taken(self) -> None:
-        """It has been counted."""
+        """Nothing is left to do: what computed the table has counted the step."""
 
     def _tapes(self, source: Source) -> list[Tape]:
         """Each group's coefficients, for devices that compute them in one launch."""

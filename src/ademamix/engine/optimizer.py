@@ -66,7 +66,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         defaults = {
             **defaults,
-            # A subclass may have it among its own.
+            # A subclass may have it among its own defaults.
             "maximize": defaults.get("maximize", False) if maximize is False else maximize,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
@@ -281,7 +281,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         trip.finish()
 
     def _taken(self, launches: Launches, params: Sequence[Tensor]) -> None:
-        """A step has been."""
+        """Take over states that a first step has made, and tell autograd that the parameters have changed."""
         if launches.fresh:
             self.state.update(zip(params, launches.states, strict=True))
             launches.taken_over(self.state)
@@ -292,7 +292,11 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         return Program(type(self).__name__, self.rule, source, self.backend, self.offload)
 
     def _launches_for(self, program: Program, params: Sequence[Tensor], inputs: Inputs, captured: bool) -> Launches:
-        """Those of the last step, or new ones."""
+        """The last step's, or new ones if they no longer serve.
+
+        Args:
+            params: the optimizer's; ``inputs`` has their stand-ins where state is on the host.
+        """
         launches = self._launches
         if launches is None or not launches.serve(inputs):
             if captured:  # each replay would set new state to zero

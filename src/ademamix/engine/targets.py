@@ -59,7 +59,7 @@ class Targets:
             self.tensors[i].copy_(real(local(self.params[i])))
 
     def write(self) -> None:
-        """Give it back."""
+        """Write the copies back into their parameters."""
         for i in self.copied:
             real(local(self.params[i])).copy_(self.tensors[i])
 
