@@ -90,7 +90,7 @@ def test_a_step_that_only_the_device_knows_to_skip_changes_nothing(monkeypatch: 
 
     before = tensors()
     for skip in (True, False):
-        monkeypatch.setattr(optimizer, "_factor_and_skip", lambda grads, skip=skip: (None, Elsewhere(skip)))
+        monkeypatch.setattr(optimizer, "_factor_and_skip", lambda params, grads, skip=skip: (None, Elsewhere(skip)))
         optimizer.step()
         assert optimizer.skipped_steps == 1
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True)) is skip

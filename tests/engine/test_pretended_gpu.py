@@ -94,7 +94,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
     def address(t: Tensor) -> int:
         seen.append(t)  # so that no other gets its number
-        return id(t)
+        return id(t) << 14  # as far from others' as it is long
 
     def put_part(t: Tensor, index: Any, value: Any) -> None:
         if t.device.type != "cuda":
@@ -104,6 +104,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         else:
             part(t, index).fill_(value)
 
+    monkeypatch.setattr(backends, "is_fake", lambda t: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch, "empty", empty_or_pinned)

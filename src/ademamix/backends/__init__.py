@@ -131,6 +131,17 @@ def sent_to(device: torch.device, t: torch.Tensor) -> torch.Tensor:
     return own.to(device, non_blocking=own is not t)
 
 
+def is_fake(t: Any) -> bool:
+    """Whether t is a FakeTensor, whose numbers nobody knows."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(t, module.FakeTensor)
+
+
+def has_memory(t: torch.Tensor) -> bool:
+    """Whether t has a place in memory, which fused backends need, or nothing to keep there."""
+    return not is_fake(t) and (t.numel() == 0 or t.data_ptr() != 0)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is started on the device is not carried out but recorded, in a CUDA graph."""
     if device.type != "cuda":
@@ -154,7 +165,7 @@ def choose(backend: str, device: torch.device) -> str:
 def launch(backend: str, batch: Batch) -> Launch:
     """A launch on the chosen backend; "auto" falls back to eager, with one warning, where the fused one fails."""
     name = choose(backend, batch.parameters[0].device)
-    if (name, batch.rule) in _unavailable and backend == "auto":
+    if backend == "auto" and ((name, batch.rule) in _unavailable or is_fake(batch.parameters[0])):
         name = "eager"
     try:
         made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)

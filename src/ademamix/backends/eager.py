@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ademamix.backends import Batch, bind, coefficient_names, with_numbers
+from ademamix.backends import Batch, bind, coefficient_names, is_fake, with_numbers
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 20
@@ -174,7 +174,7 @@ def write(format: Format, codes: Tensor, encoded: Tensor) -> None:
 
 
 def _spread(scale: Tensor, length: int) -> Tensor:
-    return scale.repeat_interleave(BLOCK, dim=1)[:, :length]
+    return scale.repeat_interleave(BLOCK, dim=1).narrow(1, 0, length)
 
 
 class Launch:
@@ -194,7 +194,10 @@ class Launch:
             lists[row] += _pieces(self.batch, i, g)
         rounded = coefficients.to(torch.float64 if self.batch.double else torch.float32)
         for row, pieces in lists.items():
-            numbers = list(rounded[row].numpy()) if rounded.device.type == "cpu" else rounded[row].unbind()
+            if is_fake(rounded):
+                numbers: Sequence[Any] = [1.0] * rounded.shape[1]
+            else:
+                numbers = list(rounded[row].numpy()) if rounded.device.type == "cpu" else rounded[row].unbind()
             while pieces:
                 count = elements = 0
                 while count < len(pieces) and elements < PIECE:
@@ -239,6 +242,8 @@ class Launch:
     def _noise(self, piece: _Piece, done: float | Tensor) -> Tensor:
         like = piece.tensors[0]
         assert like is not None
+        if is_fake(like):
+            return torch.empty_like(like, dtype=torch.int32)
         steps = done.to(torch.int32) if isinstance(done, Tensor) else int(done)
         key = _hashed(self.keys[piece.parameter], steps)
         if piece.stride == like.shape[1]:
@@ -274,10 +279,11 @@ def _pieces(batch: Batch, i: int, g: Tensor) -> Iterator[_Piece]:
     tensors, scales = views([p, g, *batch.slots[i]]), [None, None, *batch.scales[i]]
     rows = max(1, PIECE // shape[1])
     for first in range(0, shape[0], rows):
+        cut = (0, first, min(rows, shape[0] - first))
         yield _Piece(
             i,
             start + first * stride,
             stride,
-            [None if t is None else t[first : first + rows] for t in tensors],
-            [None if t is None else t[first : first + rows] for t in scales],
+            [None if t is None else t.narrow(*cut) for t in tensors],
+            [None if t is None else t.narrow(*cut) for t in scales],
         )

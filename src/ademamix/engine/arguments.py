@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from operator import is_
 from typing import Any, TypedDict, get_args
 
 import numpy as np
@@ -60,3 +61,14 @@ def check_flags(group: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+
+
+def with_floats(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with Python's numbers for the others, and for tensors of one element, in a tuple or a list as betas."""
+    return {name: _floats(x) if isinstance(x, tuple | list) and name != "params" else x for name, x in group.items()}
+
+
+def _floats(values: Any) -> Any:
+    one = (x.detach() if isinstance(x, Tensor) and x.numel() == 1 else x for x in values)
+    plain = [x.item() if isinstance(x, np.generic) or (isinstance(x, Tensor) and x.numel() == 1) else x for x in one]
+    return values if all(map(is_, plain, values)) else type(values)(plain)

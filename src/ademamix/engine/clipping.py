@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.utils.weak import TensorWeakRef
 
 from ademamix import backends
 from ademamix.backends import sent_to
@@ -19,6 +20,43 @@ class Norm(NamedTuple):
     value: Tensor
     factor: Tensor | None  # on the gradients
     grad_scale: float | Tensor | None  # the gradients have been multiplied by it, and value divided
+
+
+class Note:
+    """A norm that is kept for the next step, and which gradients it is of."""
+
+    def __init__(self, norm: Norm, params: Sequence[Tensor]) -> None:
+        self.norm = norm
+        self.seen = [(TensorWeakRef(_grad(p)), _version(p)) for p in params]  # kept alive by others, or not
+        self.graphs = _nodes()
+
+    def serves(self, params: Sequence[Tensor]) -> bool:
+        """Whether the gradients of ``params`` are those that it is of.
+
+        They may have been changed in place meanwhile, by a factor for instance, as those that torch's clip_grad_norm_
+        has clipped may be. Where a graph was built between, the change was another backward pass.
+        """
+        if len(params) != len(self.seen) or any(
+            ref() is not p.grad for p, (ref, _) in zip(params, self.seen, strict=True)
+        ):
+            return False
+        return _nodes() == self.graphs or list(map(_version, params)) == [version for _, version in self.seen]
+
+
+def _version(p: Tensor) -> int:
+    """How often the gradient has been changed in place; inference tensors do not count."""
+    grad = _grad(p)
+    return 0 if grad.is_inference() else grad._version
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _nodes() -> int:
+    """How many operations autograd has recorded in this thread."""
+    return torch._C._autograd._get_sequence_nr()
 
 
 def clipping(
@@ -39,7 +77,7 @@ def clipping(
 
 
 def factor_and_skip(
-    norm: Norm | None, scale: float | Tensor | None, found_inf: Tensor | None, skip_nonfinite: bool
+    norm: Norm | None, scale: float | Tensor | None, found_inf: float | Tensor | None, skip_nonfinite: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to multiply the gradients by, and whether to skip the step, where that is a question.
 
@@ -67,6 +105,7 @@ def factor_and_skip(
         inverse = 1.0 / (scale if isinstance(scale, Tensor) else scalar(scale))
         factor = inverse if factor is None else factor * inverse
     if found_inf is not None:
+        found_inf = found_inf if isinstance(found_inf, Tensor) else scalar(found_inf)  # 0, where it saw no gradient
         skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)
     return factor, skip
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ademamix.backends import bind, reason, sent_to, warn
-from ademamix.engine.tape import Coefficients, Tape, values_of
+from ademamix.engine.tape import Coefficients, Tape, Values
 
 
 class Source(NamedTuple):
@@ -60,7 +60,7 @@ def on_host(
     table = np.empty((len(rows), 2 + len(names)))
     late = []
     for (i, before), row in rows.items():
-        values = coefficients(before + 1.0, groups[i])
+        values = coefficients(before + 1.0, Values(groups[i]))
         line = [-1.0 if groups[i]["maximize"] else 1.0, before, *(values[name] for name in names)]
         for column, value in enumerate(line):
             if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -85,7 +85,7 @@ def on_device(
     """The rows of some parameters of one group whose numbers of steps only the device knows."""
     before = torch.stack(list(done))
     before = before.to(torch.float32 if before.device.type == "mps" else torch.float64)  # MPS has no float64
-    values = bind(coefficients, _xp)(before + 1.0, values_of(group, lambda x: sent_to(before.device, x)))
+    values = bind(coefficients, _xp)(before + 1.0, Values(group, lambda x: sent_to(before.device, x)))
     table = before.new_empty(len(before), 2 + len(names))
     for column, value in enumerate((-1.0 if group["maximize"] else 1.0, before, *(values[name] for name in names))):
         table[:, column] = value.squeeze() if isinstance(value, Tensor) else value
@@ -127,6 +127,23 @@ class CountedOnHost:
         """Count the step, once it has been taken."""
         for counter in self.counters:
             counter[()] += 1.0
+
+
+class CountedByNobody:
+    """The steps of fake parameters, whose numbers are nobody's: what is computed of them has its shape alone."""
+
+    def __init__(self, steps: Sequence[Tensor]) -> None:
+        self.steps = steps
+
+    def next(
+        self, source: Source, factor: Tensor | None, skip: Tensor | None
+    ) -> tuple[Sequence[int], Callable[[torch.device], Tensor]]:
+        """As :meth:`CountedOnHost.next`, with any coefficients."""
+        return [0] * len(self.steps), lambda device: torch.ones(1, 2 + len(source.names))
+
+    def taken(self) -> None:
+        """Count the step, as it would be."""
+        torch._foreach_add_(self.steps, 1.0)
 
 
 class CountedOnDevice:

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from ademamix import backends
+from ademamix.engine.tape import Values
 from ademamix.engine.tracing import traced
 from ademamix.formats import FORMATS, Format
 
@@ -41,7 +42,7 @@ class Kind(ABC):
         """The rule as all backends compile it, once it and its hyperparameters are found to be right."""
         cls.check(group)
         rule = traced_once(cls.rule_of(group))
-        missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, group))
+        missing = set(backends.coefficient_names(rule)) - set(cls.coefficients(1.0, Values(group)))
         if missing:
             raise ValueError(f"the coefficients of {cls.__name__} lack {sorted(missing)}, which its rule takes")
         return rule

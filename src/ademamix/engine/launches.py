@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ademamix import backends
 from ademamix.backends import Batch, Rule, sent_to
-from ademamix.engine.coefficients import CountedOnDevice, CountedOnHost, Source
+from ademamix.engine.coefficients import CountedByNobody, CountedOnDevice, CountedOnHost, Source
 from ademamix.engine.offload import CHUNK, Trip
 from ademamix.engine.sharding import is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
-from ademamix.engine.targets import Targets, number_format, real
+from ademamix.engine.targets import Targets, check_memory, number_format, real
 from ademamix.formats import Format, keys
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +30,7 @@ class Program(NamedTuple):
     name: str  # of its class, for errors
     rule: Rule
     source: Source  # of the rule's coefficients
+    formats: Mapping[str, Format]  # of all the rule's slots
     backend: str
     offload: bool
 
@@ -79,8 +80,10 @@ class Launches:
         # Steps that live on an accelerator stay there: reading them would wait for it.
         there = any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
         self.on_device = inputs.counted_there or there
+        check_memory(program.name, inputs.params)
         formats = [
-            slot_formats(p, inputs.settings[i].formats) for i, p in zip(inputs.of_group, inputs.params, strict=True)
+            slot_formats(p, _kept(program, i, inputs.settings[i].formats, s))
+            for i, p, s in zip(inputs.of_group, inputs.params, saved, strict=True)
         ]
         self.states = [
             state_of(s, p, f, p.device if self.on_device else CPU)
@@ -99,11 +102,14 @@ class Launches:
             used[self.targets.tensors[members[0]].device].add(backends.name_of(launch))
         self.backends = tuple(sorted(set().union(*used.values())))
         steps = [state["step"] for state in self.states]
-        self.steps: CountedOnDevice | CountedOnHost = (
-            CountedOnDevice(steps, inputs.of_group, [device for device, names in used.items() if names == {"triton"}])
-            if self.on_device
-            else CountedOnHost(steps, inputs.of_group)
-        )
+        self.steps: CountedOnDevice | CountedOnHost | CountedByNobody
+        if self.seen.fake:
+            self.steps = CountedByNobody(steps)
+        elif self.on_device:
+            in_one_launch = [device for device, names in used.items() if names == {"triton"}]
+            self.steps = CountedOnDevice(steps, inputs.of_group, in_one_launch)
+        else:
+            self.steps = CountedOnHost(steps, inputs.of_group)
 
     def serve(self, inputs: Inputs) -> bool:
         """Whether all is as it was, also if somebody exchanged tensors or their memory."""
@@ -138,21 +144,42 @@ class Launches:
                 trip.all_arrived()
             grads = self.targets.laid_out(grads)
         self.targets.read()
-        given: dict[torch.device, tuple[Tensor, Tensor | None]] = {}  # each device's own table and flag
+        devices = [self.targets.tensors[members[0]].device for _, members, _ in self.calls]
+        given = {  # each device's own table and flag, all of them before anything is written
+            d: (table(d), None if skip is None else sent_to(d, skip)) for d in dict.fromkeys(devices)
+        }
         for n, (launch, members, slices) in enumerate(self.calls):
-            device = self.targets.tensors[members[0]].device
-            if device not in given:
-                given[device] = table(device), None if skip is None else sent_to(device, skip)
             theirs = [grads[m] for m in members]
             if slices is not None:
                 theirs = list(map(_cut, theirs, slices))
             if trip is not None:
                 trip.arrived(n)
-            launch(theirs, [rows[m] for m in members], *given[device])
+            launch(theirs, [rows[m] for m in members], *given[devices[n]])
             if trip is not None:
                 trip.send(n)
         self.targets.write()
         self.steps.taken()
+
+
+def _kept(
+    program: Program, group: int, stored: Mapping[str, Format], saved: Mapping[str, Any] | None
+) -> dict[str, Format]:
+    """The formats of a parameter's slots: of those that its group stores, and of those that it has had before.
+
+    These go on as the equations say, also where a hyperparameter makes them needless for some time.
+
+    Raises:
+        ValueError: a slot is stored from now on whose past nobody has kept.
+    """
+    if saved is None:
+        return dict(stored)
+    lost = [name for name in stored if saved.get(name) is None]
+    if lost and float(saved.get("step", 0.0)) > 0.0:
+        raise ValueError(
+            f"{program.name}: a parameter in group {group} has a state of {float(saved['step']):.0f} steps without "
+            f"{lost}, which the group's hyperparameters have needed from the first step on; allowed: those that it had"
+        )
+    return {name: format for name, format in program.formats.items() if name in stored or saved.get(name) is not None}
 
 
 class _Seen:
@@ -172,6 +199,7 @@ class _Seen:
         ]
         self.tensors = [*self.params, *(state["step"] for state in states), *slots]
         self.sharded = any(map(is_sharded, self.params))
+        self.fake = any(map(backends.is_fake, map(local, self.params)))
         self.pointers, self.shapes, self.kinds = self._pointers(), self._shapes(), _kinds(inputs.grads)
 
     def again(self, inputs: Inputs) -> bool:
@@ -181,6 +209,7 @@ class _Seen:
             and inputs.settings == self.settings
             and all(map(is_, inputs.params, self.params))
             and self._has_states(inputs.states)
+            and not self.fake
             and self._pointers() == self.pointers
             and self._shapes() == self.shapes
             and _kinds(inputs.grads) == self.kinds
@@ -196,14 +225,16 @@ class _Seen:
         )
 
     def _pointers(self) -> list[int]:
+        if self.fake:
+            return []
         return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
 
     def _shapes(self) -> list[Any]:
-        return [*map(Tensor.numel, self.params), *map(Tensor.stride, self.params)]
+        return [*map(Tensor.size, self.params), *map(Tensor.stride, self.params), *(p.dtype for p in self.params)]
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:
-    return [*map(type, grads), *(g.dtype for g in grads)]
+    return [*map(type, grads), *map(Tensor.size, grads), *((g.dtype, g.device) for g in grads)]
 
 
 Members = list[int]  # numbers of parameters
@@ -228,9 +259,10 @@ def _batches(
         grad = number_format(real(local(g)), stochastic=False)
         own = number_format(target, stochastic=settings[i].stochastic_rounding)
         chunk = before // CHUNK if program.offload else 0
-        alike[target.device, own, grad, tuple(f.get(name) for name in names), chunk].append(m)
+        kept = tuple(f.get(name) for name in names)
+        alike[target.device, backends.is_fake(target), own, grad, kept, chunk].append(m)
         before += target.numel()
-    for (_, own, grad, kept, _), bucket in alike.items():
+    for (_, _, own, grad, kept, _), bucket in alike.items():
         blocked = any(f is not None and f.scale is not None for f in kept)
         noisy = any(f is not None and f.stochastic for f in (own, *kept))
         cuts = [
@@ -278,10 +310,12 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
-        part, device = local(t), CPU if program.offload else t.device
-        fused = backends.choose(program.backend, device) != "eager"
-        if fused and part.numel() and not part.data_ptr():
-            kind = f"a {what} in group {group} is a {type(part.data).__name__}, which has no memory of its own"
+        device = CPU if program.offload else t.device
+        eager = backends.choose(program.backend, device) == "eager" or (
+            program.backend == "auto" and backends.is_fake(local(p))
+        )
+        if not eager and not backends.has_memory(local(t)):
+            kind = f"a {what} in group {group} is a {type(local(t).detach()).__name__}, which has no memory of its own"
             raise RuntimeError(f"{name}: {kind}; allowed with backend='eager' alone")
     if is_sharded(g) != is_sharded(p):
         raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
@@ -289,5 +323,7 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
         found = f"{p.placements} on {p.device_mesh}, with a gradient on {g.device_mesh}"
         allowed = "allowed: Shard and Replicate, the gradient on the same mesh"
         raise RuntimeError(f"{name}: a parameter in group {group} is placed as {found}; {allowed}")
+    if g.device != p.device:
+        raise RuntimeError(f"{name}: {where} on {p.device} is on {g.device}: they must be on one device")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: {where} has shape {tuple(g.shape)}: they must be equal")

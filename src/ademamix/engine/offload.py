@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ademamix.engine.sharding import joined, local, local_part
-from ademamix.engine.state import CPU, MASTER
+from ademamix.engine.state import CPU, MASTER, check_state
 
 LARGEST_SLAB = 1 << 26  # bytes that are allocated together, if a tensor has not more
 ALIGNMENT = 64  # bytes
@@ -28,6 +28,7 @@ class StandIn:
 
     whole: Tensor  # what is updated
     rounded: Tensor  # in the parameter's dtype, as it is sent: the part of whole itself if that has it
+    device: torch.device  # the parameter's
     grad: Tensor | None = None  # the gradient as it has arrived
     seen: tuple[int, ...] | None = None  # the parameter's versions after the last step
 
@@ -80,25 +81,27 @@ class Host:
     def stand_in(self, p: Tensor, master: Any = None) -> StandIn:
         """The parameter's stand-in, with these master weights if there are some already."""
         known = self.of.get(p)
-        if known is not None and (master is None or known.whole is master):
+        if known is not None and _is_of(known, p) and (master is None or known.whole is master):
             return known
         part = local(p).detach()
         if p.dtype not in LOW:
             copy = self.slabs.empty(part, p.dtype, part.device)
-            made = StandIn(joined(copy, p, p.shape), copy)
+            made = StandIn(joined(copy, p, p.shape), copy, part.device)
         else:
+            check_state({MASTER: master}, p, {})
             numbers = part if master is None else local_part(master, p)
             own = numbers.to(CPU, torch.float32).contiguous()
             fits = master is not None and own is local(master)
             if not fits:  # strides of dimensions of one element, too, as those of gradients in host memory
                 own = own.view(-1).view(own.shape)
-            made = StandIn(master if fits else joined(own, p, p.shape), self.slabs.empty(part, p.dtype, part.device))
+            whole = master if fits else joined(own, p, p.shape)
+            made = StandIn(whole, self.slabs.empty(part, p.dtype, part.device), part.device)
         self.of[p] = made
         return made
 
     def stand_ins(self, params: Sequence[Tensor], states: Mapping[Tensor, Any]) -> list[Tensor]:
         """What to update in the parameters' place, with what others have made of these since the last step."""
-        found = [self.stand_in(p, states[p].get(MASTER) if p in states else None) for p in params]
+        found = [self.stand_in(p, states[p].get(MASTER) if p in states and p.dtype in LOW else None) for p in params]
         for p, its in zip(params, found, strict=True):
             if its.seen != _versions(p):
                 now, own = local(p).detach().to(CPU), local(its.whole)
@@ -107,9 +110,20 @@ class Host:
         return [its.whole for its in found]
 
 
+def _is_of(its: StandIn, p: Any) -> bool:
+    """Whether it can stand in for what the parameter is now."""
+    part, placed = local(p), getattr(p, "placements", None)
+    return (
+        (its.rounded.dtype, its.rounded.shape, its.device) == (part.dtype, part.shape, part.device)
+        and its.whole.shape == p.shape
+        and getattr(its.whole, "placements", None) == placed
+    )
+
+
 def with_master(state: Mapping[str, Any] | None, p: Tensor, stand_in: Tensor) -> dict[str, Any]:
     """A parameter's state, with its master weights where it has some."""
-    return {**(state or {}), **({MASTER: stand_in} if p.dtype in LOW else {})}
+    others = {name: value for name, value in (state or {}).items() if name != MASTER}
+    return {**others, MASTER: stand_in} if p.dtype in LOW else others
 
 
 class Trip:

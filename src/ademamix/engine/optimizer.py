@@ -1,7 +1,9 @@
 """The torch.optim.Optimizer that users see: groups, state, checkpoints. The updates themselves are rules."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import wraps
 from itertools import chain
 from typing import Any, overload
 
@@ -14,9 +16,10 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.backends import sent_to
-from ademamix.engine.arguments import NUMBERS, check_flags, check_seed, show_options
-from ademamix.engine.clipping import Norm, clipping, factor_and_skip, is_captured
+from ademamix.engine.arguments import NUMBERS, check_flags, check_seed, show_options, with_floats
+from ademamix.engine.clipping import Norm, Note, clipping, factor_and_skip, is_captured
 from ademamix.engine.coefficients import Source
+from ademamix.engine.interrupts import uninterrupted
 from ademamix.engine.kinds import Kind, traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
@@ -72,6 +75,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             "seed": seed,
             "capturable": capturable,
         }
+        defaults = with_floats(defaults)
         self.rule = self.checked_rule(defaults)
         self.state_format = state
         self._formats = self.formats_of(defaults, state)
@@ -84,7 +88,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         self.backend = backend
         self.skip_nonfinite = skip_nonfinite
         self._skipped: int | Tensor = 0
-        self._norm: Norm | None = None
+        self._note: Note | None = None
         self._launches: Launches | None = None
         self._captured: list[Launches] = []  # CUDA graphs read their tables whenever they are replayed
         super().__init__(params, defaults)
@@ -93,6 +97,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             show_options(cls.__init__, OPTIONS)
+            cls.__init__ = _disable_dynamo(cls.__init__)  # type: ignore[method-assign]
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
         return GroupSettings(self.formats(group), group["stochastic_rounding"], group["seed"])
@@ -111,8 +116,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if self.offload and group["capturable"]:
             raise ValueError("capturable must be False with offload=True: no graph can hold what the host computes")
 
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
+        param_group = with_floats(param_group)
         self._check_group({**self.defaults, **param_group})
         own = {**{name: getattr(self, name) for name in WHOLE[1:]}, "state": self.state_format}
         # ZeroRedundancyOptimizer repeats in each group what the optimizer was given.
@@ -145,9 +152,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
         return int(self._skipped)
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop or zero the gradients as in torch.optim, and what :meth:`clip_grad_norm_` has found about them."""
-        self._norm = None
+        self._note = None
         super().zero_grad(set_to_none)
 
     @_disable_dynamo
@@ -171,14 +179,18 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """
         _check_bound("max_norm", max_norm)
         every = self._every()
-        self._norm = clipping(gradients([p for p in every if p.grad is not None]), every, max_norm, grad_scale)
-        return self._norm.value
+        params = [p for p in every if p.grad is not None]
+        norm = clipping(gradients(params), every, max_norm, grad_scale)
+        self._note = Note(norm, params)
+        return norm.value
 
     def _every(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _factor_and_skip(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        norm, self._norm = self._norm, None
+    def _factor_and_skip(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        norm = self._note.norm if self._note is not None and self._note.serves(params) else None
         if norm is None and self.skip_nonfinite:
             norm = Norm(global_norm(grads, self._every()), None, None)
         # A GradScaler sets these two for the time of a step.
@@ -223,44 +235,63 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 loss = closure()
 
         self._update()
+        self._note = None
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch.optim makes of ``step``; if it raises, what a GradScaler has left for it is gone too."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hooked(self, *args, **kwargs)
+            except BaseException:
+                for name in ("grad_scale", "found_inf"):
+                    vars(self).pop(name, None)
+                raise
+
+        return step
 
     def _update(self) -> None:
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = list(chain.from_iterable(active))
-        if not params:  # other processes may have gradients, and wait for this one's part in their norm
-            _, skip = self._factor_and_skip([])
-            if skip is not None:
-                self._count(skip)
-            return
         captured = is_captured(params, self.param_groups)
         grads = gradients(params)
-        factor, skip = self._factor_and_skip(grads)
-        if skip is not None and skip.device.type == "cpu":  # there it is known
+        fake = any(map(backends.is_fake, grads))
+        factor, skip = (None, None) if fake else self._factor_and_skip(params, grads)
+        if skip is not None and (not params or skip.device.type == "cpu"):
             self._count(skip)
-            if skip:
+            if not params or skip:  # other processes may have gradients, and waited for this one's part in their norm
                 return
             skip = None
+        if not params:
+            return
+        counted_there = any(group["capturable"] for group in self.param_groups)
+        counted_there |= skip is not None and not self.offload
         inputs = Inputs(
             params,
             grads,
             [i for i, members in enumerate(active) for _ in members],
             [self._settings(group) for group in self.param_groups],
-            any(group["capturable"] for group in self.param_groups) or (skip is not None and not self.offload),
+            counted_there and not fake,
             self.state,
         )
-        run = self._run_on_host if self.offload else self._run
-        run(inputs, factor, skip, captured)
+        run = self._run_on_host if self.offload and not fake else self._run
+        with next(g.fake_mode for g in grads if backends.is_fake(g)) if fake else nullcontext():
+            run(inputs, factor, skip, captured)
 
     def _run(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
         program = self._program()
         launches = self._launches_for(program, inputs.params, inputs, captured)
         if inputs.counted_there:
             self._count_on((inputs.params[0] if skip is None else skip).device)
-        launches.run(program, inputs.grads, factor, skip)
-        self._taken(launches, inputs.params)
-        if skip is not None:
-            self._count(skip)
+        with uninterrupted():
+            launches.run(program, inputs.grads, factor, skip)
+            self._taken(launches, inputs.params)
+            if skip is not None:
+                self._count(skip)
 
     def _run_on_host(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
         program = self._program()
@@ -274,11 +305,13 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         factor, skip = (None if t is None else t.to(CPU) for t in (factor, skip))
         if skip:
             trip.all_arrived()  # the gradients' memory may be used for other things once the step is over
+            trip.finish()
             self._skipped += 1
         else:
-            launches.run(program, there.grads, factor, None, trip)
-            self._taken(launches, inputs.params)
-        trip.finish()
+            with uninterrupted():
+                launches.run(program, there.grads, factor, None, trip)
+                self._taken(launches, inputs.params)
+                trip.finish()
 
     def _taken(self, launches: Launches, params: Sequence[Tensor]) -> None:
         """Take over states that a first step has made, and tell autograd that the parameters have changed."""
@@ -289,7 +322,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     def _program(self) -> Program:
         source = Source(self.coefficients, backends.coefficient_names(self.rule), self.param_groups)
-        return Program(type(self).__name__, self.rule, source, self.backend, self.offload)
+        return Program(type(self).__name__, self.rule, source, self._formats, self.backend, self.offload)
 
     def _launches_for(self, program: Program, params: Sequence[Tensor], inputs: Inputs, captured: bool) -> Launches:
         """The last step's, or new ones if they no longer serve.
@@ -312,6 +345,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             self._captured.append(launches)
         return launches
 
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, exactly: state keeps its own dtype, whatever that of the parameter is.
 
@@ -320,11 +354,12 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         Raises:
             ValueError: groups, parameters or the shape of a state tensor do not fit; nothing has been changed then.
         """
-        loaded: dict[str, Any] = {}
+        loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            final = {**final, "param_groups": list(map(with_floats, final["param_groups"]))}
             self._check_loaded(final)
-            loaded.update(final)
+            loaded.extend(self._loaded(final))
             # torch would make a copy of each tensor in the parameter's dtype.
             ids = set(chain.from_iterable(group["params"] for group in final["param_groups"]))
             return {**final, "state": {i: value for i, value in final["state"].items() if i not in ids}}
@@ -332,7 +367,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         # Between the user's own hooks: these have changed the dict before, and see the whole state after.
         hooks = (
             self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(lambda _: self._load(loaded), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
@@ -340,7 +375,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             for hook in hooks:
                 hook.remove()
 
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
+    def _loaded(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter that has a state in there, and this state as it is to be."""
         for p, saved in self._by_parameter(state_dict):
             kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
             master, like = kept.pop(MASTER, None), p
@@ -349,7 +385,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 kept = with_master(kept, p, like)
             formats = slot_formats(like, self._formats)
             exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
-            self.state[p] = {**exact, "step": scalar(float(kept["step"]))}
+            step = kept["step"]
+            yield p, {**exact, "step": step if backends.is_fake(step) else scalar(float(step))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -379,8 +416,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
         self.rule = traced_once(self.rule_of(self.defaults))
-        self._launches = self._norm = None
+        self._launches = self._note = None
         self._captured = []
         self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries

@@ -35,7 +35,7 @@ def tensor_names(slot: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
     return (slot, f"{slot}_scale") if formats[slot].scale is not None else (slot,)
 
 
-def _is_dense(p: Tensor) -> bool:
+def is_dense(p: Tensor) -> bool:
     """Whether p fills its memory without gaps or overlaps: then empty_like keeps its strides."""
     return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
 
@@ -46,7 +46,7 @@ def fits(p: Tensor, formats: Mapping[str, Format]) -> bool:
     A lazily negated tensor (``z.conj().imag``) is the negative of what lies in its memory.
     """
     ordered = is_sharded(p) or any(f.scale is not None for f in formats.values())
-    return not p.is_neg() and (local(p).is_contiguous() if ordered else _is_dense(p))
+    return not p.is_neg() and (local(p).is_contiguous() if ordered else is_dense(p))
 
 
 def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
@@ -78,7 +78,7 @@ def new_slot(name: str, p: Tensor, formats: Mapping[str, Format]) -> dict[str, T
     """Zeros as p's slot ``name``, with its scales."""
     slot = {name: joined(torch.zeros_like(_layout(p, formats[name], formats), device=p.device), p, p.shape)}
     if formats[name].scale is not None:
-        scale = torch.zeros(_scale_shape(local(p)), dtype=torch.float32, device=p.device)
+        scale = local(p).new_zeros(_scale_shape(local(p)), dtype=torch.float32, device=p.device, requires_grad=False)
         slot[f"{name}_scale"] = joined(scale, p, _scale_shape(p))
     return slot
 

@@ -1,9 +1,10 @@
 """Coefficients as operations on a step that only the device knows, written down for it to compute."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ademamix.backends import bind
@@ -28,7 +29,7 @@ class Tape:
     def __init__(self, coefficients: Coefficients, names: Sequence[str], group: Mapping[str, Any]) -> None:
         self._lines: list[str] = []
         self.numbers: list[Any] = []
-        values = bind(coefficients, _tape_xp)(_Known(self, "t"), values_of(group, lambda x: x))
+        values = bind(coefficients, _tape_xp)(_Known(self, "t"), Values(group))
         sign = -1.0 if group["maximize"] else 1.0
         self.results = tuple(self.name(x) for x in (sign, *(values[name] for name in names)))
         self.lines = tuple(self._lines)
@@ -112,12 +113,31 @@ def is_late(x: Any) -> bool:
     return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
-def values_of(group: Mapping[str, Any], late: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """The group's hyperparameters, numbers in place of the host's tensors, and what is made of a device's."""
+class Values(Mapping[str, Any]):
+    """A group's hyperparameters as coefficients are computed of them; what else a user keeps there is not looked at.
 
-    def value(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return late(x) if is_late(x) else float(x)
-        return tuple(map(value, x)) if isinstance(x, tuple | list) else x
+    Args:
+        group: the parameter group.
+        late: what is made of a tensor on a device, whose number nobody waits for. Other tensors, and NumPy's numbers,
+            are Python's numbers: arithmetic with them could be in float32.
+    """
 
-    return {name: value(x) for name, x in group.items() if name not in ("params", "param_names")}
+    def __init__(self, group: Mapping[str, Any], late: Callable[[Tensor], Any] = lambda x: x) -> None:
+        self._group, self._late = group, late
+
+    def __getitem__(self, name: str) -> Any:
+        return number_of(self._group[name], self._late)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+
+def number_of(x: Any, late: Callable[[Tensor], Any]) -> Any:
+    if isinstance(x, Tensor):
+        return late(x) if is_late(x) else float(x)
+    if isinstance(x, np.generic):
+        return x.item()
+    return tuple(number_of(each, late) for each in x) if isinstance(x, tuple | list) else x

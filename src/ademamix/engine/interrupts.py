@@ -1,0 +1,71 @@
+"""A step ends or has not begun: what interrupts a program waits while memory is being written."""
+
+import _signal  # type: ignore[import-not-found]  # signal's own functions take ten times as long, to look up enums
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+NEVER_HANDLED = {getattr(signal, name, 0) for name in ("SIGKILL", "SIGSTOP")}
+SIGNALS = [int(number) for number in sorted(signal.valid_signals() - NEVER_HANDLED)]
+
+
+class _Gate:
+    """Keeps signals while it is closed."""
+
+    def __init__(self) -> None:
+        self.closed = True
+        self.came: dict[int, None] = {}
+
+
+class _Held:
+    """A handler behind a gate."""
+
+    def __init__(self, handler: Any, gate: _Gate) -> None:
+        self.handler, self.gate = handler, gate
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.gate.closed:
+            self.gate.came[number] = None
+        else:
+            self.handler(number, frame)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the handlers of signals, such as that of Ctrl-C, run after the block.
+
+    Python runs them in the main thread alone; elsewhere there is nothing to hold back. Of blocks within each other, the
+    outermost counts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    gate = _Gate()
+    held: dict[int, _Held] = {}
+    try:
+        for number in SIGNALS:
+            handler = _signal.getsignal(number)
+            if callable(handler):
+                if isinstance(handler, _Held) and not handler.gate.closed:  # an interrupt left it, on the way out
+                    handler = handler.handler
+                held[number] = _Held(handler, gate)
+                _signal.signal(number, held[number])
+        yield
+    finally:
+        gate.closed = False
+        try:  # from here on handlers may raise; one that stays behind an open gate does no harm
+            for number, each in held.items():
+                _signal.signal(number, each.handler)
+        finally:
+            _deliver(list(gate.came))
+
+
+def _deliver(numbers: list[int]) -> None:
+    """Raise the signals anew, each of them also if the handler of one before raises."""
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            _deliver(numbers[1:])
