@@ -249,3 +249,54 @@ def test_loaded_state_goes_to_the_device_of_each_parameter(make: Case) -> None:
         assert state.keys() == {"step", *make.slots, *(f"{slot}_scale" for slot in make.slots)}
         assert {t.device for name, t in state.items() if name != "step"} == {p.device}
         assert state["step"].device.type == "cpu"
+
+
+@every_case
+@pytest.mark.parametrize("own", [{}, {"mask": torch.ones(2), "name": "decoder"}])
+def test_loads_and_copies_change_no_state_dict(make: Case, own: dict[str, Any]) -> None:
+    """Entries, their order and values, after any number of them; torch.optim adds "differentiable" to its defaults."""
+    net = model()
+    optimizer = make([{"params": list(net.parameters()), **own}])
+    for t in range(2):
+        set_grads(net, t)
+        optimizer.step()
+    first = copy.deepcopy(optimizer.state_dict())
+
+    def check(other: torch.optim.Optimizer) -> None:
+        found = other.state_dict()
+        assert same(found, first)
+        for group, before in zip(found["param_groups"], first["param_groups"], strict=True):
+            assert list(group) == list(before)
+        for index, state in found["state"].items():
+            assert list(state) == list(first["state"][index])
+
+    copied = pickled = optimizer
+    for _ in range(3):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        check(optimizer)
+        copied, pickled = copy.deepcopy(copied), pickle.loads(pickle.dumps(pickled))
+        check(copied)
+        check(pickled)
+        copied.load_state_dict(copied.state_dict())
+        check(copied)
+    assert optimizer.defaults.keys() == make([nn.Parameter(torch.ones(2))]).defaults.keys()
+
+
+def test_a_load_that_fails_late_changes_nothing() -> None:
+    """A user's own hook raises after ours have looked; or memory is short while states are converted."""
+    net = model()
+    optimizer = AdEMAMix(net.parameters())
+    set_grads(net, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    other = copy.deepcopy(before)
+    for state in other["state"].values():
+        state["step"] += 5
+
+    class NoMemory(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise MemoryError
+
+    with pytest.raises(MemoryError), NoMemory():
+        optimizer.load_state_dict(other)
+    assert same(optimizer.state_dict(), before)

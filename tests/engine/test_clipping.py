@@ -351,3 +351,82 @@ def test_what_a_graph_reads_lives_on_when_other_steps_need_other_tables(monkeypa
     gc.collect()
     assert captured() is not None
     assert optimizer._launches is not captured()
+
+
+# --------------------------------------------------------------------------------- how long a norm is remembered
+
+
+def dropped(net: nn.Module, optimizer: AdEMAMix, how: str) -> None:
+    """Give up a batch, not by the optimizer's own zero_grad."""
+    if how == "zero_grad to None":
+        net.zero_grad()
+    elif how == "zero_grad to zeros":
+        net.zero_grad(set_to_none=False)
+    elif how == "other gradients":
+        for p in net.parameters():
+            p.grad = None if p.grad is None else torch.zeros_like(p)
+    else:  # all but one
+        for p in list(net.parameters())[1:]:
+            p.grad = None
+
+
+@pytest.mark.parametrize("how", ["zero_grad to None", "zero_grad to zeros", "other gradients"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e9])
+@pytest.mark.parametrize("skip_nonfinite", [None, True])
+def test_the_norm_of_gradients_that_were_dropped_is_forgotten(
+    how: str, factor: float, skip_nonfinite: bool | None
+) -> None:
+    net = nn.Linear(3, 3)
+    ours, reference = (copy.deepcopy(net) for _ in range(2))
+    optimizers = [AdEMAMix(n.parameters(), lr=0.1, skip_nonfinite=skip_nonfinite) for n in (ours, reference)]
+    x = torch.arange(6.0).view(2, 3)
+    (ours(x).sum() * factor).backward()
+    optimizers[0].clip_grad_norm_(1.0)
+    dropped(ours, optimizers[0], how)
+    for n, optimizer in zip((ours, reference), optimizers, strict=True):
+        n(x).square().sum().backward()
+        optimizer.step()
+    assert equal([p.detach() for p in ours.parameters()], [p.detach() for p in reference.parameters()])
+    assert optimizers[0].skipped_steps == 0
+
+
+def test_gradients_changed_in_place_stay_clipped() -> None:
+    """As those do that torch's clip_grad_norm_ has multiplied: for instance a part of the model gets half of them."""
+    theirs, ours = parameters(), parameters()
+    optimizers = AdEMAMix(theirs, lr=0.1), AdEMAMix(ours, lr=0.1)
+    give_gradients(theirs, 0)
+    give_gradients(ours, 0)
+    nn.utils.clip_grad_norm_(theirs, 2.0**-6)
+    optimizers[1].clip_grad_norm_(2.0**-6)
+    for p, q in zip(theirs, ours, strict=True):
+        p.grad.mul_(0.5)
+        q.grad.mul_(0.5)
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)  # as above: factors may differ in their last bit
+
+
+def test_another_model_s_forward_pass_between_clipping_and_the_step() -> None:
+    """As in adversarial training: these gradients have not changed."""
+    one, other = parameters(), parameters()
+    optimizers = AdEMAMix(one, lr=0.1), AdEMAMix(other, lr=0.1)
+    for params, optimizer in zip((one, other), optimizers, strict=True):
+        give_gradients(params, 0)
+        optimizer.clip_grad_norm_(2.0**-6)
+        if params is one:
+            nn.Linear(3, 3)(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert equal(snapshot(one, optimizers[0]), snapshot(other, optimizers[1]))
+
+
+def test_a_remembered_norm_keeps_no_gradient_alive() -> None:
+    params = parameters()
+    optimizer = AdEMAMix(params)
+    give_gradients(params, 0)
+    optimizer.clip_grad_norm_(1.0)
+    grads = [weakref.ref(p.grad) for p in params]
+    for p in params:
+        p.grad = None
+    gc.collect()
+    assert all(ref() is None for ref in grads)

@@ -11,7 +11,8 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -135,6 +136,12 @@ def is_fake(t: Any) -> bool:
     """Whether t is a FakeTensor, whose numbers nobody knows."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(t, module.FakeTensor)
+
+
+def mode_of(tensors: Iterable[Any]) -> AbstractContextManager[Any]:
+    """The mode of the fake ones among the tensors, in which all that is made is fake."""
+    mode: AbstractContextManager[Any] = next(t.fake_mode for t in tensors if is_fake(t))
+    return mode
 
 
 def has_memory(t: torch.Tensor) -> bool:

@@ -132,7 +132,7 @@ class CountedOnHost:
 class CountedByNobody:
     """The steps of fake parameters, whose numbers are nobody's: what is computed of them has its shape alone."""
 
-    def __init__(self, steps: Sequence[Tensor]) -> None:
+    def __init__(self, steps: list[Tensor]) -> None:
         self.steps = steps
 
     def next(

@@ -279,7 +279,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             self.state,
         )
         run = self._run_on_host if self.offload and not fake else self._run
-        with next(g.fake_mode for g in grads if backends.is_fake(g)) if fake else nullcontext():
+        with backends.mode_of(grads) if fake else nullcontext():
             run(inputs, factor, skip, captured)
 
     def _run(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
@@ -380,7 +380,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         for p, saved in self._by_parameter(state_dict):
             kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
             master, like = kept.pop(MASTER, None), p
-            if self.offload:
+            if self.offload and not backends.is_fake(p):
                 like = self._host.stand_in(p, master).whole
                 kept = with_master(kept, p, like)
             formats = slot_formats(like, self._formats)

@@ -137,7 +137,7 @@ class Values(Mapping[str, Any]):
 
 def number_of(x: Any, late: Callable[[Tensor], Any]) -> Any:
     if isinstance(x, Tensor):
-        return late(x) if is_late(x) else float(x)
+        return late(x) if is_late(x) else float(x.detach())
     if isinstance(x, np.generic):
         return x.item()
     return tuple(number_of(each, late) for each in x) if isinstance(x, tuple | list) else x
