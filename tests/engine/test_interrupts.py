@@ -114,6 +114,7 @@ def test_interrupts_at_any_moment_leave_whole_steps(handled: None) -> None:
             signal.setitimer(signal.ITIMER_REAL, delay)
             while True:
                 optimizer.step()
+        assert torch.is_grad_enabled()  # no_grad() would now and then be left in force
         done = {optimizer.state[p]["step"].item() for p in params}
         assert len(done) == 1
     for _ in range(int(done.pop())):

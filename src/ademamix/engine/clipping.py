@@ -1,12 +1,13 @@
 """What decides about a step before it is taken: the gradients' norm and scale, and whether a CUDA graph captures it."""
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.utils.weak import TensorWeakRef
 
 from ademamix import backends
 from ademamix.backends import sent_to
@@ -23,35 +24,30 @@ class Norm(NamedTuple):
 
 
 class Note:
-    """A norm that is kept for the next step, and which gradients it is of."""
+    """A norm that is kept for the next step, and which gradients it is of; these it does not keep alive."""
 
-    def __init__(self, norm: Norm, params: Sequence[Tensor]) -> None:
+    def __init__(self, norm: Norm, grads: Sequence[Tensor]) -> None:
         self.norm = norm
-        self.seen = [(TensorWeakRef(_grad(p)), _version(p)) for p in params]  # kept alive by others, or not
-        self.graphs = _nodes()
+        self.grads = list(map(ref, grads))
+        self.versions, self.graphs = _versions(grads), _nodes()
 
-    def serves(self, params: Sequence[Tensor]) -> bool:
-        """Whether the gradients of ``params`` are those that it is of.
+    def serves(self, grads: Sequence[Tensor]) -> bool:
+        """Whether these are the gradients that it is of.
 
         They may have been changed in place meanwhile, by a factor for instance, as those that torch's clip_grad_norm_
         has clipped may be. Where a graph was built between, the change was another backward pass.
         """
-        if len(params) != len(self.seen) or any(
-            ref() is not p.grad for p, (ref, _) in zip(params, self.seen, strict=True)
-        ):
+        if len(grads) != len(self.grads) or not all(map(is_, grads, [each() for each in self.grads])):
             return False
-        return _nodes() == self.graphs or list(map(_version, params)) == [version for _, version in self.seen]
+        return _nodes() == self.graphs or _versions(grads) == self.versions
 
 
-def _version(p: Tensor) -> int:
-    """How often the gradient has been changed in place; inference tensors do not count."""
-    grad = _grad(p)
-    return 0 if grad.is_inference() else grad._version
-
-
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad
+def _versions(grads: Sequence[Tensor]) -> list[int]:
+    """How often each has been changed in place; inference tensors do not count."""
+    try:
+        return [g._version for g in grads]
+    except RuntimeError:
+        return [0 if g.is_inference() else g._version for g in grads]
 
 
 def _nodes() -> int:

@@ -1,14 +1,32 @@
-"""A step ends or has not begun: what interrupts a program waits while memory is being written."""
+"""A step ends or has not begun, and leaves nothing behind: what an interrupt, at whatever moment, must not break."""
 
 import _signal  # type: ignore[import-not-found]  # signal's own functions take ten times as long, to look up enums
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
+
+import torch
 
 NEVER_HANDLED = {getattr(signal, name, 0) for name in ("SIGKILL", "SIGSTOP")}
 SIGNALS = [int(number) for number in sorted(signal.valid_signals() - NEVER_HANDLED)]
+
+
+def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch.no_grad(), which an interrupt just before its end leaves in force: Python looks for one between calls."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return call
 
 
 class _Gate:

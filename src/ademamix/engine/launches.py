@@ -230,11 +230,11 @@ class _Seen:
         return list(map(Tensor.data_ptr, map(local, self.tensors) if self.sharded else self.tensors))
 
     def _shapes(self) -> list[Any]:
-        return [*map(Tensor.size, self.params), *map(Tensor.stride, self.params), *(p.dtype for p in self.params)]
+        return [*map(Tensor.numel, self.params), *map(Tensor.stride, self.params), *[p.dtype for p in self.params]]
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:
-    return [*map(type, grads), *map(Tensor.size, grads), *((g.dtype, g.device) for g in grads)]
+    return [*map(type, grads), *map(Tensor.numel, grads), *[g.dtype for g in grads]]
 
 
 Members = list[int]  # numbers of parameters

@@ -19,7 +19,7 @@ from ademamix.backends import sent_to
 from ademamix.engine.arguments import NUMBERS, check_flags, check_seed, show_options, with_floats
 from ademamix.engine.clipping import Norm, Note, clipping, factor_and_skip, is_captured
 from ademamix.engine.coefficients import Source
-from ademamix.engine.interrupts import uninterrupted
+from ademamix.engine.interrupts import uninterrupted, without_gradients
 from ademamix.engine.kinds import Kind, traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
@@ -159,7 +159,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         super().zero_grad(set_to_none)
 
     @_disable_dynamo
-    @torch.no_grad()
+    @without_gradients
     def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | GradScaler | None = None) -> Tensor:
         """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
 
@@ -180,17 +180,19 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         _check_bound("max_norm", max_norm)
         every = self._every()
         params = [p for p in every if p.grad is not None]
-        norm = clipping(gradients(params), every, max_norm, grad_scale)
-        self._note = Note(norm, params)
+        own: list[Any] = [p.grad for p in params]
+        norm = clipping(gradients(params, own), every, max_norm, grad_scale)
+        self._note = Note(norm, own)
         return norm.value
 
     def _every(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _factor_and_skip(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor]
+        self, own: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
-        norm = self._note.norm if self._note is not None and self._note.serves(params) else None
+        """Of the parameters' own gradients, and of these placed as the parameters are."""
+        norm = self._note.norm if self._note is not None and self._note.serves(own) else None
         if norm is None and self.skip_nonfinite:
             norm = Norm(global_norm(grads, self._every()), None, None)
         # A GradScaler sets these two for the time of a step.
@@ -213,7 +215,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @_disable_dynamo  # torch.compile has nothing to gain in a step, and its tracing of one fails
-    @torch.no_grad()
+    @without_gradients
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -257,10 +259,11 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     def _update(self) -> None:
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = list(chain.from_iterable(active))
+        own: list[Any] = [p.grad for p in params]
         captured = is_captured(params, self.param_groups)
-        grads = gradients(params)
-        fake = any(map(backends.is_fake, grads))
-        factor, skip = (None, None) if fake else self._factor_and_skip(params, grads)
+        grads = gradients(params, own)
+        fake = grads is not own and any(map(backends.is_fake, grads))
+        factor, skip = (None, None) if fake else self._factor_and_skip(own, grads)
         if skip is not None and (not params or skip.device.type == "cpu"):
             self._count(skip)
             if not params or skip:  # other processes may have gradients, and waited for this one's part in their norm

@@ -37,14 +37,14 @@ def local(t: Any) -> Tensor:
     return waited
 
 
-def gradients(params: Sequence[Any]) -> list[Tensor]:
-    """The parameters' gradients, placed as they are.
+def gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
+    """The parameters' gradients, placed as these are.
 
     Those that are sums still to be made, as tensor parallelism leaves them for replicated parameters, are made here.
     """
-    grads = [p.grad for p in params]
     if set(map(type, grads)) == {Tensor}:  # the common case, at no cost
         return grads
+    grads = list(grads)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if not is_sharded(g):
             grads[i] = local(g)

@@ -113,6 +113,9 @@ def is_late(x: Any) -> bool:
     return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
+PLAIN = frozenset((float, int, bool, str, type(None)))
+
+
 class Values(Mapping[str, Any]):
     """A group's hyperparameters as coefficients are computed of them; what else a user keeps there is not looked at.
 
@@ -126,7 +129,8 @@ class Values(Mapping[str, Any]):
         self._group, self._late = group, late
 
     def __getitem__(self, name: str) -> Any:
-        return number_of(self._group[name], self._late)
+        x = self._group[name]
+        return x if type(x) in PLAIN else number_of(x, self._late)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._group)
@@ -136,8 +140,10 @@ class Values(Mapping[str, Any]):
 
 
 def number_of(x: Any, late: Callable[[Tensor], Any]) -> Any:
+    if type(x) in PLAIN:
+        return x
     if isinstance(x, Tensor):
         return late(x) if is_late(x) else float(x.detach())
     if isinstance(x, np.generic):
         return x.item()
-    return tuple(number_of(each, late) for each in x) if isinstance(x, tuple | list) else x
+    return tuple([number_of(each, late) for each in x]) if isinstance(x, tuple | list) else x
