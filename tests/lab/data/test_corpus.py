@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ademamix.lab.config import Data
+from ademamix.lab.config import BadInputError, Data
 from ademamix.lab.data.corpus import PIECE, stdlib_tokens, write_data
 from ademamix.lab.data.tokens import SPLITS, Tokens
 
@@ -119,10 +119,148 @@ def test_a_tokenizer_file_with_its_end_of_document(tmp_path):
     assert sorted(rows) == [[i, i + 1, 299, 300] for i in range(50)]
 
 
-def test_max_tokens_stops_a_source_that_never_ends(tmp_path):
-    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"{i:0100}"}) for i in range(100_000)))
-    meta = write_data(Data((str(tmp_path / "in.jsonl"),), tmp_path / "out", max_tokens=1_000_000))
-    assert 1_000_000 <= meta["train"]["tokens"] + meta["valid"]["tokens"] < 2_100_000
+def records(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.mark.parametrize("most", [200, 1000, 1009, 1010, 1011, 99_999])
+def test_max_tokens_are_the_first_tokens_and_no_more(most, tmp_path):
+    source = records(tmp_path / "in.jsonl", [f"{i:0100}" for i in range(1000)])
+    whole = write_data(Data((source,), tmp_path / "whole", valid_fraction=0.3))
+    meta = write_data(Data((source,), tmp_path / "out", valid_fraction=0.3, max_tokens=most))
+    assert meta["train"]["tokens"] + meta["valid"]["tokens"] == most
+    assert whole["train"]["tokens"] + whole["valid"]["tokens"] == 101_000
+    for split in SPLITS:  # the same text on the same side
+        tokens = (tmp_path / "out" / f"{split}.bin").read_bytes()
+        assert (tmp_path / "whole" / f"{split}.bin").read_bytes().startswith(tokens)
+
+
+def test_more_max_tokens_than_there_are_take_everything(tmp_path):
+    source = records(tmp_path / "in.jsonl", TEXTS)
+    metas = [write_data(Data((source,), tmp_path / f"{m}", valid_fraction=0.3, max_tokens=m)) for m in (None, 10**30)]
+    assert metas[0] == metas[1]
+
+
+def test_one_long_line_is_enough_for_both_splits(tmp_path):
+    (tmp_path / "in.txt").write_text("".join(f"{i} " for i in range(700_000)))
+    meta = write_data(Data((str(tmp_path / "in.txt"),), tmp_path / "out"))
+    # 4.7 MB are 290 documents, of which 5 % go to validation: 14.5 +- 3.7.
+    assert 14.5 - 3 * 3.7 < meta["valid"]["documents"] < 14.5 + 3 * 3.7
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "of 0 documents none fell to train"),
+        (["a" * 1000], "of 1 documents none fell to valid; give more documents or another --valid-fraction"),
+        (["", ""], "of 0 documents none fell to train"),
+    ],
+)
+def test_a_corpus_without_two_sides_is_refused_with_the_remedy(texts, message, tmp_path, capsys):
+    source = records(tmp_path / "in.jsonl", texts)
+    with pytest.raises(BadInputError, match=f"the corpus is too small: {message}"):
+        write_data(Data((source,), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_side_of_documents_without_tokens_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models, normalizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.normalizer = normalizers.Replace("b", "")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = records(tmp_path / "in.jsonl", ["b" * n for n in range(1, 50)])
+    with pytest.raises(BadInputError, match=r"of 49 documents \d+ fell to train, with 0 tokens"):
+        write_data(Data((source,), tmp_path / "out", tmp_path / "tokenizer.json", valid_fraction=0.3))
+
+
+def test_max_tokens_that_leave_no_validation_text_are_refused(tmp_path):
+    source = records(tmp_path / "in.jsonl", TEXTS)
+    with pytest.raises(BadInputError, match="none fell to valid; give more than --max-tokens 10 or another"):
+        write_data(Data((source,), tmp_path / "out", max_tokens=10))
+
+
+# Sources and an --out that would lie in one of them, by whatever way. The folder `texts` is there, and `link` is a link
+# to it; `above` is a link to the folder that holds all this.
+INSIDE = [
+    ("texts", "texts/out"),
+    ("texts", "texts/deep/er/out"),
+    ("texts", "texts/../texts/out"),
+    ("texts", "link/out"),
+    ("link", "texts/out"),
+    ("link", "link/new/out"),
+    ("link/", "link/../texts/out"),
+    (".", "out"),
+    (".", "texts/out"),
+    ("above", "out"),
+    ("above/texts", "link/out"),
+    ("texts/..", "out"),
+    ("texts/0.txt", "texts/0.txt/out"),
+    ("hard.txt", "texts/0.txt/out"),
+    ("hf:texts", "texts/out"),
+    ("hf:texts:subset", "texts/out"),
+]
+EXISTS = [("texts", "texts"), ("texts", "link"), ("texts", "dangling"), ("texts", "."), ("texts/0.txt", "texts")]
+EXISTS += [("texts", "loop"), ("texts", "texts/0.txt"), ("texts", ".."), ("texts", "made")]
+APART = [("texts", "out"), ("texts", "texts/../out"), ("texts", "new/out"), ("link", "above/out"), ("texts", "made/out")]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with texts and links to them, entered."""
+    monkeypatch.chdir(tmp_path)
+    write_data(Data((records(tmp_path / "in.jsonl", TEXTS),), Path("made"), valid_fraction=0.3))
+    Path("texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        Path("texts", f"{i}.txt").write_text(text)
+    for name, target in {"link": "texts", "above": ".", "dangling": "nowhere", "loop": "loop"}.items():
+        Path(name).symlink_to(target)
+    Path("hard.txt").hardlink_to("texts/0.txt")
+    return tmp_path
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("source", "out"), INSIDE + EXISTS)
+def test_an_out_that_meets_a_source_is_refused_and_nothing_is_written(source, out, place):
+    before = everything(place)
+    reason = "already exists" if (source, out) in EXISTS else "lies inside"
+    with pytest.raises(BadInputError, match=reason):
+        write_data(Data((source,), Path(out), valid_fraction=0.3))
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize(("source", "out"), APART)
+def test_an_out_apart_from_the_sources_is_written(source, out, place):
+    write_data(Data((source,), Path(out), valid_fraction=0.3))
+    found = documents(Path(out))
+    assert sorted(found["train"] + found["valid"]) == sorted(TEXTS)
+
+
+def test_what_was_read_and_left_out_is_said(tmp_path, capsys):
+    write_folder(tmp_path / "texts")
+    (tmp_path / "texts" / "link").symlink_to(tmp_path)
+    write_data(Data((str(tmp_path / "texts"),), tmp_path / "out", valid_fraction=0.3))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "text as bytes; a zero byte ends each document"
+    assert second.startswith("files: 40; skipped: 1 hidden (the first: ")
+    assert ", 1 links to folders (the first: " in second
+
+
+def test_what_was_left_out_is_said_of_a_corpus_that_is_too_small(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "more").symlink_to(tmp_path)
+    with pytest.raises(BadInputError, match="too small"):
+        write_data(Data((str(tmp_path / "texts"),), tmp_path / "out"))
+    assert "files: 0; skipped: 1 links to folders" in capsys.readouterr().out
+
+
+def test_an_end_token_goes_with_a_tokenizer(tmp_path):
+    with pytest.raises(BadInputError, match="end_token goes with a tokenizer"):
+        write_data(Data((records(tmp_path / "in.jsonl", TEXTS),), tmp_path / "out", end_token="</s>"))
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):

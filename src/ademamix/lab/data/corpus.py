@@ -45,9 +45,11 @@ def write_data(settings: Data) -> dict[str, Any]:
     for line in encoder.about:
         say(line)
     sources = list(settings.sources)
-    meta = write_tokens(settings.out, documents, encoder, sources, settings.valid_fraction, settings.max_tokens)
-    say(str(tally))
-    return meta
+    try:
+        return write_tokens(settings.out, documents, encoder, sources, settings.valid_fraction, settings.max_tokens)
+    finally:
+        if tally.files or tally.skipped:
+            say(str(tally))
 
 
 def write_tokens(

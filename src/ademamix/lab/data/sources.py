@@ -18,7 +18,7 @@ WHOLE_FILE = 1 << 20  # bytes up to which a text file in a folder is one documen
 PIECE = 1 << 14  # characters of a document cut from a longer text
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32 LE begins like UTF-16's
 
-Value = tuple[Any, str]  # what a record holds as its text, and the beginning of an error about it
+Value = tuple[Any, str, str]  # what a record holds as its text, where it stands, and what to say where it is not text
 
 
 class Tally:
@@ -82,19 +82,19 @@ def first_line(error: BaseException) -> str:
 
 
 def _texts(values: Iterable[Value], tally: Tally) -> Iterator[str]:
-    for value, where in values:
+    for value, where, lack in values:
         if value is None or value == "":
             tally.skip("empty or null texts", where)
-            continue
-        if not isinstance(value, str):
-            raise BadInputError(f"{where} (it is of type {type(value).__name__})")
-        if "\0" in value:  # ends a document where text is bytes
-            raise BadInputError(f"{where} (it holds a zero byte)")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadInputError(f"{where} (it holds the lone surrogate {value[error.start]!a})") from error
-        yield value
+        elif not isinstance(value, str):
+            raise BadInputError(f"{where}{lack} (it is of type {type(value).__name__})")
+        elif "\0" in value:  # ends a document where text is bytes
+            raise BadInputError(f"{where}{lack} (it holds a zero byte)")
+        else:
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise BadInputError(f"{where}{lack} (it holds a lone surrogate, {value[error.start]!a})") from error
+            yield value
 
 
 def _values(source: str, settings: Data, tally: Tally) -> Iterator[Value]:
@@ -126,67 +126,73 @@ def _from_file(path: Path, key: str, in_folder: bool) -> Iterator[Value]:
 def _utf8(path: Path) -> Iterator[BinaryIO]:
     """Open a file after its byte-order mark."""
     with open(path, "rb") as file:
-        head = file.read(len(codecs.BOM_UTF8))
+        head = file.read(4)
         if head.startswith(WIDE):
             raise BadInputError(f"{path} is UTF-16 or UTF-32, as its byte-order mark says; convert it to UTF-8")
-        file.seek(len(head) if head == codecs.BOM_UTF8 else 0)
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         yield file
 
 
 def _from_text(path: Path, *, whole: bool) -> Iterator[Value]:
-    where = f"{path} is not text"
+    lack = " is not text"
     with _utf8(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         try:
-            if whole:
-                yield text.read(), where
-            else:
-                pieces = iter(lambda: _piece(text), "")
-                yield from ((piece, where) for piece in itertools.chain([next(pieces, "")], pieces))
+            yield text.read() if whole else _piece(text), str(path), lack
+            while piece := _piece(text):
+                yield piece, str(path), lack
         except UnicodeDecodeError as error:
-            raise BadInputError(f"{where} in UTF-8 ({_bad_byte(path)}); convert it, or unpack it first") from error
+            raise BadInputError(f"{path}{lack} ({_bad_line(path)})") from error
 
 
 def _piece(text: TextIO) -> str:
-    """The next lines, whole ones where they are shorter than a piece."""
+    """The next lines, whole ones where they are not longer than a piece."""
     lines, held = [], 0
-    while held <= PIECE and (line := text.readline(PIECE)):
+    while held <= PIECE and (line := text.readline(PIECE + 1)):
         lines.append(line)
         held += len(line)
     return "".join(lines)
 
 
-def _bad_byte(path: Path) -> str:
+def _bad_line(path: Path) -> str:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                return f"byte 0x{line[error.start]:02x} in line {number:,}"
+                return f"line {number:,}: {_not_utf8(error)}"
     return "it changed while it was read"
 
 
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not UTF-8; convert it, or unpack it first"
+
+
 def _from_jsonl(path: Path, key: str) -> Iterator[Value]:
+    lack = f': no JSON record with a text "{key}"'
     with _utf8(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f'{path}, line {number}: no JSON record with a text "{key}"'
+            where = f"{path}, line {number}"
             try:
                 record = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise BadInputError(f"{where}{lack} ({_not_utf8(error)})") from error
             except RecursionError as error:
-                raise BadInputError(f"{where} (it is nested too deeply)") from error
+                raise BadInputError(f"{where}{lack} (it is nested too deeply)") from error
             except ValueError as error:
-                reason = getattr(error, "msg", error)
-                raise BadInputError(f"{where} ({reason}; every line must hold one object)") from error
+                reason = f"{getattr(error, 'msg', error)}; each line must be one object"
+                raise BadInputError(f"{where}{lack} ({reason})") from error
             if not isinstance(record, dict):
-                raise BadInputError(f"{where} (it is of type {type(record).__name__}; every line must hold one object)")
-            yield _field(record, key, where), where
+                reason = f"it is of type {type(record).__name__}; each line must be one object"
+                raise BadInputError(f"{where}{lack} ({reason})")
+            yield _field(record, key, where + lack), where, lack
 
 
-def _field(record: dict[str, Any], key: str, where: str) -> Any:
+def _field(record: dict[str, Any], key: str, lack: str) -> Any:
     if key not in record:
-        raise BadInputError(f"{where} ({textwrap.shorten('it has only ' + ', '.join(record), 200)})")
+        raise BadInputError(f"{lack} ({textwrap.shorten('it has only ' + ', '.join(record), 200)})")
     return record[key]
 
 
@@ -209,7 +215,7 @@ def _from_parquet(path: Path, key: str) -> Iterator[Value]:
             for batch in file.iter_batches(columns=[key], batch_size=1024):
                 for value in batch.column(key):
                     number += 1
-                    yield value.as_py(), f'{path}, record {number}: no text "{key}"'
+                    yield value.as_py(), f"{path}, record {number}", f': no text "{key}"'
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise BadInputError(f"{path} is damaged after record {number} ({first_line(error)})") from error
 
@@ -233,5 +239,5 @@ def _from_rows(rows: Iterator[dict[str, Any]], name: str, key: str) -> Iterator[
             raise BadInputError(f'cannot read record {number} of the dataset "{name}" ({first_line(error)})') from error
         if row is None:
             return
-        where = f'the dataset "{name}", record {number}: no text "{key}"'
-        yield _field(row, key, where), where
+        where, lack = f'the dataset "{name}", record {number}', f': no text "{key}"'
+        yield _field(row, key, where + lack), where, lack
