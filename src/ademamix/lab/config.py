@@ -342,7 +342,7 @@ class Data:
     valid_fraction: float = VALID_FRACTION
     """Share of the documents that goes to validation."""
     max_tokens: int | None = None
-    """Write so many tokens at most, the first ones; the last document may be cut. Default: take everything."""
+    """Write so many tokens at most, the first ones of each split; documents may be cut. Default: take everything."""
 
 
 def _paper(layers: int, width: int, batch: int, steps: int, alpha: float, eval_every: int = 1000) -> Recipe:

@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ademamix.lab.config import BadInputError, Data
-from ademamix.lab.data.corpus import PIECE, stdlib_tokens, write_data
+from ademamix.lab.data.corpus import PIECE, _first, stdlib_tokens, write_data
 from ademamix.lab.data.tokens import SPLITS, Tokens
 
 TEXTS = [f"text number {i}, ünïcode too; " * 5 for i in range(40)]
@@ -124,16 +126,39 @@ def records(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("most", [200, 1000, 1009, 1010, 1011, 99_999])
-def test_max_tokens_are_the_first_tokens_and_no_more(most, tmp_path):
+@pytest.mark.parametrize("most", [4, 5, 100, 1000, 1010, 1011, 50_000, 100_989, 100_999, 101_000])
+def test_max_tokens_are_the_first_tokens_of_each_split_and_no_more(most, tmp_path):
     source = records(tmp_path / "in.jsonl", [f"{i:0100}" for i in range(1000)])
     whole = write_data(Data((source,), tmp_path / "whole", valid_fraction=0.3))
     meta = write_data(Data((source,), tmp_path / "out", valid_fraction=0.3, max_tokens=most))
     assert meta["train"]["tokens"] + meta["valid"]["tokens"] == most
-    assert whole["train"]["tokens"] + whole["valid"]["tokens"] == 101_000
+    in_all = whole["valid"]["tokens"]
+    if max(2, round(0.3 * most)) <= in_all and most - round(0.3 * most) <= 101_000 - in_all:
+        assert meta["valid"]["tokens"] == max(2, round(0.3 * most))
     for split in SPLITS:  # the same text on the same side
         tokens = (tmp_path / "out" / f"{split}.bin").read_bytes()
         assert (tmp_path / "whole" / f"{split}.bin").read_bytes().startswith(tokens)
+        assert meta[split]["documents"] == -(-len(tokens) // 101)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 9)), max_size=30),
+    most=st.integers(1, 60),
+    for_valid=st.integers(2, 70),
+)
+def test_a_limit_takes_as_much_as_there_is(lengths, most, for_valid):
+    pieces = [(split, np.full(length, i, np.uint8), 1) for i, (split, length) in enumerate(lengths)]
+    taken = [*_first(pieces, most, for_valid)]
+    has = {split: sum(length for side, length in lengths if side == split) for split in SPLITS}
+    got = {split: sum(len(tokens) for side, tokens, _ in taken if side == split) for split in SPLITS}
+    assert sum(got.values()) == min(most, sum(has.values()))
+    assert got["valid"] >= min(for_valid, has["valid"], most)
+    if has["train"] >= most - for_valid:
+        assert got["valid"] <= for_valid
+    for split in SPLITS:
+        whole, begin = ([t for side, part, _ in some if side == split for t in part] for some in (pieces, taken))
+        assert whole[: len(begin)] == begin
+        assert sum(begun for side, part, begun in taken if side == split and len(part)) == len(set(begin))
 
 
 def test_more_max_tokens_than_there_are_take_everything(tmp_path):
@@ -175,10 +200,10 @@ def test_a_side_of_documents_without_tokens_is_refused(tmp_path):
         write_data(Data((source,), tmp_path / "out", tmp_path / "tokenizer.json", valid_fraction=0.3))
 
 
-def test_max_tokens_that_leave_no_validation_text_are_refused(tmp_path):
+def test_max_tokens_too_few_for_two_splits_are_refused(tmp_path):
     source = records(tmp_path / "in.jsonl", TEXTS)
-    with pytest.raises(BadInputError, match="none fell to valid; give more than --max-tokens 10 or another"):
-        write_data(Data((source,), tmp_path / "out", max_tokens=10))
+    with pytest.raises(BadInputError, match="1 fell to train, with 1 tokens; give more than --max-tokens 3 or another"):
+        write_data(Data((source,), tmp_path / "out", max_tokens=3))
 
 
 # Sources and an --out that would lie in one of them, by whatever way. The folder `texts` is there, and `link` is a link
@@ -203,7 +228,13 @@ INSIDE = [
 ]
 EXISTS = [("texts", "texts"), ("texts", "link"), ("texts", "dangling"), ("texts", "."), ("texts/0.txt", "texts")]
 EXISTS += [("texts", "loop"), ("texts", "texts/0.txt"), ("texts", ".."), ("texts", "made")]
-APART = [("texts", "out"), ("texts", "texts/../out"), ("texts", "new/out"), ("link", "above/out"), ("texts", "made/out")]
+APART = [
+    ("texts", "out"),
+    ("texts", "texts/../out"),
+    ("texts", "new/out"),
+    ("link", "above/out"),
+    ("texts", "made/out"),
+]
 
 
 @pytest.fixture
@@ -256,6 +287,12 @@ def test_what_was_left_out_is_said_of_a_corpus_that_is_too_small(tmp_path, capsy
     with pytest.raises(BadInputError, match="too small"):
         write_data(Data((str(tmp_path / "texts"),), tmp_path / "out"))
     assert "files: 0; skipped: 1 links to folders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sources", [(), ("",), ("hf:",), ("in.jsonl", "")])
+def test_an_empty_name_is_not_the_working_folder(sources, place):
+    with pytest.raises(BadInputError, match="give at least one file, folder or hf:NAME to read, and no empty names"):
+        write_data(Data(sources, Path("out")))
 
 
 def test_an_end_token_goes_with_a_tokenizer(tmp_path):

@@ -138,7 +138,7 @@ def test_a_damaged_page_is_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[2000:2600] = bytes(600)
     path.write_bytes(data)
-    with pytest.raises(BadInputError, match="in.parquet is damaged after record 0"):
+    with pytest.raises(BadInputError, match=r"in\.parquet is damaged after record 0"):
         read(path)
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_page_is_named(tmp_path):
 def test_what_is_not_parquet_is_named(cut, tmp_path):
     pyarrow.parquet.write_table(columns("text"), tmp_path / "in.parquet")
     (tmp_path / "in.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:cut])
-    with pytest.raises(BadInputError, match="in.parquet is no Parquet file"):
+    with pytest.raises(BadInputError, match=r"in\.parquet is no Parquet file"):
         read(tmp_path / "in.parquet")
 
 

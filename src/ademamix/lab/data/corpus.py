@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ademamix.backends.cache import cache_folder
 from ademamix.lab.config import VALID_FRACTION, BadInputError, Data, to_json
 from ademamix.lab.console import say
 from ademamix.lab.data.encoders import Encoder, bytes_encoder, file_encoder
-from ademamix.lab.data.sources import HUB, PIECE, Tally, documents_of, refuse_inside
+from ademamix.lab.data.sources import HUB, PIECE, Tally, documents_of, local_path, refuse_inside
 from ademamix.lab.data.tokens import META, SPLITS, token_dtype
 from ademamix.lab.files import another_may_win, written_aside
+
+Piece = tuple[str, NDArray[np.unsignedinteger[Any]], int]  # a split, some of its tokens, and the documents begun there
 
 
 def write_data(settings: Data) -> dict[str, Any]:
@@ -25,15 +28,15 @@ def write_data(settings: Data) -> dict[str, Any]:
     Raises:
         BadInputError: something in the settings or the sources cannot be used; nothing was written.
     """
-    if not settings.sources:
-        raise BadInputError("give at least one file, folder or hf:NAME to read")
+    if not settings.sources or not all(source.removeprefix(HUB) for source in settings.sources):
+        raise BadInputError("give at least one file, folder or hf:NAME to read, and no empty names")
     if not 0 < settings.valid_fraction < 1:
         raise BadInputError(f"valid_fraction must be between 0 and 1, got {settings.valid_fraction}")
     if settings.max_tokens is not None and settings.max_tokens < 1:
         raise BadInputError(f"max_tokens must be at least 1, got {settings.max_tokens}")
     if os.path.lexists(settings.out):
         raise BadInputError(f"{settings.out} already exists; choose another --out")
-    refuse_inside(settings.out, *(Path(source.removeprefix(HUB)) for source in settings.sources))
+    refuse_inside(settings.out, *map(local_path, settings.sources))
     if settings.tokenizer is not None:
         encoder = file_encoder(settings.tokenizer, settings.end_token)
     elif settings.end_token is not None:
@@ -62,27 +65,22 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Write a token folder, whole or not at all; return what its data.json says.
 
-    After `max_tokens` tokens it stops, within a document if need be.
-
     Raises:
         BadInputError: one of the splits is too short for anything.
     """
     counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    dtype = token_dtype(encoder.vocab_size)
-    left = sys.maxsize if max_tokens is None else max_tokens
+    pieces = _pieces(documents, encoder, valid_fraction)
+    if max_tokens is not None:
+        pieces = _first(pieces, max_tokens, max(2, round(max_tokens * valid_fraction)))
     with written_aside(out) as aside:
         with open(aside / "train.bin", "wb") as train, open(aside / "valid.bin", "wb") as valid:
-            for text, ids in _encoded(documents, encoder):
-                split, file = ("valid", valid) if _share(text) < valid_fraction else ("train", train)
-                tokens = np.asarray(ids[:left], dtype).data
-                file.write(tokens)
-                digests[split].update(tokens)
-                counts[split]["documents"] += 1
+            files = {"train": train, "valid": valid}
+            for split, tokens, begun in pieces:
+                files[split].write(tokens.data)
+                digests[split].update(tokens.data)
+                counts[split]["documents"] += begun
                 counts[split]["tokens"] += len(tokens)
-                left -= len(tokens)
-                if not left:
-                    break
         for split in SPLITS:
             _refuse_short(split, counts, max_tokens)
         meta = {"tokenizer": encoder.name, "vocab_size": encoder.vocab_size, "sources": sources}
@@ -104,9 +102,42 @@ def _refuse_short(split: str, counts: dict[str, dict[str, int]], max_tokens: int
     )
 
 
-def _encoded(documents: Iterable[str], encoder: Encoder) -> Iterator[tuple[str, Any]]:
+def _pieces(documents: Iterable[str], encoder: Encoder, valid_fraction: float) -> Iterator[Piece]:
+    dtype = token_dtype(encoder.vocab_size)
     for texts in _parcels(documents):
-        yield from zip(texts, encoder.encode(texts), strict=True)
+        for text, ids in zip(texts, encoder.encode(texts), strict=True):
+            yield "valid" if _share(text) < valid_fraction else "train", np.asarray(ids, dtype), 1
+
+
+def _first(pieces: Iterable[Piece], most: int, for_valid: int) -> Iterator[Piece]:
+    """Cut both splits short: `most` tokens in all, so many of them for validation as long as the corpus has them.
+
+    What one split has too much is held until it is known whether the other needs its room.
+    """
+    room = {"train": max(0, most - for_valid), "valid": min(most, for_valid)}
+    held: dict[str, list[Piece]] = {split: [] for split in SPLITS}
+    holds = dict.fromkeys(SPLITS, 0)
+    for split, tokens, begun in pieces:
+        taken, rest = tokens[: room[split]], tokens[room[split] :]
+        if room[split]:
+            yield split, taken, begun
+            room[split] -= len(taken)
+            begun = 0
+        if len(rest) and holds[split] < room[_other(split)]:
+            held[split].append((split, rest, begun))
+            holds[split] += len(rest)
+        if not any(room.values()):
+            return
+    for split in SPLITS:
+        left = room[_other(split)]
+        for _, tokens, begun in held[split]:
+            if left:
+                yield split, tokens[:left], begun
+                left -= len(tokens[:left])
+
+
+def _other(split: str) -> str:
+    return SPLITS[1 - SPLITS.index(split)]
 
 
 def _share(text: str) -> float:

@@ -66,6 +66,11 @@ def files_in(folder: Path, tally: Tally) -> list[Path]:
     return sorted(files)
 
 
+def local_path(source: str) -> Path:
+    """Where a source lies, if it is not a dataset of the hub: hf:NAME may be a folder too."""
+    return Path(source.removeprefix(HUB).partition(":")[0] if source.startswith(HUB) else source)
+
+
 def refuse_inside(out: Path, *sources: Path) -> None:
     """Raise BadInputError when `out` would lie inside a source, whatever links lead there: it would be read as one."""
     above = [path for path in Path(os.path.realpath(out)).parents if path.exists()]
