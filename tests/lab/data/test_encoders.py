@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ademamix.lab.config import BadInputError
-from ademamix.lab.data.encoders import Encoder, bytes_encoder, file_encoder
+from ademamix.lab.data.encoders import ENDS, Encoder, bytes_encoder, file_encoder
 
 END = "<|endoftext|>"
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz<>|/[]SEP ▁"]
@@ -195,6 +195,11 @@ def test_the_end_of_a_document_of_the_usual_families(family, tmp_path):
     number = tokenizer.token_to_id(end)
     assert ids(found, "a") == [[1, number]]
     assert found.about[0] == f"{end} (token {number}) ends each document"
+
+
+def test_the_page_lists_the_ends_of_documents_in_their_order():
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert ", ".join(f"`{end}`" for end in ENDS) in " ".join(page.split())
 
 
 def test_a_special_token_is_the_end_before_a_word(tmp_path):

@@ -15,7 +15,7 @@ from ademamix.backends.cache import cache_folder
 from ademamix.lab.config import VALID_FRACTION, BadInputError, Data, to_json
 from ademamix.lab.console import say
 from ademamix.lab.data.encoders import Encoder, bytes_encoder, file_encoder
-from ademamix.lab.data.sources import HUB, PIECE, Tally, documents_of, local_path, refuse_inside
+from ademamix.lab.data.sources import HUB, PIECE, Tally, documents_of, local_path, refuse_inside, state_of
 from ademamix.lab.data.tokens import META, SPLITS, token_dtype
 from ademamix.lab.files import another_may_win, written_aside
 
@@ -175,11 +175,7 @@ def stdlib_tokens() -> Path:
     files.sort()
     if not files:
         raise BadInputError(f"this Python has no sources of its standard library in {root}; give --data")
-    digest = hashlib.blake2b(digest_size=8)
-    for path in files:  # reading them all would take half a second at every start
-        stat = path.stat()
-        digest.update(repr((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)).encode())
-    out = cache_folder() / f"stdlib-{digest.hexdigest()}"
+    out = cache_folder() / f"stdlib-{state_of(files, root)}"
     if not out.exists():
         version = ".".join(map(str, sys.version_info[:3]))
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)

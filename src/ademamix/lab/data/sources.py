@@ -1,6 +1,7 @@
 """Documents of text from files, folders and datasets: every source follows the same rules (docs/data.md)."""
 
 import codecs
+import hashlib
 import io
 import itertools
 import json
@@ -71,6 +72,15 @@ def local_path(source: str) -> Path:
     return Path(source.removeprefix(HUB).partition(":")[0] if source.startswith(HUB) else source)
 
 
+def state_of(files: Iterable[Path], root: Path) -> str:
+    """A hash of files' names below a folder, their sizes and times: reading them all would take too long at a start."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        stat = path.stat()
+        digest.update(repr((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
 def refuse_inside(out: Path, *sources: Path) -> None:
     """Raise BadInputError when `out` would lie inside a source, whatever links lead there: it would be read as one."""
     above = [path for path in Path(os.path.realpath(out)).parents if path.exists()]
@@ -80,9 +90,7 @@ def refuse_inside(out: Path, *sources: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error that caused another, or its name."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The first line of an error of another library, or its name where it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -241,7 +249,9 @@ def _from_rows(rows: Iterator[dict[str, Any]], name: str, key: str) -> Iterator[
         try:
             row = next(rows, None)
         except Exception as error:
-            raise BadInputError(f'cannot read record {number} of the dataset "{name}" ({first_line(error)})') from error
+            raise BadInputError(
+                f'cannot read record {number} of the dataset "{name}" ({first_line(error.__cause__ or error)})'
+            ) from error
         if row is None:
             return
         where, lack = f'the dataset "{name}", record {number}', f': no text "{key}"'
