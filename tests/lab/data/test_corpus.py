@@ -277,8 +277,8 @@ def test_what_was_read_and_left_out_is_said(tmp_path, capsys):
     write_data(Data((str(tmp_path / "texts"),), tmp_path / "out", valid_fraction=0.3))
     first, second = capsys.readouterr().out.splitlines()
     assert first == "text as bytes; a zero byte ends each document"
-    assert second.startswith("files: 40; skipped: 1 hidden (the first: ")
-    assert ", 1 links to folders (the first: " in second
+    assert second.startswith("40 files; skipped 1 hidden path (first: ")
+    assert ", 1 linked folder (first: " in second
 
 
 def test_what_was_left_out_is_said_of_a_corpus_that_is_too_small(tmp_path, capsys):
@@ -286,7 +286,7 @@ def test_what_was_left_out_is_said_of_a_corpus_that_is_too_small(tmp_path, capsy
     (tmp_path / "texts" / "more").symlink_to(tmp_path)
     with pytest.raises(BadInputError, match="too small"):
         write_data(Data((str(tmp_path / "texts"),), tmp_path / "out"))
-    assert "files: 0; skipped: 1 links to folders" in capsys.readouterr().out
+    assert "0 files; skipped 1 linked folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sources", [(), ("",), ("hf:",), ("in.jsonl", "")])

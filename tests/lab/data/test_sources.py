@@ -80,7 +80,7 @@ def test_a_value_means_the_same_in_every_source(source, kind, tmp_path, monkeypa
         assert list(documents) == ["first", value]
     elif expected == LEFT_OUT:
         assert list(documents) == ["first"]
-        assert re.search(r"1 empty or null texts \(the first: .*(line|record) 2\)", str(tally))
+        assert re.search(r"1 empty or null text \(first: .*(line|record) 2\)", str(tally))
     else:
         with pytest.raises(BadInputError, match=rf"(line|record) [12]: no .*text \"text\" \({expected}"):
             list(documents)
@@ -104,7 +104,7 @@ def test_every_kind_of_string_column_is_text(kind, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
     tally = Tally()
     assert read(tmp_path / "in.parquet", tally=tally) == texts
-    assert "2 empty or null" in str(tally)
+    assert "2 empty or null texts" in str(tally)
 
 
 def columns(*names: str) -> pyarrow.Table:
@@ -273,12 +273,12 @@ def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path):
         assert read(folder, tally=tally) == ["elsewhere", "sub"]
     line = str(tally)
     for part in (
-        "files: 3;",
-        f"1 hidden (the first: {folder}/.git)",
-        f"2 links to folders (the first: {folder}/other)",
-        f"2 broken links (the first: {folder}/gone.txt)",
-        f"2 pipes, sockets or devices (the first: {folder}/pipe)",
-        f"1 empty or null texts (the first: {folder}/empty.txt)",
+        "3 files; skipped ",
+        f"1 hidden path (first: {folder}/.git)",
+        f"2 linked folders (first: {folder}/other)",
+        f"2 broken links (first: {folder}/gone.txt)",
+        f"2 special files (first: {folder}/pipe)",
+        f"1 empty or null text (first: {folder}/empty.txt)",
     ):
         assert part in line
 

@@ -142,7 +142,7 @@ def _other(split: str) -> str:
 
 def _share(text: str) -> float:
     """Return a number in [0, 1) that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -44,7 +44,7 @@ def bytes_encoder() -> Encoder:
     """UTF-8, with a zero byte at the end of each document."""
 
     def encode(texts: list[str]) -> list[Any]:
-        return [np.frombuffer(text.encode(errors="replace") + b"\0", np.uint8) for text in texts]
+        return [np.frombuffer(text.encode() + b"\0", np.uint8) for text in texts]
 
     return Encoder("bytes", 256, encode, ("text as bytes; a zero byte ends each document",))
 

@@ -156,11 +156,11 @@ def _dataset(source: str, size: int, files: list[Path] | None, tally: Tally) -> 
         tally.files = len(found)
         for file in files:
             if os.path.abspath(file) not in found:
-                tally.skip("files that are not images", file)
+                tally.skip("other file", file)
     valid = next((name for name in ("validation", "test") if name in splits), None)
     for name in splits:
         if name not in ("train", valid):
-            tally.skip("splits", name)
+            tally.skip("split", name)
     say(f"{source}: {tally}")
     if valid is None:
         parts = as_stored["train"].train_test_split(VALID_SHARE, seed=0)

@@ -23,7 +23,7 @@ Value = tuple[Any, str, str]  # what a record holds as its text, where it stands
 
 
 class Tally:
-    """How many files were read, and what was left out: how often, and where first."""
+    """How many files there are, and what was left out: how often, and where first."""
 
     def __init__(self) -> None:
         self.files = 0
@@ -34,8 +34,12 @@ class Tally:
         self.skipped[kind] = (count + 1, first)
 
     def __str__(self) -> str:
-        kinds = [f"{count:,} {kind} (the first: {first})" for kind, (count, first) in self.skipped.items()]
-        return f"files: {self.files:,}; skipped: {', '.join(kinds) or 'nothing'}"
+        kinds = [f"{_counted(count, kind)} (first: {first})" for kind, (count, first) in self.skipped.items()]
+        return f"{_counted(self.files, 'file')}; skipped {', '.join(kinds) or 'nothing'}"
+
+
+def _counted(count: int, kind: str) -> str:
+    return f"{count:,} {kind}{'s' * (count != 1)}"
 
 
 def documents_of(settings: Data, tally: Tally) -> Iterator[str]:
@@ -55,15 +59,15 @@ def files_in(folder: Path, tally: Tally) -> list[Path]:
     while folders:
         for path in sorted(folders.pop().iterdir()):
             if path.name.startswith("."):
-                tally.skip("hidden", path)
+                tally.skip("hidden path", path)
             elif path.is_dir() and path.is_symlink():
-                tally.skip("links to folders", path)
+                tally.skip("linked folder", path)
             elif path.is_dir():
                 folders.append(path)
             elif path.is_file():
                 files.append(path)
             else:
-                tally.skip("pipes, sockets or devices" if path.exists() else "broken links", path)
+                tally.skip("special file" if path.exists() else "broken link", path)
     return sorted(files)
 
 
@@ -97,7 +101,7 @@ def first_line(error: BaseException) -> str:
 def _texts(values: Iterable[Value], tally: Tally) -> Iterator[str]:
     for value, where, lack in values:
         if value is None or value == "":
-            tally.skip("empty or null texts", where)
+            tally.skip("empty or null text", where)
         elif not isinstance(value, str):
             raise BadInputError(f"{where}{lack} (it is of type {type(value).__name__})")
         elif "\0" in value:  # ends a document where text is bytes
