@@ -208,10 +208,18 @@ def test_what_is_not_utf8_is_refused_whatever_its_name(kind, name, tmp_path):
             read(source)
 
 
-def test_the_line_of_a_byte_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "in.txt").write_bytes(b"line\n" * 100_000 + "caf\xe9\n".encode("latin1"))
-    with pytest.raises(BadInputError, match=r"in.txt is not text \(line 100,001: byte 0xe9 is not UTF-8"):
-        read(tmp_path / "in.txt")
+@pytest.mark.parametrize("end", [b"\xe9 and more", b"\xe9"])
+@pytest.mark.parametrize("before", [0, 1, 8191, 8192, 8193, 40_001])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_the_place_of_a_byte_that_is_not_utf8_is_named(mark, before, end, tmp_path):
+    data = mark + ("ä" * before).encode() + end
+    (tmp_path / "in.txt").write_bytes(data)
+    for source in (tmp_path / "in.txt", tmp_path):
+        with pytest.raises(
+            BadInputError, match=r"in.txt is not text \(byte 0xe9 at position ([\d,]+) is not"
+        ) as caught:
+            read(source)
+        assert f"position {data.index(0xE9):,} is" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])

@@ -34,8 +34,13 @@ def write_data(settings: Data) -> dict[str, Any]:
         raise BadInputError(f"valid_fraction must be between 0 and 1, got {settings.valid_fraction}")
     if settings.max_tokens is not None and settings.max_tokens < 1:
         raise BadInputError(f"max_tokens must be at least 1, got {settings.max_tokens}")
+    if settings.out == Path():
+        raise BadInputError("give --out, a folder that does not exist yet")
     if os.path.lexists(settings.out):
         raise BadInputError(f"{settings.out} already exists; choose another --out")
+    above = next(path for path in settings.out.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise BadInputError(f"cannot make --out {settings.out}: {above} is not a folder")
     refuse_inside(settings.out, *map(local_path, settings.sources))
     if settings.tokenizer is not None:
         encoder = file_encoder(settings.tokenizer, settings.end_token)
@@ -72,7 +77,8 @@ def write_tokens(
     digests = {split: hashlib.sha256() for split in SPLITS}
     pieces = _pieces(documents, encoder, valid_fraction)
     if max_tokens is not None:
-        pieces = _first(pieces, max_tokens, max(2, round(max_tokens * valid_fraction)))
+        most = min(max_tokens, sys.maxsize)
+        pieces = _first(pieces, most, max(2, round(most * valid_fraction)))
     with written_aside(out) as aside:
         with open(aside / "train.bin", "wb") as train, open(aside / "valid.bin", "wb") as valid:
             files = {"train": train, "valid": valid}

@@ -48,9 +48,8 @@ def documents_of(settings: Data, tally: Tally) -> Iterator[str]:
     Raises:
         BadInputError: a source is missing, damaged, or holds something that is not text.
     """
-    return _texts(
-        itertools.chain.from_iterable([_values(source, settings, tally) for source in settings.sources]), tally
-    )
+    values = [_values(source, settings, tally) for source in settings.sources]
+    return _texts(itertools.chain.from_iterable(values), tally)
 
 
 def files_in(folder: Path, tally: Tally) -> list[Path]:
@@ -159,7 +158,8 @@ def _from_text(path: Path, *, whole: bool) -> Iterator[Value]:
             while piece := _piece(text):
                 yield piece, str(path), lack
         except UnicodeDecodeError as error:
-            raise BadInputError(f"{path}{lack} ({_bad_line(path)})") from error
+            start = file.tell() - len(error.object)  # of what was being decoded
+            raise BadInputError(f"{path}{lack} ({_not_utf8(error, start)})") from error
 
 
 def _piece(text: TextIO) -> str:
@@ -171,18 +171,9 @@ def _piece(text: TextIO) -> str:
     return "".join(lines)
 
 
-def _bad_line(path: Path) -> str:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"line {number:,}: {_not_utf8(error)}"
-    return "it changed while it was read"
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} is not UTF-8; convert it, or unpack it first"
+def _not_utf8(error: UnicodeDecodeError, start: int = 0) -> str:
+    at = start + error.start
+    return f"byte 0x{error.object[error.start]:02x} at position {at:,} is not UTF-8; convert it, or unpack it first"
 
 
 def _from_jsonl(path: Path, key: str) -> Iterator[Value]:
@@ -253,9 +244,8 @@ def _from_rows(rows: Iterator[dict[str, Any]], name: str, key: str) -> Iterator[
         try:
             row = next(rows, None)
         except Exception as error:
-            raise BadInputError(
-                f'cannot read record {number} of the dataset "{name}" ({first_line(error.__cause__ or error)})'
-            ) from error
+            reason = first_line(error.__cause__ or error)
+            raise BadInputError(f'cannot read record {number} of the dataset "{name}" ({reason})') from error
         if row is None:
             return
         where, lack = f'the dataset "{name}", record {number}', f': no text "{key}"'
