@@ -72,6 +72,11 @@ BAD_DATA = {
     "good.jsonl is no tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
     "valid_fraction must be between 0 and 1": ("good.jsonl", "--valid-fraction", "1.5"),
     'cannot read the dataset "./nowhere"': ("hf:./nowhere",),
+    "give at least one file, folder or hf:NAME to read": ("",),
+    "out/out lies inside ., which is read": (".", "--out", "out/out"),
+    "end_token goes with a tokenizer": ("good.jsonl", "--end-token", "x"),
+    'deep.jsonl, line 1: no JSON record with a text "text" (it is nested too deeply)': ("deep.jsonl",),
+    "wide.txt is UTF-16": ("wide.txt",),
 }
 
 
@@ -83,11 +88,13 @@ def test_bad_data_gives_one_line_and_writes_nothing(message, cli, capsys):
     Path("good.jsonl").write_text('{"text": "one document"}\n')
     Path("bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
     Path("latin.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    Path("deep.jsonl").write_text("[" * 100_000)
+    Path("wide.txt").write_text("text", encoding="utf-16")
     pyarrow.parquet.write_table(pyarrow.table({"id": [1]}), "table.parquet")
     Path("broken.parquet").write_bytes(b"PAR1 not really")
     Path("picture.bin").write_bytes(b"\x89PNG\0\0")
     before = {path.name for path in Path().iterdir()}
-    assert cli("data", *BAD_DATA[message], "--out", "out") == 2
+    assert cli("data", "--out", "out", *BAD_DATA[message]) == 2
     assert message in refusal(capsys)
     assert {path.name for path in Path().iterdir()} - {"cache"} == before
 

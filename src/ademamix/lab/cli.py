@@ -277,7 +277,8 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
 
     No other process gets the folder before `held` is closed.
     """
-    from ademamix.lab.config import BadInputError, to_json
+    from ademamix.lab.config import BadInputError, ImageRecipe, to_json
+    from ademamix.lab.data.sources import local_path, refuse_inside
     from ademamix.lab.files import alone_in, written_aside
     from ademamix.lab.training.loop import differing, refuse_other
     from ademamix.lab.training.processes import agreed_name, restarted
@@ -302,6 +303,9 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
         return out, typed
     if out.exists():
         raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
+    recipe = getattr(settings, "recipe", None)
+    if isinstance(recipe, ImageRecipe):  # pictures of the run would be images of a class of their own
+        refuse_inside(out, local_path(recipe.data))
     with written_aside(out) as aside:
         to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
     held.enter_context(alone_in(out))

@@ -322,8 +322,9 @@ class Data:
     """Turn text into a folder of token files for `ademamix train --data FOLDER`.
 
     Every document goes to training or to validation by a hash of its text, so that no document is in both, however
-    often it occurs. A document is a record of a JSONL or Parquet file or of a dataset; a text file in a folder (one
-    above 1 MiB is cut at line ends, as is a text file given by name); what is neither .jsonl nor .parquet is text.
+    often it occurs. A document is a record of a JSON Lines file (.jsonl, .ndjson, .json), of a Parquet file or of a
+    dataset; every other file is text in UTF-8. A text file in a folder is one document; one above 1 MiB, or given by
+    name, is cut at line ends into documents of about 16,000 characters. All rules: docs/data.md.
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -332,6 +333,8 @@ class Data:
     """Folder to write; must not exist yet."""
     tokenizer: Path | None = None
     """A tokenizer.json of the `tokenizers` library. Default: bytes (UTF-8, 0 ends a document)."""
+    end_token: str | None = None
+    """The token that ends a document. Default: the one that tokenizers usually have for it, if there is one."""
     text_key: str = "text"
     """The field of a record that holds the text."""
     split: str = "train"
@@ -339,7 +342,7 @@ class Data:
     valid_fraction: float = VALID_FRACTION
     """Share of the documents that goes to validation."""
     max_tokens: int | None = None
-    """Stop after about so many tokens. Default: take everything."""
+    """Write so many tokens at most, the first ones of each split; documents may be cut. Default: take everything."""
 
 
 def _paper(layers: int, width: int, batch: int, steps: int, alpha: float, eval_every: int = 1000) -> Recipe:

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +90,112 @@ def test_bad_images_are_named(cache, folder, tmp_path):
     with pytest.raises(BadInputError, match=r"cannot read images with classes from .*empty"):
         open_images(ImageRecipe(data=str(tmp_path / "empty")))
     assert not list(cache.glob("*.partial"))
+
+
+def test_what_a_folder_of_images_leaves_out_is_said(cache, folder, tmp_path, capsys):
+    (tmp_path / "green").mkdir()
+    (folder / "green").symlink_to("../green")
+    (folder / "red" / "gone.png").symlink_to("nothing.png")
+    (folder / "red" / ".hidden.png").write_bytes(b"")
+    (folder / "red" / "notes.txt").write_text("no image")
+    os.mkfifo(folder / "blue" / "pipe.png")
+    images = open_images(ImageRecipe(data=str(folder), examples=30))
+    assert {split: len(labels) for split, labels in images.labels.items()} == {"train": 36, "valid": 4}
+    line = capsys.readouterr().out
+    assert f"{folder}: 40 files; skipped " in line
+    for part in (
+        "linked folder",
+        "broken link",
+        "hidden path",
+        "other file",
+        "special file",
+    ):
+        assert f"1 {part} (first: " in line
+
+
+def truncated(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def deep_pixels(path: Path) -> None:
+    Image.fromarray(np.full((30, 30), 30_000, np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("damage", [truncated, deep_pixels, lambda path: path.write_bytes(b"")])
+def test_an_image_that_cannot_be_read_is_named(damage, cache, folder):
+    damage(folder / "blue" / "7.png")
+    with pytest.raises(BadInputError, match=r"cannot read .*/blue/7\.png \("):
+        open_images(ImageRecipe(data=str(folder), examples=30))
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("place", ["red/deeper/a.png", "a.png"])
+def test_an_image_that_is_not_in_the_folder_of_its_class_is_an_error(place, cache, folder):
+    (folder / place).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (30, 30)).save(folder / place)
+    with pytest.raises(BadInputError, match=r"cannot read images with classes from .*lies directly in the folder of"):
+        open_images(ImageRecipe(data=str(folder), examples=30))
+
+
+@pytest.mark.parametrize(("column", "message"), [("image", "it has no image"), ("label", "it has no class")])
+def test_a_row_without_an_image_or_a_class_is_named(column, message, cache, folder, monkeypatch):
+    import datasets
+
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder))["train"].cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    half = rows.to_list()
+    half[3][column] = None
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["blue", "red"]))
+    data = {"train": datasets.Dataset.from_list(half, features=features)}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    with pytest.raises(BadInputError, match=rf"hf:a: cannot read .* \({message}\)"):
+        open_images(ImageRecipe(data="hf:a", examples=30))
+
+
+def test_other_images_in_a_folder_of_the_same_name_are_other_data(cache, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    recipe = ImageRecipe(data="pictures", examples=30)
+    before = open_images(recipe)
+    assert open_images(recipe).sha256 == before.sha256
+    for path in folder.rglob("*.png"):
+        Image.new("RGB", (30, 30), (0, 255, 0)).save(path)
+    assert open_images(recipe).sha256 != before.sha256
+
+
+def test_a_run_inside_the_images_is_refused(cli, folder, capsys):
+    before = {*folder.rglob("*")}
+    (folder.parent / "link").symlink_to(folder)
+    sizes = (
+        "--examples",
+        "20",
+        "--images",
+        "10",
+        "20",
+        "--size",
+        "8",
+        "--steps",
+        "20",
+        "--warmup",
+        "2",
+        "--width",
+        "32",
+        "--layers",
+        "1",
+    )
+    assert cli("run", "vit", "--data", str(folder), "--out", folder.parent / "link" / "run", *sizes) == 2
+    assert "link/run lies inside" in capsys.readouterr().err
+    assert {*folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"channels": 3}'])
+def test_a_damaged_description_is_named(text, cache):
+    open_images(ImageRecipe(examples=10))
+    (description,) = cache.rglob(META)
+    description.write_text(text)
+    with pytest.raises(BadInputError, match=r"is damaged \(.*\); remove it"):
+        Images.open(description.parent)
 
 
 def test_a_damaged_folder_is_named(cache):

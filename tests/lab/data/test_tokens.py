@@ -1,9 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from ademamix.lab.config import BadInputError
-from ademamix.lab.data.tokens import Tokens, token_dtype
+from ademamix.lab.data.tokens import SPLITS, Tokens, token_dtype
 
 
 def test_the_smallest_type_that_holds_every_token():
@@ -45,6 +47,17 @@ def test_a_damaged_token_file_is_refused(tokens, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "train.bin").write_bytes((tokens / "train.bin").read_bytes()[:-5])
     with pytest.raises(BadInputError, match="damaged"):
+        Tokens.open(tmp_path)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_folder_without_tokens_for_a_split_is_too_small(split, tokens, tmp_path):
+    for file in tokens.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / f"{split}.bin").write_bytes(b"")
+    meta = json.loads((tmp_path / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(meta | {split: {"tokens": 0}}))
+    with pytest.raises(BadInputError, match=f"the corpus is too small: .* has no tokens for {split}"):
         Tokens.open(tmp_path)
 
 

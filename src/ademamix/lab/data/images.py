@@ -6,6 +6,7 @@ A folder holds {split}.bin (uint8 [images, channels, size, size]), {split}-label
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ademamix.backends.cache import cache_folder
 from ademamix.lab.config import BadInputError, ImageRecipe, to_json
+from ademamix.lab.console import say
+from ademamix.lab.data.sources import HUB, Tally, files_in, first_line, state_of
 from ademamix.lab.data.tokens import drawn
 from ademamix.lab.files import another_may_win, written_aside
 
@@ -43,14 +46,19 @@ class Images:
     @classmethod
     def open(cls, folder: Path) -> "Images":
         """Open a folder that `write_images` made; BadInputError where it is damaged."""
-        text = (folder / META).read_text()
-        meta = json.loads(text)
-        shape = (-1, meta["channels"], meta["size"], meta["size"])
-        pixels = {split: np.memmap(folder / f"{split}.bin", np.uint8, mode="r").reshape(shape) for split in SPLITS}
-        labels = {split: np.fromfile(folder / f"{split}-labels.bin", np.int32) for split in SPLITS}
-        if any({len(pixels[split]), len(labels[split])} != {meta[split]["images"]} for split in SPLITS):
+        try:
+            text = (folder / META).read_text()
+            meta = json.loads(text)
+            shape = (-1, meta["channels"], meta["size"], meta["size"])
+            pixels = {split: np.memmap(folder / f"{split}.bin", np.uint8, mode="r").reshape(shape) for split in SPLITS}
+            labels = {split: np.fromfile(folder / f"{split}-labels.bin", np.int32) for split in SPLITS}
+            whole = all({len(pixels[split]), len(labels[split])} == {meta[split]["images"]} for split in SPLITS)
+            channels, classes = meta["channels"], meta["classes"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInputError(f"{folder} is damaged ({error}); remove it") from error
+        if not whole:
             raise BadInputError(f"{folder} is damaged: its files are not as long as {META} says; remove it")
-        return cls(meta["channels"], meta["classes"], hashlib.sha256(text.encode()).hexdigest(), pixels, labels)
+        return cls(channels, classes, hashlib.sha256(text.encode()).hexdigest(), pixels, labels)
 
     def batch(
         self, split: str, seed: int, number: int, count: int, examples: int | None = None
@@ -79,10 +87,17 @@ def open_images(recipe: ImageRecipe) -> Images:
     if glyphs:  # as many as wanted; more of them begin with the same ones
         about["train"] = 1 << math.ceil(math.log2(max(recipe.examples, 1024)))
         about["drawn by"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # others would be drawn otherwise
-    name = hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
+    key, tally, files = json.dumps(about), Tally(), None
+    if not glyphs and not recipe.data.startswith(HUB):
+        if not Path(recipe.data).is_dir():
+            given = f"{recipe.data} (a dataset of the Hugging Face hub is hf:NAME)"
+            raise BadInputError(f"no such folder of images: {given}")
+        files = files_in(Path(recipe.data), tally)
+        key += state_of(files, Path(recipe.data))  # another folder of this name, or other images in it, are other data
+    name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     folder = cache_folder() / f"images-{name}"
     if not (folder / META).exists():
-        splits = _glyphs(recipe.size, about["train"]) if glyphs else _dataset(recipe.data, recipe.size)
+        splits = _glyphs(recipe.size, about["train"]) if glyphs else _dataset(recipe.data, recipe.size, files, tally)
         with another_may_win(folder):
             write_images(folder, about, splits)
     images = Images.open(folder)
@@ -117,39 +132,63 @@ def write_images(out: Path, about: dict[str, Any], splits: Iterable[tuple[str, E
         to_json(aside / META, about | {"channels": channels, "classes": classes} | found)
 
 
-def _dataset(source: str, size: int) -> Iterator[tuple[str, Example]]:
-    """The images of a folder with a folder for each class, or of a dataset of the Hugging Face hub."""
+def _dataset(source: str, size: int, files: list[Path] | None, tally: Tally) -> Iterator[tuple[str, Example]]:
+    """The images of a folder with a folder for each class, which has these files, or of a dataset of the hub."""
     import datasets
 
-    hub = source.startswith("hf:")
-    if not hub and not Path(source).is_dir():
-        raise BadInputError(f"no such folder of images: {source} (a dataset of the Hugging Face hub is hf:NAME)")
     try:
-        data = (
-            datasets.load_dataset(source.removeprefix("hf:"))
-            if hub
-            else datasets.load_dataset("imagefolder", data_dir=source)
-        )
-        splits = dict(data)
+        if files is None:
+            splits = dict(datasets.load_dataset(source.removeprefix(HUB)))
+        else:
+            splits = dict(datasets.load_dataset("imagefolder", data_dir=source))
         features = splits["train"].features
-        (image,) = (name for name, kind in features.items() if isinstance(kind, datasets.Image))
-        (label,) = (name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel))
+        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        if len(images) != 1 or len(labels) != 1:
+            raise ValueError(
+                "every image must have one class; in a folder, it lies directly in the folder of its class"
+            )
     except Exception as error:  # whatever the library, the hub or the network raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInputError(f"cannot read images with classes from {source} ({reason})") from error
-    other = next((splits[name] for name in ("validation", "test") if name in splits), None)
-    if other is None:
-        parts = splits["train"].train_test_split(VALID_SHARE, seed=0)
-        splits["train"], other = parts["train"], parts["test"]
-    for split, rows in (("train", splits["train"].shuffle(seed=0)), ("valid", other.shuffle(seed=0))):
-        for row in rows:
-            yield split, (_squared(row[image], size), row[label])
+        raise BadInputError(f"cannot read images with classes from {source} ({first_line(error)})") from error
+    as_stored = {name: rows.cast_column(images[0], datasets.Image(decode=False)) for name, rows in splits.items()}
+    if files is not None:
+        found = {image["path"] for rows in as_stored.values() for image in rows[images[0]]}
+        tally.files = len(found)
+        for file in files:
+            if os.path.abspath(file) not in found:
+                tally.skip("other file", file)
+    valid = next((name for name in ("validation", "test") if name in splits), None)
+    for name in splits:
+        if name not in ("train", valid):
+            tally.skip("split", name)
+    say(f"{source}: {tally}")
+    if valid is None:
+        parts = as_stored["train"].train_test_split(VALID_SHARE, seed=0)
+        chosen = {"train": parts["train"], "valid": parts["test"]}
+    else:
+        chosen = {"train": as_stored["train"], "valid": as_stored[valid]}
+    decode = features[images[0]].decode_example
+    for split, rows in chosen.items():
+        for number, row in enumerate(rows.shuffle(seed=0), 1):
+            stored, label = row[images[0]], row[labels[0]]
+            try:
+                if stored is None or label is None or label < 0:  # -1 stands for an unknown class
+                    raise ValueError("it has no class" if stored else "it has no image")
+                if stored["bytes"] is None:  # what opens a path leaves it open when the image is damaged
+                    stored["bytes"] = Path(stored["path"]).read_bytes()
+                example = _squared(decode(stored), size), label
+            except Exception as error:  # as above; a damaged image may raise anything
+                where = (stored or {}).get("path") or f"image {number} of {split}"
+                raise BadInputError(f"{source}: cannot read {where} ({first_line(error)})") from error
+            yield split, example
 
 
 def _squared(image: Any, size: int) -> NDArray[np.uint8]:
     """An RGB image scaled and cut to a square around its middle."""
     from PIL import ImageOps
 
+    if image.mode[0] in "IF":  # they would be clipped to white
+        raise ValueError("it has more than 8 bits per channel")
     pixels: NDArray[np.uint8] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))).transpose(2, 0, 1)
     return pixels
 

@@ -43,9 +43,11 @@ class Tokens:
             text = (folder / META).read_text()
             meta = json.loads(text)
             dtype = token_dtype(meta["vocab_size"])
+            lengths = [meta[split]["tokens"] for split in SPLITS]
+            if 0 in lengths:
+                raise BadInputError(f"the corpus is too small: {folder} has no tokens for {SPLITS[lengths.index(0)]}")
             # As plain arrays: indexing takes a memmap five times as long.
             splits = [np.memmap(folder / f"{split}.bin", dtype, mode="r").view(np.ndarray) for split in SPLITS]
-            lengths = [meta[split]["tokens"] for split in SPLITS]
         except FileNotFoundError as error:
             missing = f"{Path(error.filename).name} is missing"
             raise BadInputError(f"{folder} is no token folder, {missing}; `ademamix data` makes one") from error
