@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,11 @@ Rule = Callable[..., tuple[Any, ...]]
 
 BACKENDS = ("auto", "eager", "cpu", "triton")
 _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
+_making = threading.RLock()  # held while compilers are imported and at work
+
+if hasattr(os, "register_at_fork"):
+    # In the middle of that a child would wait forever for locks of a thread that it does not have.
+    os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
 
 
 class Rows(NamedTuple):
@@ -157,7 +163,8 @@ def launch(backend: str, batch: Batch) -> Launch:
     if (name, batch.rule) in _unavailable and backend == "auto":
         name = "eager"
     try:
-        made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)
+        with _making:
+            made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)
     except (MemoryError, torch.OutOfMemoryError):
         raise  # says nothing of the backend
     except Exception as error:

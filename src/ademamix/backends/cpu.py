@@ -12,7 +12,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from numba.extending import intrinsic
 
 from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names, global_names, with_numbers
 from ademamix.backends.cache import cache_folder
+from ademamix.backends.pool import for_each
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 10
@@ -403,15 +403,6 @@ def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | Non
     return compiled(cached=False)
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="ademamix")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool's object but not its threads
-
-
 class Launch:
     """See :class:`ademamix.backends.Launch`."""
 
@@ -445,15 +436,9 @@ class Launch:
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (64 * threads))
-        starts = iter(range(0, total, piece))  # shared: next() on it is atomic, so each piece is taken once
 
-        def work() -> None:
-            for begin in starts:
-                self.kernel(*arguments, begin, min(begin + piece, total))
+        def update(begin: int) -> None:
+            self.kernel(*arguments, begin, min(begin + piece, total))
 
-        helpers = [_pool(threads).submit(work) for _ in range(min(threads, -(-total // piece)) - 1)]
-        try:
-            work()
-        finally:  # also after Ctrl-C: whoever saves what there is then must not find it still changing
-            for helper in helpers:
-                helper.result()
+        pieces = range(0, total, piece)
+        for_each(pieces, update, min(threads, len(pieces)))
