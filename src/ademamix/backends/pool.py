@@ -44,7 +44,7 @@ def _grow(helpers: int) -> None:
 def for_each(pieces: range, act: Callable[[int], None], threads: int) -> None:
     """Call ``act`` once for each piece, on this thread and up to ``threads - 1`` others.
 
-    It returns or raises when no thread is at work any more. After an error the pieces that nobody has begun are dropped.
+    It returns or raises when no thread is at work any more. After an error, pieces that nobody has begun are dropped.
     """
     if threads < 2:
         for piece in pieces:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ademamix import RuleOptimizer
 from ademamix.backends import sent_to
 from ademamix.convert import from_adamw
-from ademamix.lab.config import BadInputError, Job, Optimizer, Training, from_json, to_json
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, from_json, to_json, write_whole
 from ademamix.lab.console import Show
 from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.training.model import checksum
@@ -405,9 +405,7 @@ def _keep_until(path: Path, step: int) -> None:
     if path.exists():
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         steps = [_step_of(path, number, line) for number, line in enumerate(whole, 1)]
-        aside = path.with_name(path.name + ".partial")
-        aside.write_bytes(b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
-        aside.replace(path)
+        write_whole(path, b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
 
 
 def _step_of(path: Path, number: int, line: bytes) -> int:
