@@ -227,7 +227,11 @@ DAMAGE = {  # of a file of the run what is written into it, and what is said
         '{"step": 3}\n[1]\n': "metrics.jsonl, line 2 is damaged",
         "\udcff\n": "metrics.jsonl, line 1 is damaged",  # no UTF-8
     },
-    "result.json": {"{": "result.json is damaged (", '{"steps": 3}': "result.json is damaged, or of another version"},
+    "result.json": {
+        '{"valid_loss": "low"}': "result.json is damaged, or of another version",
+        "{": "result.json is damaged (",
+        '{"steps": 3}': "result.json is damaged, or of another version",
+    },
 }
 
 

@@ -443,7 +443,7 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
         raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
     types: Any = {} if parts else get_type_hints(type(like), include_extras=True)
     for key, given in value.items():
-        if not (is_settings(known[key]) or _fits(given, types.get(key, Any))):
+        if not (is_settings(known[key]) or fits(given, types.get(key, Any))):
             raise BadInputError(f"{name}{key} is damaged: it must be {_name(types[key])}, got {given!r}")
     changes = {
         key: restored(known[key], given, f"{name}{key}.") if is_settings(known[key]) else _frozen(given)
@@ -452,19 +452,19 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
     return changes if parts else dataclasses.replace(like, **changes)  # type: ignore
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether JSON made the value of one that has this type."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _fits(value, inside[0])
+        return fits(value, inside[0])
     if origin is Literal:
         return value in inside
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(entry, inside[0]) for entry in value)
-    if origin is Mapping:
-        return isinstance(value, dict)
+    if origin in (tuple, list):
+        return isinstance(value, list) and all(fits(entry, inside[0]) for entry in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(fits(entry, inside[1]) for entry in value.values())
     if inside:
-        return any(_fits(value, one) for one in inside)
+        return any(fits(value, one) for one in inside)
     if kind is float:
         return type(value) in (int, float)
     return kind is Any or type(value) is (str if kind is Path else kind)

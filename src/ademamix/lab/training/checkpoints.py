@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from ademamix.lab.config import BadInputError
+from ademamix.lab.config import BadInputError, from_json
 from ademamix.lab.training.description import FILE, described
 from ademamix.lab.training.processes import Processes
 
@@ -140,7 +140,7 @@ class Checkpoints:
             whole = next((path for path in reversed(found[:-1]) if self._fault(path) is None), None)
             how = f"{whole} is whole: to go on from there, delete {found[-1]}" if whole else "no other one is whole"
             self.processes.on_first(lambda: _refuse(f"{fault}; {how}"))
-        return found[-1], json.loads((found[-1] / MANIFEST).read_text())
+        return found[-1], from_json(found[-1] / MANIFEST)
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, if anything; each process reads some of its files."""
@@ -275,11 +275,16 @@ def _sum_of(content: dict[str, Any]) -> str:
 def _fault_in(path: Path, share: slice) -> str | None:
     """What is wrong with the manifest, or with some of the files in it."""
     try:
-        content = json.loads((path / MANIFEST).read_text())
-        files = content["files"] if content.pop("sha256") == _sum_of(content) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = None
-    if files is None:
+        content = from_json(path / MANIFEST)
+        files = content["files"]
+        sound = (
+            content.pop("sha256") == _sum_of(content)
+            and FILE in files
+            and all(Path(name).name == name and list(map(type, files[name])) == [int, str] for name in files)
+        )
+    except (BadInputError, OSError, KeyError, TypeError):
+        sound = False
+    if not sound:
         return f"{path / MANIFEST} is damaged"
     for name in sorted(files)[share]:
         size, digest = files[name]
