@@ -541,7 +541,7 @@ def _step_in_child(result: Any) -> None:
     result.put([p.detach().numpy().sum().item() for p in params])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_steps_in_child_processes(method: str) -> None:
     """Also in a child forked after the parent's threads have run: it has none of them."""
     params, _ = train(FIRST["AdEMAMix"], MANY, backend="cpu")

@@ -234,7 +234,11 @@ DAMAGE = {  # of a file of the run what is written into it, and what is said
         '{"step": 3}\n[1]\n': "metrics.jsonl, line 2 is damaged",
         "\udcff\n": "metrics.jsonl, line 1 is damaged",  # no UTF-8
     },
-    "result.json": {"{": "result.json is damaged (", '{"steps": 3}': "result.json is damaged, or of another version"},
+    "result.json": {
+        '{"valid_loss": "low"}': "result.json is damaged, or of another version",
+        "{": "result.json is damaged (",
+        '{"steps": 3}': "result.json is damaged, or of another version",
+    },
 }
 
 
@@ -249,7 +253,24 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(name, text, finished, cli, ca
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"), [("job", "later", 1), ("recipe", "steps", "many"), (None, "optimizer", 7)]
+    ("section", "key", "value"),
+    [
+        ("job", "later", 1),
+        ("job", "device", None),
+        ("job", "shard", "yes"),
+        ("job", "keep", True),
+        ("recipe", "steps", "many"),
+        ("recipe", "steps", 20.0),
+        ("recipe", "data", -1),
+        ("recipe", "architecture", "unknown"),
+        ("recipe", "held_out", 3),
+        ("recipe", "ademamix", [1]),
+        (None, "optimizer", 7),
+        (None, "typed", None),
+        (None, "typed", [1]),
+        (None, "preset", {}),
+        (None, "job", []),
+    ],
 )
 def test_settings_of_another_version_or_kind_are_refused(section, key, value, finished, cli, capsys):
     stored = json.loads((finished / "config.json").read_text())
@@ -259,7 +280,45 @@ def test_settings_of_another_version_or_kind_are_refused(section, key, value, fi
     assert refusal(capsys)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"title": "", "headlines": [], "findings": [{"claim": "tokens"}]}'])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "mine"])
+def test_a_resume_refuses_links_out_of_the_run(name, finished, cli, capsys):
+    outside = Path("outside")
+    if name == "mine":
+        outside.write_text("mine")
+    else:
+        (finished / name).rename(outside)
+    (finished / name).symlink_to(outside.resolve())
+    before = {path: path.is_file() and path.read_bytes() for path in (outside, *outside.rglob("*"))}
+    assert cli("train", "--resume", "run") == 2
+    assert f"run/{name} is a link out of the run's folder" in refusal(capsys)
+    assert (finished / name).is_symlink()
+    assert {path: path.is_file() and path.read_bytes() for path in (outside, *outside.rglob("*"))} == before
+
+
+def test_a_run_may_be_resumed_through_a_link_to_it(finished, cli):
+    Path("latest").symlink_to("run")
+    (finished / "newest").symlink_to("checkpoints")
+    assert cli("train", "--resume", "latest") == 0
+
+
+FINDING = '{"title": "", "headlines": [], "findings": [{"claim": "%s", "verdict": "%s", "ours": %s}]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"title": "", "headlines": [], "findings": [{"claim": "tokens"}]}',
+        '{"title": 3, "headlines": [], "findings": []}',
+        '{"title": "", "headlines": "text", "findings": []}',
+        '{"title": "", "headlines": [["text"]], "findings": []}',
+        FINDING % ("tokens", "perhaps", '""'),
+        FINDING % ("later", "reproduced", '""'),
+        FINDING % ("tokens", "reproduced", "[]"),
+    ],
+)
 def test_an_index_names_a_damaged_outcome(text, cli, capsys):
     Path("runs/lm").mkdir(parents=True)
     Path("runs/lm/outcome.json").write_text(text)

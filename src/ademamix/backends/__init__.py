@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,11 @@ Rule = Callable[..., tuple[Any, ...]]
 
 BACKENDS = ("auto", "eager", "cpu", "triton")
 _unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
+_making = threading.RLock()  # held while compilers are imported and at work
+
+if hasattr(os, "register_at_fork"):
+    # In the middle of that a child would wait forever for locks of a thread that it does not have.
+    os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
 
 
 class Rows(NamedTuple):
@@ -175,7 +181,8 @@ def launch(backend: str, batch: Batch) -> Launch:
     if backend == "auto" and ((name, batch.rule) in _unavailable or is_fake(batch.parameters[0])):
         name = "eager"
     try:
-        made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)
+        with _making:
+            made: Launch = importlib.import_module(f"{__name__}.{name}").Launch(batch)
     except (MemoryError, torch.OutOfMemoryError):
         raise  # says nothing of the backend
     except Exception as error:

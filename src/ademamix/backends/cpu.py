@@ -12,7 +12,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from numba.core import types as nt
 from numba.extending import intrinsic
 
 from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names, global_names, with_numbers
-from ademamix.backends.cache import cache_folder
+from ademamix.backends.cache import cache_folder, made_private, only_ours, trusted
+from ademamix.backends.pool import for_each
 from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 10
@@ -352,17 +352,35 @@ def _stored(name: str, source: str) -> Path | None:
     The name holds a digest of all that goes into the kernel, so a file never changes once it is there.
     """
     try:
-        path = cache_folder() / "kernels" / f"{name}.py"
+        path = made_private(cache_folder() / "kernels") / f"{name}.py"
+        if not trusted(path.parent):
+            return None
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=path.parent)
             with os.fdopen(handle, "w") as file:
                 file.write(source)
             os.utime(aside, (0, 0))  # Numba's index holds the time: processes that start at once must agree on it
             os.replace(aside, path)
+        made_private(path.parent / "__pycache__")  # Numba's would have the umask's mode
     except (OSError, RuntimeError):  # the latter where the user has no home
         return None
     return path
+
+
+def _cached(dispatcher: Any, signature: Any, name: str) -> None:
+    """Compile, or load what Numba has kept: pickles, which must be nobody else's."""
+    folder = Path(dispatcher.stats.cache_path)  # another one with NUMBA_CACHE_DIR
+    if not trusted(folder):
+        raise PermissionError(f"others may write to {folder}")
+    kept = f"{name}.*.nb[ic]"
+    for file in folder.glob(kept):
+        if not only_ours(file):
+            file.unlink()
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()  # for other arguments
+    if os.name != "nt":
+        for file in folder.glob(kept):
+            file.chmod(0o600)
 
 
 def _jit(function: Rule, number: Callable[[float], Any], module: str) -> Any:
@@ -391,25 +409,15 @@ def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | Non
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         raise RuntimeError("NUMBA_DISABLE_JIT is set, so nothing can be compiled")
 
-    def compiled(cached: bool) -> Callable[..., None]:
-        jit = numba.njit(signature, nogil=True, error_model="numpy", cache=cached)
-        result: Callable[..., None] = jit(module.kernel)
-        return result
-
+    result: Callable[..., None]
     if path is not None:
         # Reading needs a folder that can be written too, the disk may be full, and files may be damaged.
         with contextlib.suppress(Exception):
-            return compiled(cached=True)
-    return compiled(cached=False)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="ademamix")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool's object but not its threads
+            result = numba.njit(nogil=True, error_model="numpy", cache=True)(module.kernel)
+            _cached(result, signature, name)
+            return result
+    result = numba.njit(signature, nogil=True, error_model="numpy")(module.kernel)
+    return result
 
 
 class Launch:
@@ -445,15 +453,9 @@ class Launch:
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (64 * threads))
-        starts = iter(range(0, total, piece))  # shared: next() on it is atomic, so each piece is taken once
 
-        def work() -> None:
-            for begin in starts:
-                self.kernel(*arguments, begin, min(begin + piece, total))
+        def update(begin: int) -> None:
+            self.kernel(*arguments, begin, min(begin + piece, total))
 
-        helpers = [_pool(threads).submit(work) for _ in range(min(threads, -(-total // piece)) - 1)]
-        try:
-            work()
-        finally:  # also after Ctrl-C: whoever saves what there is then must not find it still changing
-            for helper in helpers:
-                helper.result()
+        pieces = range(0, total, piece)
+        for_each(pieces, update, min(threads, len(pieces)))

@@ -15,8 +15,8 @@ from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
-    from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train, Training
-    from ademamix.lab.experiments.common import Settings
+    from ademamix.lab.config import Compare, Data, Job, PlanFor, ReportOn, Train, Training
+    from ademamix.lab.experiments.common import Settings, Workplace
     from ademamix.lab.reports.report import Report
 
 CONFIG = "config.json"
@@ -112,17 +112,24 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
         try:
             command = stored.pop("command")
             stored.pop("typed")
-            job = {"resume": seen.resume, **stored.pop("job")}
+            job = stored.pop("job")
+
+            def of(workplace: W) -> W:
+                kept = restored(workplace, dataclasses.asdict(workplace) | job)
+                return dataclasses.replace(kept, resume=seen.resume)
+
             if command == f"run {name}":
                 like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
                 stored["job"] = dataclasses.asdict(like.job)
-                experiments[str(name)] = dataclasses.replace(restored(like, stored), job=Workplace(**job))
+                experiments[str(name)] = dataclasses.replace(restored(like, stored), job=of(Workplace()))
             elif command in ("train", "compare"):
                 recipe = restored(Recipe(), stored["recipe"])
-                optimizer, match = str(stored.get("optimizer", "ademamix")), Match(**stored.get("match", {}))
+                optimizer, match = str(stored.get("optimizer", "ademamix")), stored.get("match", {})
                 own = stored["preset"]
-                train = Train(optimizer, own, recipe, Job(**job))
-                compare = Compare(optimizer, own, recipe, Job(**job), match)
+                train = Train(optimizer, own, recipe, of(Job()))
+                compare = Compare(
+                    optimizer, own, recipe, of(Job()), restored(Match(), dataclasses.asdict(Match()) | match)
+                )
         except (KeyError, TypeError, AttributeError) as error:
             kept = seen.resume / CONFIG
             raise BadInputError(f"{kept} is damaged, or of another version of ademamix ({error})") from error
@@ -131,11 +138,16 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
 
 def _stored(out: Path) -> dict[str, Any]:
     from ademamix.lab.config import BadInputError, from_json
+    from ademamix.lab.files import refuse_links
 
+    refuse_links(out)
     try:
         stored = from_json(out / CONFIG)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInputError(f"nothing to resume in {out}: it holds no {CONFIG}") from error
+    for key, kind in {"command": str, "typed": list, "preset": str, "job": dict}.items():
+        if not (isinstance(stored.get(key), kind) and all(isinstance(name, str) for name in stored[key])):
+            raise BadInputError(f"{out / CONFIG} is damaged, or of another version of ademamix ({key!r})")
     return stored
 
 
@@ -223,12 +235,14 @@ def _experiment(settings: "Settings") -> None:
 
 def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
     """Make a report, write it and show it; the time that went into it grows from call to call."""
-    from ademamix.lab.config import from_json, to_json
+    from ademamix.lab.config import BadInputError, from_json, to_json
     from ademamix.lab.console import say
     from ademamix.lab.reports.report import PAGE, show, write
 
     clock = out / "seconds.json"
-    before = from_json(clock)["seconds"] if clock.exists() else 0.0
+    before = from_json(clock).get("seconds") if clock.exists() else 0.0
+    if not isinstance(before, (int, float)):
+        raise BadInputError(f'{clock} is damaged: "seconds" must be a number, got {before!r}')
     began = time.perf_counter()
     try:
         report = make()
@@ -248,6 +262,7 @@ def _report(settings: "ReportOn") -> None:
 
 
 P = TypeVar("P", "Train", "Compare")
+W = TypeVar("W", "Job", "Workplace")
 
 
 def _pinned(settings: P) -> P:

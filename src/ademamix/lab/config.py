@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,6 +18,7 @@ State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
 Shape = Literal["cosine", "linear", "wsd"]  # of the learning rate over a run
 SEEDS = 2**63  # torch takes no larger ones
+LARGEST = 1 << 28  # bytes of a JSON file; a result has some hundred for each evaluation
 
 
 class BadInputError(Exception):
@@ -391,23 +393,35 @@ PRESETS = {
 }
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. A link in its place is replaced, never written through."""
+    aside = path.with_name(path.name + ".partial")
+    aside.unlink(missing_ok=True)  # a killed process left it
+    with open(aside, "xb") as file:
+        file.write(content)
+    aside.replace(path)
+
+
 def to_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    aside.replace(path)
+    write_whole(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
 def from_json(path: Path) -> dict[str, Any]:
     """Read what `to_json` wrote.
 
     Raises:
-        BadInputError: the file is damaged.
+        BadInputError: the file is damaged, no regular file, or larger than any that `to_json` writes.
         OSError: it cannot be read.
     """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise BadInputError(f"{path} must be a file, but is a folder or a device")
+    if about.st_size > LARGEST:
+        raise BadInputError(f"{path} is damaged: it has {about.st_size:,} bytes, and may have {LARGEST:,}")
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
         raise BadInputError(f"{path} is damaged: it holds no settings or results by name")
@@ -421,18 +435,46 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
     """Build settings from what `dataclasses.asdict` and JSON made of some, of the same class as `like`.
 
     Raises:
-        BadInputError: the fields are not those of this version's class.
+        BadInputError: the fields are not those of this version's class, or a value is not of its field's type.
     """
+    if not isinstance(value, Mapping):
+        raise BadInputError(f"{name.rstrip('.') or 'the settings'} must be settings by name, got {value!r}")
     parts = isinstance(like, Mapping)  # settings by name
     known: Any = like if parts else {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}  # type: ignore[arg-type]
     if known.keys() != value.keys():
         names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
         raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
+    types: Any = {} if parts else get_type_hints(type(like), include_extras=True)
+    for key, given in value.items():
+        if not (is_settings(known[key]) or fits(given, types.get(key, Any))):
+            raise BadInputError(f"{name}{key} is damaged: it must be {_name(types[key])}, got {given!r}")
     changes = {
         key: restored(known[key], given, f"{name}{key}.") if is_settings(known[key]) else _frozen(given)
         for key, given in value.items()
     }
     return changes if parts else dataclasses.replace(like, **changes)  # type: ignore
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether JSON made the value of one that has this type."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return fits(value, inside[0])
+    if origin is Literal:
+        return value in inside
+    if origin in (tuple, list):
+        return isinstance(value, list) and all(fits(entry, inside[0]) for entry in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(fits(entry, inside[1]) for entry in value.values())
+    if inside:
+        return any(fits(value, one) for one in inside)
+    if kind is float:
+        return type(value) in (int, float)
+    return kind is Any or type(value) is (str if kind is Path else kind)
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
 
 
 def is_settings(value: Any) -> bool:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from ademamix import AdEMAMix
 from ademamix.lab.config import BadInputError, Job, Recipe
+from ademamix.lab.training import checkpoints
 from ademamix.lab.training.checkpoints import Checkpoints, SaveError, complete, load, weights
 from ademamix.lab.training.loop import _Run, check, train
 from ademamix.lab.training.processes import Processes
@@ -93,6 +94,30 @@ def test_a_changed_number_in_the_manifest_is_noticed(field, run, recipe):
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {field: content[field] + 1}))
     with pytest.raises(BadInputError, match=r"manifest\.json is damaged"):
+        train("ademamix", recipe, Job(), run)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "many"}, {"seconds": None}, {"recipe": []}, {"optimizer": 3}, {"skipped_steps": {}}]
+)
+def test_a_manifest_with_other_kinds_of_values_is_refused_though_its_sum_is_right(change, run, recipe):
+    newest = complete(run / "checkpoints")[-1]
+    manifest = newest / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    reliability.sealed(newest)
+    with pytest.raises(BadInputError, match=rf"manifest\.json is damaged: {next(iter(change))} is "):
+        train("ademamix", recipe, Job(), run)
+
+
+@pytest.mark.parametrize(
+    "files", [[], {"../../result.json": [1, ""]}, {"__0_0.distcp": 3}, {"__0_0.distcp": ["1", ""]}]
+)
+def test_a_manifest_with_other_files_is_damaged(files, run, recipe):
+    newest = complete(run / "checkpoints")[-1]
+    content = json.loads((newest / "manifest.json").read_text()) | {"files": files}
+    del content["sha256"]
+    (newest / "manifest.json").write_text(json.dumps({"sha256": checkpoints._sum_of(content), **content}))
+    with pytest.raises(BadInputError, match=r"manifest\.json is damaged; "):
         train("ademamix", recipe, Job(), run)
 
 

@@ -1,11 +1,15 @@
 """Pictures, once: as traces for Plotly, which the page draws, and with matplotlib, for files."""
 
+import html
+import io
 import math
 import statistics
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from ademamix.lab.config import write_whole
 
 # Okabe and Ito's colours are told apart by all eyes, the dashes also without any colour: on white, on black, dash.
 STYLES = {
@@ -68,7 +72,7 @@ class Chart:
                     "type": "scatter",
                     "x": line.x,
                     "y": line.y,
-                    "name": line.name,
+                    "name": html.escape(line.name, quote=False),  # Plotly reads tags
                     "showlegend": True,  # Plotly would leave a line without a name if the others diverged
                     "mode": line.mode,
                     "colors": style[:2],
@@ -100,7 +104,8 @@ class Chart:
         for line, (colour, _, dash) in zip(self.lines, self.styles(), strict=True):
             marker = "o" if "markers" in line.mode else ""
             style = {"color": colour, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker}
-            axis.errorbar(line.x, line.y, line.bars, label=line.name, elinewidth=1.5, capsize=3, **style)
+            label = line.name.replace("$", r"\$")  # it would begin a formula
+            axis.errorbar(line.x, line.y, line.bars, label=label, elinewidth=1.5, capsize=3, **style)
         axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -199,7 +204,7 @@ def write_png(pictures: list[Picture], path: Path) -> None:
         axis.remove()
     for picture, axis in zip(pictures, axes.flat, strict=False):
         picture.draw(axis)
-    aside = path.with_name(path.stem + ".partial.png")
-    figure.savefig(aside, dpi=120)
-    aside.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_whole(path, drawn.getvalue())
     pyplot.close(figure)

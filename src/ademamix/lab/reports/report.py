@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from rich.table import Table
 
-from ademamix.lab.config import BadInputError, from_json, to_json
+from ademamix.lab.config import BadInputError, from_json, to_json, write_whole
 from ademamix.lab.console import OUT, say
 from ademamix.lab.reports.claims import CLAIMS, Finding
 from ademamix.lab.reports.pictures import Picture, write_png
@@ -100,23 +101,29 @@ def write_index(folder: Path) -> Path:
     outcomes = {path.parent: _outcome(path) for path in sorted(folder.glob(f"*/{OUTCOME}"))}
     if not outcomes:
         raise BadInputError(f"{folder} holds no reports: `ademamix run` writes them, each to a folder of its own")
-    _write(folder / INDEX, _page("AdEMAMix: the paper's claims, and what came out here", _index(folder, outcomes), []))
+    _write(folder / INDEX, _page("AdEMAMix: the paper's claims, and what came out here", _index(outcomes), []))
     return folder / INDEX
 
 
 def _outcome(path: Path) -> dict[str, Any]:
     found = from_json(path)
     try:
-        title, headlines = str(found["title"]), list(found["headlines"])
-        return {"title": title, "headlines": headlines, "findings": [Finding(**f) for f in found["findings"]]}
+        title, headlines, findings = found["title"], found["headlines"], [Finding(**f) for f in found["findings"]]
     except (KeyError, TypeError) as error:
         raise BadInputError(f"{path} is damaged, or of another version of ademamix ({error})") from error
+    texts = [title, *(text for f in findings for text in (f.claim, f.verdict, f.ours))]
+    if not (isinstance(headlines, list) and all(isinstance(text, str) for text in texts + headlines)):
+        raise BadInputError(f"{path} is damaged: title, headlines and findings must be text")
+    for f in findings:
+        for what, name, known in (("claim", f.claim, CLAIMS), ("verdict", f.verdict, MARKS)):
+            if name not in known:
+                allowed = ", ".join(map(repr, known))
+                raise BadInputError(f"{path} is damaged, or of another version: no {what} is {name!r}, but {allowed}")
+    return {"title": title, "headlines": headlines, "findings": findings}
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, text.encode(errors="replace"))  # names of files may hold what is no text
 
 
 def _sentence(finding: Finding) -> str:
@@ -132,7 +139,7 @@ def _page(title: str, body: str, pictures: Sequence[Picture]) -> str:
     shown = [{"traces": picture.traces(), "layout": picture.layout()} for picture in pictures]
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     plotly = get_plotlyjs() if pictures else ""
-    return page.substitute(title=html.escape(title), body=body, plotly=plotly, data=json.dumps(shown))
+    return page.substitute(title=html.escape(title), body=body, plotly=plotly, data=_script(shown))
 
 
 def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
@@ -151,14 +158,13 @@ def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> s
     )
 
 
-def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
+def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
     found = [(at, f) for at, outcome in outcomes.items() for f in outcome["findings"]]
     rows = []
     for key, claim in CLAIMS.items():
         here = [(at, f) for at, f in found if f.claim == key]
         ours = [
-            f"<p>{_badge(f.verdict)} {_text(f.ours)} (<a href='{_text(str(at.relative_to(folder)))}/{PAGE}'>"
-            f"{_text(at.name)}</a>)</p>"
+            f"<p>{_badge(f.verdict)} {_text(f.ours)} (<a href='{_address(at)}/{PAGE}'>{_text(at.name)}</a>)</p>"
             for at, f in here
         ] or [f"<p>{_badge('not tested at this size')} <code>ademamix run {claim.experiment}</code> tests it</p>"]
         rows.append(
@@ -168,11 +174,11 @@ def _index(folder: Path, outcomes: Mapping[Path, dict[str, Any]]) -> str:
             "</section>"
         )
     cards = [
-        f"<section><h2><a href='{name}/{PAGE}'>{_text(outcome['title'])}</a></h2>"
-        f"<a href='{name}/{PAGE}'><img src='{name}/{PICTURES}' alt='{_text(outcome['title'])}' loading=lazy></a>"
+        f"<section><h2><a href='{_address(at)}/{PAGE}'>{_text(outcome['title'])}</a></h2>"
+        f"<a href='{_address(at)}/{PAGE}'>"
+        f"<img src='{_address(at)}/{PICTURES}' alt='{_text(outcome['title'])}' loading=lazy></a>"
         f"{''.join(f'<p>{_text(line)}.</p>' for line in outcome['headlines'])}</section>"
         for at, outcome in outcomes.items()
-        if (name := html.escape(str(at.relative_to(folder)), quote=True))
     ]
     counts = {v: sum(any(f.claim == key and f.verdict == v for _, f in found) for key in CLAIMS) for v in MARKS}
     left = len(CLAIMS) - counts["reproduced"] - counts["not reproduced"]
@@ -200,6 +206,16 @@ def _text(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
+def _address(at: Path) -> str:
+    """Of a folder beside the page. Without the dot, what stands before a colon would be a scheme."""
+    return "./" + quote(os.fsencode(at.name), safe="")
+
+
+def _script(value: Any) -> str:
+    """The value in JavaScript; HTML knows nothing of its strings, and would end the script within one."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
 def _table(rows: Rows) -> str:
     def row(cells: Cells, tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -211,10 +227,15 @@ def _table(rows: Rows) -> str:
 # --------------------------------------------------------------------------------- Markdown
 
 
+def _plain(value: Any) -> str:
+    """On one line, and no tag of HTML, which Markdown would pass on."""
+    return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _markdown(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
     def table(rows: Rows) -> Iterator[str]:
         for number, row in enumerate(rows):
-            yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+            yield "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in row) + " |"
             if number == 0:
                 yield "| --- |" + " --: |" * (len(row) - 1)
         yield ""

@@ -5,10 +5,8 @@ Each is a folder of torch.distributed.checkpoint with a manifest: what the run w
 
 import hashlib
 import io
-import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -30,7 +28,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from ademamix.lab.config import BadInputError
+from ademamix.lab.config import BadInputError, from_json
+from ademamix.lab.training.description import FILE, described
 from ademamix.lab.training.processes import Processes
 
 FOLDER, MANIFEST, PARTIAL = "checkpoints", "manifest.json", ".partial"
@@ -87,8 +86,8 @@ class Checkpoints:
     def _finish(self, saved: Any, aside: Path, about: dict[str, Any]) -> None:
         """Give the written files their manifest, and the folder its name; runs in the thread."""
         saved.result()  # its metadata has no names of files in torch 2.11, so what was written is read
-        entries = _Reader(aside).read_metadata().storage_data.values()
-        names = sorted({entry.relative_path for entry in entries} | {".metadata"})
+        entries = described(aside).storage_data.values()
+        names = sorted({entry.relative_path for entry in entries} | {FILE})
         mine = names[self.processes.rank :: self.processes.size]
         files: dict[str, list[Any]] = {}
         for sums in self.processes.everywhere(lambda: {name: _size_and_sum(aside / name) for name in mine}, self.group):
@@ -141,7 +140,7 @@ class Checkpoints:
             whole = next((path for path in reversed(found[:-1]) if self._fault(path) is None), None)
             how = f"{whole} is whole: to go on from there, delete {found[-1]}" if whole else "no other one is whole"
             self.processes.on_first(lambda: _refuse(f"{fault}; {how}"))
-        return found[-1], json.loads((found[-1] / MANIFEST).read_text())
+        return found[-1], from_json(found[-1] / MANIFEST)
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, if anything; each process reads some of its files."""
@@ -181,7 +180,7 @@ def weights(path: Path) -> dict[str, Tensor]:
     fault = _fault_in(path, slice(None))
     if fault is not None:
         raise BadInputError(fault)
-    stored = _Reader(path).read_metadata().state_dict_metadata
+    stored = described(path).state_dict_metadata
     model = {
         name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
@@ -211,54 +210,17 @@ def _copied(value: Any) -> Any:
 
 
 def _read(path: Path, state: dict[str, Any]) -> None:
-    reader = _Reader(path)
-    reader.read_metadata()  # what the library meets there it takes for an absent file
+    described(path)  # what the library meets there it takes for an absent file
     _expect_one_process()
     try:
-        load_into(state, storage_reader=reader, planner=_Planner())
+        load_into(state, storage_reader=_Reader(path), planner=_Planner())
     except CheckpointException as error:
         raise BadInputError(f"{path} cannot be loaded ({_reason(error)})") from error
 
 
 class _Reader(FileSystemReader):
-    """Reads the pickle `.metadata` by a list of what may be in it."""
-
     def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
-        path = Path(self.path) / ".metadata"
-        with open(path, "rb") as file:
-            try:
-                found = _Unpickler(file).load()
-            except Exception as error:  # a damaged pickle raises whatever its damage leads to
-                raise BadInputError(f"{path} is no description of tensors ({error})") from error
-        if not isinstance(found, metadata.Metadata):
-            raise BadInputError(f"{path} is no description of tensors, but of a {type(found).__name__}")
-        return found
-
-
-class _Unpickler(pickle.Unpickler):
-    ALLOWED = {
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    } | {
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        *itertools.product(("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath")),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return described(Path(self.path))
 
 
 class _Planner(DefaultLoadPlanner):
@@ -313,11 +275,16 @@ def _sum_of(content: dict[str, Any]) -> str:
 def _fault_in(path: Path, share: slice) -> str | None:
     """What is wrong with the manifest, or with some of the files in it."""
     try:
-        content = json.loads((path / MANIFEST).read_text())
-        files = content["files"] if content.pop("sha256") == _sum_of(content) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = None
-    if files is None:
+        content = from_json(path / MANIFEST)
+        files = content["files"]
+        sound = (
+            content.pop("sha256") == _sum_of(content)
+            and FILE in files
+            and all(Path(name).name == name and list(map(type, files[name])) == [int, str] for name in files)
+        )
+    except (BadInputError, OSError, KeyError, TypeError):
+        sound = False
+    if not sound:
         return f"{path / MANIFEST} is damaged"
     for name in sorted(files)[share]:
         size, digest = files[name]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from ademamix import RuleOptimizer
 from ademamix.backends import sent_to
 from ademamix.convert import from_adamw
-from ademamix.lab.config import BadInputError, Job, Optimizer, Training, from_json, to_json
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, fits, from_json, to_json, write_whole
 from ademamix.lab.console import Show
 from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.training.model import checksum
@@ -76,9 +76,12 @@ class Result:
         """
         stored = from_json(out / RESULT)
         try:
+            wrong = [name for name, kind in get_type_hints(Result).items() if not fits(stored[name], kind)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {stored[wrong[0]]!r}")
             held_out = [{int(step): loss for step, loss in losses.items()} for losses in stored["held_out"]]
             return Result(**{**stored, "held_out": held_out})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BadInputError(f"{out / RESULT} is damaged, or of another version of ademamix ({error})") from error
 
 
@@ -333,12 +336,16 @@ class _Run:
         return {"optimizer": self.name, "recipe": recipe, "data": self.task.sha256}
 
     def _load(self, path: Path, about: dict[str, Any]) -> None:
-        from ademamix.lab.training.checkpoints import load
+        from ademamix.lab.training.checkpoints import MANIFEST, load
 
         own = self._identity()
+        kinds = {"recipe": dict[str, Any], "optimizer": str, "step": int, "seconds": float, "skipped_steps": int}
+        wrong = [name for name, kind in kinds.items() if not fits(about.get(name), kind)]
+        if wrong:
+            raise BadInputError(f"{path / MANIFEST} is damaged: {wrong[0]} is {about.get(wrong[0])!r}")
         differ = differing(about["recipe"], own["recipe"])
         differ += ["optimizer"] * (about["optimizer"] != own["optimizer"])
-        differ += ["the data"] * (about["data"] != own["data"])
+        differ += ["the data"] * (about.get("data") != own["data"])
         refuse_other(self.out, differ)
         self.step, self.seconds = about["step"], about["seconds"]
         self.optimizer = self._optimizer_of(self.step)
@@ -405,9 +412,7 @@ def _keep_until(path: Path, step: int) -> None:
     if path.exists():
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         steps = [_step_of(path, number, line) for number, line in enumerate(whole, 1)]
-        aside = path.with_name(path.name + ".partial")
-        aside.write_bytes(b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
-        aside.replace(path)
+        write_whole(path, b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
 
 
 def _step_of(path: Path, number: int, line: bytes) -> int:
