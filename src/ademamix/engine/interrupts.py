@@ -15,7 +15,7 @@ SIGNALS = [int(number) for number in sorted(signal.valid_signals() - NEVER_HANDL
 
 
 def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch.no_grad(), which an interrupt just before its end leaves in force: Python looks for one between calls."""
+    """As torch.no_grad(), which an interrupt at its end leaves in force: Python looks for one at each call."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

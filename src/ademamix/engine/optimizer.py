@@ -188,9 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     def _every(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _factor_and_skip(
-        self, own: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _factor_and_skip(self, own: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Of the parameters' own gradients, and of these placed as the parameters are."""
         norm = self._note.norm if self._note is not None and self._note.serves(own) else None
         if norm is None and self.skip_nonfinite:
