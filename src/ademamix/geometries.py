@@ -1,7 +1,8 @@
 """The mathematics of stepping: how a direction ``u`` that a memory made of the gradients becomes a step.
 
 An elementwise geometry maps ``(p, u, g, *slots)`` and its keyword-only coefficients to ``(new p, *new slots)``; names
-mean what they mean in a memory (``memories.py``). It computes with the array namespace ``xp``: arithmetic, and what all
+mean what they mean in a memory (``memories.py``). What stands between ``p`` and ``g`` are the directions that the memory
+returns. It computes with the array namespace ``xp``: arithmetic, and what all
 backends have (``sqrt``, ``abs``, ``exp``, ``log``, ``minimum``, ``maximum``, ``where``).
 """
 
@@ -19,10 +20,42 @@ def adam(
     lr: Any,
     weight_decay: Any,
     eps: Any,
-    w2: Any,  # 1 - beta2
+    w2: Any,  # these three of beta2, as every average's (memories.py)
+    stay2: Any,
+    pull2: Any,
     debias2: Any,  # 1 / sqrt(1 - beta2^t)
 ) -> tuple[Any, Any]:
     """Each element divided by its root mean square (Adam), with decoupled decay multiplied by lr as in PyTorch."""
-    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
     update = u / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_sq
+
+
+def adam_limited(
+    p: Any,
+    u: Any,
+    slow: Any,  # the part of u that old gradients may have left
+    g: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    w2: Any,
+    stay2: Any,
+    pull2: Any,
+    debias2: Any,
+    limit: Any,  # of |slow|, in root mean squares; infinity for none
+) -> tuple[Any, Any]:
+    """Adam's step, in which a slow part x times as large as ``limit`` root mean squares counts as 1 / x of these.
+
+    Where gradients stop, their mean square is forgotten before the slow average is, and the quotient of the two grows
+    by orders of magnitude. A mean never exceeds the root mean square of the same gradients, so a slow part that does is
+    of older ones: the further they lie back, the less it counts.
+    """
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
+    rms = debias2 * xp.sqrt(exp_avg_sq)
+    allowed = limit * rms
+    share = allowed / slow  # NaN for 0 / 0, and with a NaN: then u stays what it is
+    u = xp.where(xp.abs(share) < 1.0, u - slow + share * allowed, u)
+    return p - lr * (u / (rms + eps) + weight_decay * p), exp_avg_sq

@@ -13,6 +13,9 @@ def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in arguments.items() if name not in ("self", "params", "options", "__class__")}
 
 
+UNLIMITED = {"slow_limit": None}  # what optimizers were before they had it
+INFINITY = float("inf")
+
 # --------------------------------------------------------------------------------- ranges
 
 
@@ -39,6 +42,11 @@ def check_warmups(group: Mapping[str, Any], *names: str) -> None:
             check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
 
 
+def check_slow_limit(group: Mapping[str, Any]) -> None:
+    if group["slow_limit"] is not None:
+        check_number("slow_limit", group["slow_limit"], "None or a finite number > 0", lambda x: x > 0.0)
+
+
 def check_log_time(group: Mapping[str, Any]) -> None:
     check_number("delta", group["delta"], "a finite number > 0", lambda x: x > 0.0)
     check_number("kappa", group["kappa"], "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
@@ -50,7 +58,29 @@ def check_log_time(group: Mapping[str, Any]) -> None:
 def adam_coefficients(step: Any, group: Mapping[str, Any], beta2: Any) -> dict[str, Any]:
     """Those of the geometry :func:`ademamix.geometries.adam`."""
     common = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-    return {**common, "w2": 1.0 - beta2, "debias2": xp.sqrt(debias(step, beta2))}
+    return {**common, **average("2", 1.0 - beta2), "debias2": xp.sqrt(debias(step, beta2))}
+
+
+def average(name: str, w: Any) -> dict[str, Any]:
+    """Those of an average that gives the newest gradient the weight ``w`` (``memories.py`` says why there are three)."""
+    far = 1.0 * (w > 0.75)
+    return {f"w{name}": w, f"stay{name}": 1.0 - far * w, f"pull{name}": 1.0 - far}
+
+
+def limit(group: Mapping[str, Any], w2: Any, *slow: tuple[Any, Any]) -> dict[str, Any]:
+    """That of the geometry :func:`ademamix.geometries.adam_limited`.
+
+    An average of the weight ``w`` for the newest gradient is at most w / w2 root mean squares where w >= w2, whatever
+    the gradients are (by Cauchy and Schwarz): one as short as the mean of the squares is never limited.
+
+    Args:
+        group: its ``slow_limit`` is a factor, or None for no limit.
+        w2: 1 - beta2.
+        slow: (the factor that u has it with, its w) of each average in the slow part.
+    """
+    if group["slow_limit"] is None:
+        return {"limit": INFINITY}
+    return {"limit": group["slow_limit"] * sum(factor * xp.maximum(1.0, w / w2) for factor, w in slow)}
 
 
 def debias(step: Any, beta: Any) -> Any:
