@@ -34,7 +34,8 @@ def adam(
 def adam_limited(
     p: Any,
     u: Any,
-    slow: Any,  # the part of u that old gradients may have left
+    fast: Any,  # what of u fresh gradients have made
+    slow: Any,  # and what old ones may have: u is their sum
     g: Any,
     exp_avg_sq: Any,
     *,
@@ -45,17 +46,17 @@ def adam_limited(
     stay2: Any,
     pull2: Any,
     debias2: Any,
-    limit: Any,  # of |slow|, in root mean squares; infinity for none
+    limit: Any,  # of slow^2 / exp_avg_sq; infinity for none
 ) -> tuple[Any, Any]:
-    """Adam's step, in which a slow part x times as large as ``limit`` root mean squares counts as 1 / x of these.
+    """Adam's step, in which a slow part r times as large as its limit counts as 1 / r of the limit.
 
     Where gradients stop, their mean square is forgotten before the slow average is, and the quotient of the two grows
     by orders of magnitude. A mean never exceeds the root mean square of the same gradients, so a slow part that does is
-    of older ones: the further they lie back, the less it counts.
+    of older ones, and the less it counts the further they lie back. ``u`` itself is kept below the limit, not summed
+    anew: a run without a limit keeps its bits.
     """
     exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
-    rms = debias2 * xp.sqrt(exp_avg_sq)
-    allowed = limit * rms
-    share = allowed / slow  # NaN for 0 / 0, and with a NaN: then u stays what it is
-    u = xp.where(xp.abs(share) < 1.0, u - slow + share * allowed, u)
-    return p - lr * (u / (rms + eps) + weight_decay * p), exp_avg_sq
+    allowed = limit * exp_avg_sq
+    u = xp.where(slow * slow > allowed, fast + allowed / slow, u)
+    update = u / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    return p - lr * (update + weight_decay * p), exp_avg_sq

@@ -1,7 +1,7 @@
 """The mathematics of remembering: what is kept of past gradients, and the direction that is made of it.
 
 A memory maps ``(g, *slots)`` and its keyword-only coefficients to ``(u, *new slots)``: of the gradient to a direction
-``u``, elementwise. One with a slow average returns ``(u, slow, *new slots)``: also the part of ``u`` that is slow. Its positional names after ``g`` are the names of the state slots; its keyword-only names are the
+``u``, elementwise. One with a slow average returns ``(u, fast, slow, *new slots)``, where ``u`` is the sum of the two. Its positional names after ``g`` are the names of the state slots; its keyword-only names are the
 coefficients, computed once for each group and step by the optimizer class. A memory computes with arithmetic, and with
 what ``xp`` has (``geometries.py``, which is also where ``u`` becomes a step).
 
@@ -43,12 +43,12 @@ def ademamix(
     stay3: Any,
     pull3: Any,
     debias1: Any,  # 1 / (1 - beta1^t)
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any, Any]:
     """A fast and a slow EMA (AdEMAMix: arXiv 2409.03137, equation AdEMAMix in section 3)."""
     exp_avg_fast = stay1 * exp_avg_fast + w1 * (g - pull1 * exp_avg_fast)
     exp_avg_slow = stay3 * exp_avg_slow + w3 * (g - pull3 * exp_avg_slow)
-    slow = alpha * exp_avg_slow
-    return debias1 * exp_avg_fast + slow, slow, exp_avg_fast, exp_avg_slow
+    fast, slow = debias1 * exp_avg_fast, alpha * exp_avg_slow
+    return fast + slow, fast, slow, exp_avg_fast, exp_avg_slow
 
 
 def simplified_ademamix(
@@ -58,10 +58,11 @@ def simplified_ademamix(
     alpha: Any,
     stay1: Any,  # with pull1: beta1_t of the sum stays
     pull1: Any,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     """A sum of the gradients, and the gradient itself (Simplified AdEMAMix: Morwani et al., arXiv 2502.02431)."""
     exp_avg = stay1 * exp_avg + (g - pull1 * exp_avg)
-    return exp_avg + alpha * g, exp_avg, exp_avg
+    fresh = alpha * g
+    return exp_avg + fresh, fresh, exp_avg, exp_avg
 
 
 def adana(
@@ -92,7 +93,7 @@ def kema(count: int) -> Callable[..., tuple[Any, ...]]:
     text = f"""\
 def kema_{count}(g, {slots}, *, {", ".join(f"w_{k}, stay_{k}, pull_{k}, a_{k}" for k in ks)}):
     {"; ".join(f"exp_avg_{k} = stay_{k} * exp_avg_{k} + w_{k} * (g - pull_{k} * exp_avg_{k})" for k in ks)}
-    return {" + ".join(products)}, {" + ".join(products[1:])}, {slots}
+    return {" + ".join(products)}, {products[0]}, {" + ".join(products[1:])}, {slots}
 """
     scope: dict[str, Any] = {"__name__": __name__}
     exec(text, scope)

@@ -155,7 +155,7 @@ class AdEMAMix(RuleOptimizer):
             **adam_coefficients(step, group, beta2),
             **average("1", 1.0 - beta1),
             **average("3", w3),
-            **limit(group, 1.0 - beta2, (alpha, w3)),
+            **limit(step, group, beta2, (alpha, w3)),
             "alpha": alpha,
             "debias1": debias(step, beta1),
         }

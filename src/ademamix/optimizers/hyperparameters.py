@@ -67,20 +67,22 @@ def average(name: str, w: Any) -> dict[str, Any]:
     return {f"w{name}": w, f"stay{name}": 1.0 - far * w, f"pull{name}": 1.0 - far}
 
 
-def limit(group: Mapping[str, Any], w2: Any, *slow: tuple[Any, Any]) -> dict[str, Any]:
-    """That of the geometry :func:`ademamix.geometries.adam_limited`.
+def limit(step: Any, group: Mapping[str, Any], beta2: Any, *slow: tuple[Any, Any]) -> dict[str, Any]:
+    """That of the geometry :func:`ademamix.geometries.adam_limited`: of the slow part's square over exp_avg_sq.
 
-    An average of the weight ``w`` for the newest gradient is at most w / w2 root mean squares where w >= w2, whatever
-    the gradients are (by Cauchy and Schwarz): one as short as the mean of the squares is never limited.
+    An average that gives the newest gradient the weight ``w`` is at most w / (1 - beta2) root mean squares where that
+    is 1 or more, whatever the gradients are (by Cauchy and Schwarz): no average as short as exp_avg_sq is limited.
 
     Args:
+        step: step t, from 1 on.
         group: its ``slow_limit`` is a factor, or None for no limit.
-        w2: 1 - beta2.
-        slow: (the factor that u has it with, its w) of each average in the slow part.
+        beta2: decay of exp_avg_sq.
+        slow: of each average in the slow part its factor there, and its w.
     """
     if group["slow_limit"] is None:
         return {"limit": INFINITY}
-    return {"limit": group["slow_limit"] * sum(factor * xp.maximum(1.0, w / w2) for factor, w in slow)}
+    most = group["slow_limit"] * sum(factor * xp.maximum(1.0, w / (1.0 - beta2)) for factor, w in slow)
+    return {"limit": most * most * debias(step, beta2)}
 
 
 def debias(step: Any, beta: Any) -> Any:

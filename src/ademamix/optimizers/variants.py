@@ -99,7 +99,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         one = average("1", w)
         return {
             **adam_coefficients(step, group, beta2),
-            **limit(group, 1.0 - beta2, (1.0 / w, w)),
+            **limit(step, group, beta2, (1.0 / w, w)),
             "alpha": group["alpha"],
             "stay1": one["stay1"],
             "pull1": w * one["pull1"],  # of the sum, not of w times the sum
@@ -288,4 +288,4 @@ class KEMA(RuleOptimizer):
             a = alpha_schedule(step, longer ** (1.0 - group["power"]), warmup)
             values |= {**average(f"_{k}", w), f"a_{k}": a}
             slow.append((a, w))
-        return values | limit(group, 1.0 - group["beta2"], *slow)
+        return values | limit(step, group, group["beta2"], *slow)
