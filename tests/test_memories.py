@@ -18,8 +18,9 @@ from ademamix.optimizers.hyperparameters import average
 # --------------------------------------------------------------------------------- in one piece
 
 
-def limited(fast: Any, slow: Any, allowed: Any) -> Any:
-    return xp.where(slow * slow > allowed, fast + allowed / slow, fast + slow)
+def limited(u: Any, fast: Any, slow: Any, exp_avg_sq: Any, floor: Any) -> Any:
+    over = floor * slow * slow > exp_avg_sq
+    return xp.where(over, fast + exp_avg_sq / xp.where(over, floor * slow, 1.0), u)
 
 
 def ademamix(
@@ -44,13 +45,13 @@ def ademamix(
     pull3: Any,
     debias1: Any,
     debias2: Any,
-    limit: Any,
+    floor: Any,
 ) -> Any:
     exp_avg_fast = stay1 * exp_avg_fast + w1 * (g - pull1 * exp_avg_fast)
     exp_avg_slow = stay3 * exp_avg_slow + w3 * (g - pull3 * exp_avg_slow)
     exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
-    u = limited(debias1 * exp_avg_fast, alpha * exp_avg_slow, limit * exp_avg_sq)
-    update = u / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    fast, slow = debias1 * exp_avg_fast, alpha * exp_avg_slow
+    update = limited(fast + slow, fast, slow, exp_avg_sq, floor) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_fast, exp_avg_slow, exp_avg_sq
 
 
@@ -94,11 +95,11 @@ def simplified_ademamix(
     stay2: Any,
     pull2: Any,
     debias2: Any,
-    limit: Any,
+    floor: Any,
 ) -> Any:
     exp_avg = stay1 * exp_avg + (g - pull1 * exp_avg)
     exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
-    update = limited(alpha * g, exp_avg, limit * exp_avg_sq) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    update = limited(exp_avg + alpha * g, alpha * g, exp_avg, exp_avg_sq, floor) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
 
 
@@ -137,7 +138,7 @@ def kema_3(
     stay2: Any,
     pull2: Any,
     debias2: Any,
-    limit: Any,
+    floor: Any,
     w_1: Any,
     stay_1: Any,
     pull_1: Any,
@@ -155,9 +156,9 @@ def kema_3(
     exp_avg_2 = stay_2 * exp_avg_2 + w_2 * (g - pull_2 * exp_avg_2)
     exp_avg_3 = stay_3 * exp_avg_3 + w_3 * (g - pull_3 * exp_avg_3)
     exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
-    fast, slow, allowed = a_1 * exp_avg_1, a_2 * exp_avg_2 + a_3 * exp_avg_3, limit * exp_avg_sq
+    fast, slow = a_1 * exp_avg_1, a_2 * exp_avg_2 + a_3 * exp_avg_3
     u = fast + a_2 * exp_avg_2 + a_3 * exp_avg_3
-    update = xp.where(slow * slow > allowed, fast + allowed / slow, u) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    update = limited(u, fast, slow, exp_avg_sq, floor) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_1, exp_avg_2, exp_avg_3, exp_avg_sq
 
 
@@ -203,13 +204,13 @@ def test_a_composed_rule_has_the_bits_of_the_one_in_one_piece(rule: Rule, whole:
 @pytest.mark.parametrize(
     ("rule", "digest"),
     [
-        (AdEMAMix.rule, "9138a3754e36e347f06aaae832bd16d915a136989b38f85b2ccfa6b55c94b2a6"),
+        (AdEMAMix.rule, "70dd4dea0f8804cfa45a483e5858fc38284b64d23d576ea0ff5e7422cd89db78"),
         (AdamW.rule, "2b369a126e96c6513179dc0be2457e24338ecc2746ab0024c4342488ecdd2a44"),
-        (SimplifiedAdEMAMix.rule, "0954a13040bcd3fb3eee0af03e547525b8aeca5a040d6908a92543c0c657c91a"),
+        (SimplifiedAdEMAMix.rule, "a77d2f19f1a7e95f7ecd505429cac2e370d8181f69f79472fd32badcb38007c1"),
         (ADana.rule, "1d85339bbd5c6225762935ec45294072792e18c2f4395596b64fbf6c800fa34f"),
-        (kema(2), "4c424dd6b76519598d80d506a8dfd0644ad723c4331756969f2eb7790e192fab"),
-        (kema(3), "83d7b20058769a0a462e10c646d3a15d6caf5dc138f9a48c378498ce2b5c345d"),
-        (kema(8), "1239cc56262b177a174f6b5fe8c91e9560bf113b5defa06bb22f64f48a4322ba"),
+        (kema(2), "2ed60df392b76bea979135bc6ee93f465538c5a609e62d2df3c5ae41e4cb4f74"),
+        (kema(3), "03e4f72717a6bdb01eac777a6c7cd4bdc5a65dd49bc41a3ce07cd5a387fe9f72"),
+        (kema(8), "1d37fa96b71663de687e47a4026c6967220cc315349b6adc8464560d1b193a44"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -46,7 +46,7 @@ def adam_limited(
     stay2: Any,
     pull2: Any,
     debias2: Any,
-    limit: Any,  # of slow^2 / exp_avg_sq; infinity for none
+    floor: Any,  # of exp_avg_sq / slow^2, below which slow is limited; 0 for no limit
 ) -> tuple[Any, Any]:
     """Adam's step, in which a slow part r times as large as its limit counts as 1 / r of the limit.
 
@@ -56,7 +56,8 @@ def adam_limited(
     anew: a run without a limit keeps its bits.
     """
     exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
-    allowed = limit * exp_avg_sq
-    u = xp.where(slow * slow > allowed, fast + allowed / slow, u)
+    share = floor * slow
+    over = share * slow > exp_avg_sq
+    u = xp.where(over, fast + exp_avg_sq / xp.where(over, share, 1.0), u)
     update = u / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_sq

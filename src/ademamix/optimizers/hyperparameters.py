@@ -14,7 +14,6 @@ def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 UNLIMITED = {"slow_limit": None}  # what optimizers were before they had it
-INFINITY = float("inf")
 
 # --------------------------------------------------------------------------------- ranges
 
@@ -68,7 +67,7 @@ def average(name: str, w: Any) -> dict[str, Any]:
 
 
 def limit(step: Any, group: Mapping[str, Any], beta2: Any, *slow: tuple[Any, Any]) -> dict[str, Any]:
-    """That of the geometry :func:`ademamix.geometries.adam_limited`: of the slow part's square over exp_avg_sq.
+    """``floor`` of the geometry :func:`ademamix.geometries.adam_limited`.
 
     An average that gives the newest gradient the weight ``w`` is at most w / (1 - beta2) root mean squares where that
     is 1 or more, whatever the gradients are (by Cauchy and Schwarz): no average as short as exp_avg_sq is limited.
@@ -80,9 +79,10 @@ def limit(step: Any, group: Mapping[str, Any], beta2: Any, *slow: tuple[Any, Any
         slow: of each average in the slow part its factor there, and its w.
     """
     if group["slow_limit"] is None:
-        return {"limit": INFINITY}
+        return {"floor": 0.0}
     most = group["slow_limit"] * sum(factor * xp.maximum(1.0, w / (1.0 - beta2)) for factor, w in slow)
-    return {"limit": most * most * debias(step, beta2)}
+    most = xp.maximum(most, 1e-15)  # where a factor is 0, so is the slow part
+    return {"floor": 1.0 / (most * most * debias(step, beta2))}
 
 
 def debias(step: Any, beta: Any) -> Any:
