@@ -1,7 +1,6 @@
 """Rows whose gradients stop: the slow average is limited by the root mean square of the gradients."""
 
 import copy
-import io
 from typing import Any
 
 import numpy as np
@@ -215,19 +214,6 @@ def test_what_was_saved_without_a_limit_goes_on_without(kind: type[RuleOptimizer
     assert optimizer.param_groups[0]["slow_limit"] is None
     optimizer.load_state_dict(kind([p], slow_limit=2.0).state_dict())
     assert optimizer.param_groups[0]["slow_limit"] == 2.0
-
-
-def test_pickles_of_before_the_limit_have_none() -> None:
-    p = torch.ones(5, requires_grad=True)
-    optimizer = AdEMAMix([p], backend="eager")
-    for group in (optimizer.defaults, *optimizer.param_groups):
-        del group["slow_limit"]
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    loaded.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
-    assert [group["slow_limit"] for group in loaded.param_groups] == [None, None]
 
 
 def test_what_other_programs_have_saved() -> None:
