@@ -155,7 +155,7 @@ def runs(folder: Path) -> dict[tuple[str, int, bool], dict[str, float]]:
 def losses(folder: Path) -> list[str]:
     done = runs(folder)
     rows = [
-        "| settings | without, seeds 0 to 2 | with | mean difference | elements above the limit, without | with |",
+        "| settings | without, seeds 0 to 2 | with | mean difference | above the limit, without | with |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for setting in SETTINGS:
@@ -183,13 +183,15 @@ def main() -> None:
         f"- versions: ademamix {ademamix.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"- date: {time.strftime('%Y-%m-%d')}",
         "",
-        f"AdEMAMix with betas {BETAS} and no warmups, {ELEMENTS} elements with normal gradients for {ACTIVE:,} steps and",
-        f"none for {SILENT:,} more; steps and ways in units of lr, of the element with the largest. rms is the root of v_hat.",
+        f"AdEMAMix with betas {BETAS} and no warmups: {ELEMENTS} elements with normal gradients for {ACTIVE:,} steps",
+        f"and none for {SILENT:,} more. Steps and ways are in units of lr, those of the element with the largest.",
+        "rms is the root of v_hat.",
         "",
         *compared(),
         "",
-        f"The demo's model (0.1M parameters) after {STEPS:,} steps of lr 2e-3 with a warmup of a twentieth, then along a",
-        "cosine; validation loss in nats per byte with and without `slow_limit`.",
+        f"The demo's model (0.1M parameters) after {STEPS:,} steps of lr 2e-3 with a warmup of a twentieth and a",
+        "cosine: validation loss in nats per byte with and without `slow_limit`, and the share of elements and steps",
+        "above it.",
         "",
         *losses(options.folder),
     ]

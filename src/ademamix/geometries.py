@@ -1,9 +1,9 @@
 """The mathematics of stepping: how a direction ``u`` that a memory made of the gradients becomes a step.
 
 An elementwise geometry maps ``(p, u, g, *slots)`` and its keyword-only coefficients to ``(new p, *new slots)``; names
-mean what they mean in a memory (``memories.py``). What stands between ``p`` and ``g`` are the directions that the memory
-returns. It computes with the array namespace ``xp``: arithmetic, and what all
-backends have (``sqrt``, ``abs``, ``exp``, ``log``, ``minimum``, ``maximum``, ``where``).
+mean what they mean in a memory (``memories.py``). What stands between ``p`` and ``g`` is what the memory returns before
+its slots. It computes with the array namespace ``xp``: arithmetic, and what all backends have (``sqrt``, ``abs``,
+``exp``, ``log``, ``minimum``, ``maximum``, ``where``).
 """
 
 from typing import Any

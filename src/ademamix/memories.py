@@ -1,14 +1,19 @@
 """The mathematics of remembering: what is kept of past gradients, and the direction that is made of it.
 
 A memory maps ``(g, *slots)`` and its keyword-only coefficients to ``(u, *new slots)``: of the gradient to a direction
-``u``, elementwise. One with a slow average returns ``(u, fast, slow, *new slots)``, where ``u`` is the sum of the two. Its positional names after ``g`` are the names of the state slots; its keyword-only names are the
-coefficients, computed once for each group and step by the optimizer class. A memory computes with arithmetic, and with
-what ``xp`` has (``geometries.py``, which is also where ``u`` becomes a step).
+``u``, elementwise. One with a slow average returns ``(u, fast, slow, *new slots)``, where ``u`` is the sum of the two.
+Its positional names after ``g`` are the names of the state slots; its keyword-only names are the coefficients, computed
+once for each group and step by the optimizer class. A memory computes with arithmetic, and with what ``xp`` has
+(``geometries.py``, which is also where ``u`` becomes a step).
 
-An average ``beta m + w g`` with ``w = 1 - beta`` is written ``stay m + w (g - pull m)``. Up to w = 3/4, stay and pull are
-1: in float32, ``1 - 0.9999`` would be off by 3e-4 of its value, while ``w`` arrives rounded once from float64, and an
-average of equal gradients stays exactly what it is. Above, stay is beta and pull is 0: ``m + 1 (g - m)`` is not ``g`` where
-m is far larger. Both lose at most a few roundings of |beta m| + |w g| (tests/optimizers/test_averages.py).
+An average ``beta m + w g`` with ``w = 1 - beta`` is written ``stay m + w (g - pull m)``:
+
+- Up to w = 3/4, stay and pull are 1. An average of equal gradients stays exactly what it is, and ``w`` arrives rounded
+  once from float64, while a ``1 - 0.9999`` of float32 would be off by 3e-4 of its value.
+- Above, stay is beta and pull is 0. There ``m + w (g - m)`` would lose g: after m = 1, a g of 1e-8 with w = 1 would
+  give 0. Beta and w, each rounded, add up to 1 within 6e-8: so far off is an average of equal gradients, at any step.
+
+Either way an average errs by a few roundings of |beta m| + |w g| (tests/optimizers/test_averages.py).
 """
 
 from collections.abc import Callable

@@ -217,7 +217,7 @@ def test_what_was_saved_without_a_limit_goes_on_without(kind: type[RuleOptimizer
 
 
 def test_what_other_programs_have_saved() -> None:
-    """The authors' AdEMAMix has no limit, so its runs go on without one; a run of AdamW's begins as the optimizer says."""
+    """The authors' AdEMAMix has no limit, so its runs continue without one. A run of AdamW's takes the class's."""
     p = torch.ones(5, requires_grad=True)
     ours, adamw = AdEMAMix([p], backend="eager"), AdamW([p], backend="eager")
     for optimizer in (ours, adamw):

@@ -172,8 +172,8 @@ def composed(memory: Rule, geometry: Rule) -> Rule:
 
     Args:
         memory: ``(g, *slots, *, coefficients) -> (u, *slots)``: how gradients become a direction.
-        geometry: ``(p, u, g, *slots, *, coefficients) -> (p, *slots)``: how the direction becomes a step. One that takes
-            several directions between p and g gets them from the memory, which returns them in the place of ``u``.
+        geometry: ``(p, u, g, *slots, *, coefficients) -> (p, *slots)``: how the direction becomes a step. One that
+            takes several arguments between p and g gets them from the memory, which returns them in the place of ``u``.
 
     Returns:
         ``(p, g, *memory's slots, *geometry's slots, *, geometry's coefficients, memory's) -> (p, *slots)`` as

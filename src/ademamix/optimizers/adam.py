@@ -41,8 +41,8 @@ class AdEMAMix(RuleOptimizer):
         v_t  = b2 v_{t-1} + (1 - b2) g_t^2
         p_t  = p_{t-1} - lr ((m1_t / (1 - b1^t) + alpha_t m2_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
 
-    and with ``slow_limit``, where |m2_t| exceeds h_t = slow_limit max(1, (1 - b3_t) / (1 - b2)) sqrt(v_t / (1 - b2^t)),
-    h_t^2 / m2_t in the place of m2_t.
+    and with ``slow_limit``, h_t^2 / m2_t in the place of m2_t where |m2_t| exceeds
+    h_t = slow_limit max(1, (1 - b3_t) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
     of 2 and the missing warmups among them are seldom what you want. For a run of T steps: ``alpha`` 5 to 8,

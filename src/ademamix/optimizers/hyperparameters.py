@@ -61,7 +61,7 @@ def adam_coefficients(step: Any, group: Mapping[str, Any], beta2: Any) -> dict[s
 
 
 def average(name: str, w: Any) -> dict[str, Any]:
-    """Those of an average that gives the newest gradient the weight ``w`` (``memories.py`` says why there are three)."""
+    """Those of an average in which the newest gradient weighs ``w``; ``memories.py`` says why there are three."""
     far = 1.0 * (w > 0.75)
     return {f"w{name}": w, f"stay{name}": 1.0 - far * w, f"pull{name}": 1.0 - far}
 

@@ -38,8 +38,8 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         v_t = b2 v_{t-1} + (1 - b2) g_t^2
         p_t = p_{t-1} - lr ((m_t + alpha g_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
 
-    and with ``slow_limit``, where |m_t| exceeds h_t = slow_limit max(1 / (1 - b1_t), 1 / (1 - b2)) sqrt(v_t / (1 - b2^t)),
-    h_t^2 / m_t in the place of m_t.
+    and with ``slow_limit``, h_t^2 / m_t in the place of m_t where |m_t| exceeds
+    h_t = slow_limit max(1 / (1 - b1_t), 1 / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     It has one buffer less than AdEMAMix. Since m_t is a sum and not an average, it is 1 / (1 - b1) times as large as
     AdamW's: ``lr`` is about (1 - b1) of AdamW's, and weight decay, which lr multiplies, wants to be larger by as much.
@@ -116,9 +116,9 @@ class ADana(RuleOptimizer):
         p_t = p_{t-1} - lr ((g_t + (1 + t)^(1 - kappa) m_t) / (sqrt(v_t) + eps) + weight_decay p_{t-1})
                       - lr / peak_lr omega / t p_{t-1}
 
-    Both moments forget alike, so that |m_t| <= sqrt(v_t) whatever the gradients are: there is nothing to limit. There is
-    no bias correction, and no length of the run to be known. This is the paper's formula; its authors'
-    published program adds m_t once more, that is, (1 + t)^(1 - kappa) + 1 times m_t, and decays by omega / (T + t).
+    Both moments forget alike, so that |m_t| <= sqrt(v_t) whatever the gradients are: there is nothing to limit. There
+    is no bias correction, and no length of the run to be known. This is the paper's formula; its authors' published
+    program adds m_t once more, that is, (1 + t)^(1 - kappa) + 1 times m_t, and decays by omega / (T + t).
     It has AdamW's memory.
 
     Args:
@@ -191,8 +191,8 @@ class KEMA(RuleOptimizer):
         p_t   = p_{t-1} - lr ((m_1,t / (1 - b_1^t) + sum_{k>1} a_k m_k,t) / (sqrt(v_t / (1 - b2^t)) + eps)
                               + weight_decay p_{t-1})
 
-    and with ``slow_limit``, where the sum S over k > 1 exceeds in size
-    h_t = slow_limit sum_{k>1} a_k max(1, (1 - b_k) / (1 - b2)) sqrt(v_t / (1 - b2^t)), h_t^2 / S in its place.
+    and with ``slow_limit``, h_t^2 / S in the place of the sum S over k > 1 where |S| exceeds
+    h_t = slow_limit sum_{k>1} a_k max(1, (1 - b_k) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     In the numerator a gradient has, ``age`` steps later, the weight ::
 
