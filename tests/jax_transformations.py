@@ -116,6 +116,19 @@ def test_every_bit_of_the_state_is_that_of_eager(kind: str, dtype: str, state: s
             assert (error > 0).mean() < 0.02
 
 
+@pytest.mark.parametrize("limit", [1.0, None])
+def test_a_weight_of_1_and_slow_averages_above_their_limit_are_those_of_eager(limit: float | None) -> None:
+    optimizer = AdEMAMix(torch_params(), lr=0.01, betas=(0.9, 0.0, 0.99), slow_limit=limit, backend="eager")
+    torch_train(optimizer, 3)
+    tx = ours.ademamix(0.01, b1=0.9, b2=0.0, b3=0.99, slow_limit=limit)
+    params, mine = train(tx, [jnp.asarray(v) for v in values()], 3, jit=False)
+    assert same(mine, state_from_torch(optimizer.state_dict(), params))
+    for p, q in zip(optimizer.param_groups[0]["params"], params, strict=True):
+        # 60 roundings of sizes that add up to what elements have moved, lr (fast + alpha) rms and more
+        moved = np.abs(np.asarray(q) - np.asarray(p.detach()))
+        np.testing.assert_array_less(moved, 60 * 2**-24 * np.maximum(np.abs(np.asarray(q)), 1.0) + 1e-30)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_gives_the_same_up_to_fused_multiply_adds(kind: str) -> None:
     """XLA contracts a * b + c on CPUs, which leaves out one rounding of 2**-24; a dozen of them in each of 5 steps."""

@@ -13,8 +13,14 @@ import torch
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, geometries, memories
 from ademamix.backends import Rule, bind, coefficient_names, eager, slot_names, with_numbers
 from ademamix.engine.tracing import composed, traced
+from ademamix.optimizers.hyperparameters import average
 
 # --------------------------------------------------------------------------------- in one piece
+
+
+def limited(u: Any, fast: Any, slow: Any, exp_avg_sq: Any, floor: Any) -> Any:
+    over = floor * slow * slow > exp_avg_sq
+    return xp.where(over, fast + exp_avg_sq / xp.where(over, floor * slow, 1.0), u)
 
 
 def ademamix(
@@ -29,15 +35,23 @@ def ademamix(
     eps: Any,
     alpha: Any,
     w1: Any,
+    stay1: Any,
+    pull1: Any,
     w2: Any,
+    stay2: Any,
+    pull2: Any,
     w3: Any,
+    stay3: Any,
+    pull3: Any,
     debias1: Any,
     debias2: Any,
+    floor: Any,
 ) -> Any:
-    exp_avg_fast = exp_avg_fast + w1 * (g - exp_avg_fast)
-    exp_avg_slow = exp_avg_slow + w3 * (g - exp_avg_slow)
-    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
-    update = (debias1 * exp_avg_fast + alpha * exp_avg_slow) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    exp_avg_fast = stay1 * exp_avg_fast + w1 * (g - pull1 * exp_avg_fast)
+    exp_avg_slow = stay3 * exp_avg_slow + w3 * (g - pull3 * exp_avg_slow)
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
+    fast, slow = debias1 * exp_avg_fast, alpha * exp_avg_slow
+    update = limited(fast + slow, fast, slow, exp_avg_sq, floor) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_fast, exp_avg_slow, exp_avg_sq
 
 
@@ -51,12 +65,16 @@ def adamw(
     weight_decay: Any,
     eps: Any,
     w1: Any,
+    stay1: Any,
+    pull1: Any,
     w2: Any,
+    stay2: Any,
+    pull2: Any,
     debias1: Any,
     debias2: Any,
 ) -> Any:
-    exp_avg = exp_avg + w1 * (g - exp_avg)
-    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    exp_avg = stay1 * exp_avg + w1 * (g - pull1 * exp_avg)
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
     update = debias1 * exp_avg / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
 
@@ -71,21 +89,36 @@ def simplified_ademamix(
     weight_decay: Any,
     eps: Any,
     alpha: Any,
-    w1: Any,
+    stay1: Any,
+    pull1: Any,
     w2: Any,
+    stay2: Any,
+    pull2: Any,
     debias2: Any,
+    floor: Any,
 ) -> Any:
-    exp_avg = exp_avg + (g - w1 * exp_avg)
-    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
-    update = (exp_avg + alpha * g) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    exp_avg = stay1 * exp_avg + (g - pull1 * exp_avg)
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
+    update = limited(exp_avg + alpha * g, alpha * g, exp_avg, exp_avg_sq, floor) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
 
 
 def adana(
-    p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: Any, weight_decay: Any, eps: Any, alpha: Any, w2: Any
+    p: Any,
+    g: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    *,
+    lr: Any,
+    weight_decay: Any,
+    eps: Any,
+    alpha: Any,
+    w2: Any,
+    stay2: Any,
+    pull2: Any,
 ) -> Any:
-    exp_avg = exp_avg + w2 * (g - exp_avg)
-    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
+    exp_avg = stay2 * exp_avg + w2 * (g - pull2 * exp_avg)
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
     update = (g + alpha * exp_avg) / (xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg, exp_avg_sq
 
@@ -102,19 +135,30 @@ def kema_3(
     weight_decay: Any,
     eps: Any,
     w2: Any,
+    stay2: Any,
+    pull2: Any,
     debias2: Any,
+    floor: Any,
     w_1: Any,
+    stay_1: Any,
+    pull_1: Any,
     a_1: Any,
     w_2: Any,
+    stay_2: Any,
+    pull_2: Any,
     a_2: Any,
     w_3: Any,
+    stay_3: Any,
+    pull_3: Any,
     a_3: Any,
 ) -> Any:
-    exp_avg_1 = exp_avg_1 + w_1 * (g - exp_avg_1)
-    exp_avg_2 = exp_avg_2 + w_2 * (g - exp_avg_2)
-    exp_avg_3 = exp_avg_3 + w_3 * (g - exp_avg_3)
-    exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
-    update = (a_1 * exp_avg_1 + a_2 * exp_avg_2 + a_3 * exp_avg_3) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    exp_avg_1 = stay_1 * exp_avg_1 + w_1 * (g - pull_1 * exp_avg_1)
+    exp_avg_2 = stay_2 * exp_avg_2 + w_2 * (g - pull_2 * exp_avg_2)
+    exp_avg_3 = stay_3 * exp_avg_3 + w_3 * (g - pull_3 * exp_avg_3)
+    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
+    fast, slow = a_1 * exp_avg_1, a_2 * exp_avg_2 + a_3 * exp_avg_3
+    u = fast + a_2 * exp_avg_2 + a_3 * exp_avg_3
+    update = limited(u, fast, slow, exp_avg_sq, floor) / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_1, exp_avg_2, exp_avg_3, exp_avg_sq
 
 
@@ -149,8 +193,10 @@ def test_a_composed_rule_has_the_bits_of_the_one_in_one_piece(rule: Rule, whole:
     slots[-1].abs_()  # the second moment
     names = sorted({*coefficient_names(rule), *coefficient_names(whole)})
     coefficients = dict(zip(names, torch.rand(len(names), generator=generator).tolist(), strict=True))
+    for name in [name for name in names if name[0] == "w" and name != "weight_decay"]:  # else squares may be negative
+        coefficients |= average(name[1:], coefficients[name])
     if whole is adana:  # both moments have one decay there, and no bias correction
-        coefficients |= {"w1": coefficients["w2"], "debias2": 1.0}
+        coefficients |= {f"{name}1": coefficients[f"{name}2"] for name in ("w", "stay", "pull")} | {"debias2": 1.0}
     found, expected = (on_eager(f, [p, g, *slots], coefficients) for f in (rule, whole))
     assert all(map(torch.equal, found, expected))
 
@@ -158,13 +204,13 @@ def test_a_composed_rule_has_the_bits_of_the_one_in_one_piece(rule: Rule, whole:
 @pytest.mark.parametrize(
     ("rule", "digest"),
     [
-        (AdEMAMix.rule, "81c4ee274b7702b6fae26c06c933c9189ae3dc30a41ea8ae6f85458a139430b9"),
-        (AdamW.rule, "5cfa4e647c07c4592f9b77196be0d282c9de5cf9e913711daa623c50a3a82f73"),
-        (SimplifiedAdEMAMix.rule, "7faf79da710b5ab2b43d1ddddf6d68a92ef4203609c8f5be1176a300bd451c2b"),
-        (ADana.rule, "c9dfe42f865970b7c71e60a101223a39e18703ce49015d7db43f21cd49cfeadb"),
-        (kema(2), "04e8a8e88e86e50c3a692783f207c66db389b9e2725e0bc301319f85bb5f9af3"),
-        (kema(3), "4d3dd281f95a71ccf59b9a232cac24565e57c12671d200e5f9e176cf7325ba4f"),
-        (kema(8), "749bbe98aa7ae80cee418f655c52d49d34d05605bee76401b5255f9406cee53a"),
+        (AdEMAMix.rule, "70dd4dea0f8804cfa45a483e5858fc38284b64d23d576ea0ff5e7422cd89db78"),
+        (AdamW.rule, "2b369a126e96c6513179dc0be2457e24338ecc2746ab0024c4342488ecdd2a44"),
+        (SimplifiedAdEMAMix.rule, "a77d2f19f1a7e95f7ecd505429cac2e370d8181f69f79472fd32badcb38007c1"),
+        (ADana.rule, "1d85339bbd5c6225762935ec45294072792e18c2f4395596b64fbf6c800fa34f"),
+        (kema(2), "2ed60df392b76bea979135bc6ee93f465538c5a609e62d2df3c5ae41e4cb4f74"),
+        (kema(3), "03e4f72717a6bdb01eac777a6c7cd4bdc5a65dd49bc41a3ce07cd5a387fe9f72"),
+        (kema(8), "1d37fa96b71663de687e47a4026c6967220cc315349b6adc8464560d1b193a44"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -195,7 +241,7 @@ class Agreeing(RuleOptimizer):
 
     @staticmethod
     def coefficients(step: Any, group: Any) -> dict[str, Any]:
-        adam = {"lr": group["lr"], "weight_decay": 0.1, "eps": 1e-8, "w2": 0.01, "debias2": 1.0}
+        adam = {"lr": group["lr"], "weight_decay": 0.1, "eps": 1e-8, **average("2", 0.01), "debias2": 1.0}
         return {**adam, "alpha": 2.0, "w_short": 0.1, "w_long": 0.01}
 
 
@@ -244,7 +290,7 @@ def test_what_is_no_memory_is_refused(text: str, message: str) -> None:
 
 def test_a_coefficient_that_both_name_is_one() -> None:
     rule = composed(made("def mine(g, m, *, eps, w): return g + eps * m, w * g"), geometries.adam)
-    assert coefficient_names(rule) == ("lr", "weight_decay", "eps", "w2", "debias2", "w")
+    assert coefficient_names(rule) == ("lr", "weight_decay", "eps", "w2", "stay2", "pull2", "debias2", "w")
 
 
 def test_the_memories_of_kema_are_made_once() -> None:

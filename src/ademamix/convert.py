@@ -13,7 +13,7 @@ from torch import Tensor
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.state import MASTER, decoded
 from ademamix.formats import BLOCK
-from ademamix.optimizers.adam import AdEMAMix
+from ademamix.optimizers.adam import WARMUPS, AdEMAMix
 
 StateDict = dict[str, Any]
 
@@ -186,7 +186,7 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
             average = _numbers(source, i, slots, names[0]) if len(names) == 3 else torch.zeros_like(squares)
             master = {MASTER: slots[MASTER]} if MASTER in slots else {}
             state[i] = {"step": _step(source, i, saved), "exp_avg": average, "exp_avg_sq": squares, **master}
-    dropped = ("alpha", "alpha_warmup", "beta3_warmup", "schedule_start", "beta3_schedule", "delta", "kappa")
+    dropped = ("alpha", *WARMUPS, "schedule_start", "beta3_schedule", "delta", "kappa", "slow_limit")
     converted = [{**_without(group, dropped), "betas": tuple(group["betas"][:2])} for group in groups]
     return {"state": state, "param_groups": converted}
 

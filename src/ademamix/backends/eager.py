@@ -54,6 +54,8 @@ def _foreach(name: str) -> Callable[..., Tensors]:
                 return each(*args)  # torch has no such foreach kernel with a tensor for a number
             if name == "add":  # without alpha, torch would take the tensor for a number and wait for it
                 return Tensors(function(args[0].tensors, args[1], alpha=1.0))
+        elif name == "mul" and isinstance(args[0], Tensors) and not isinstance(args[1], Tensors) and args[1] == 1.0:
+            return args[0]  # most averages' stay and pull
         return Tensors(function(*(a.tensors if isinstance(a, Tensors) else a for a in args)))
 
     each = _each(getattr(torch, name))

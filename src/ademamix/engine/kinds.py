@@ -21,6 +21,7 @@ class Kind(ABC):
 
     rule: backends.Rule
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
+    earlier: ClassVar[Mapping[str, Any]] = {}  # hyperparameters that older files lack, and what stood for them then
 
     @staticmethod
     @abstractmethod

@@ -423,7 +423,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         self._captured = []
         self._host = Host()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
-            for name, value in defaults.items():
+            for name, value in {**defaults, **self.earlier}.items():
                 group.setdefault(name, value)
 
 

@@ -172,7 +172,8 @@ def composed(memory: Rule, geometry: Rule) -> Rule:
 
     Args:
         memory: ``(g, *slots, *, coefficients) -> (u, *slots)``: how gradients become a direction.
-        geometry: ``(p, u, g, *slots, *, coefficients) -> (p, *slots)``: how the direction becomes a step.
+        geometry: ``(p, u, g, *slots, *, coefficients) -> (p, *slots)``: how the direction becomes a step. One that
+            takes several arguments between p and g gets them from the memory, which returns them in the place of ``u``.
 
     Returns:
         ``(p, g, *memory's slots, *geometry's slots, *, geometry's coefficients, memory's) -> (p, *slots)`` as
@@ -181,7 +182,8 @@ def composed(memory: Rule, geometry: Rule) -> Rule:
     Raises:
         ValueError: as :func:`traced`; or two arguments that are not one have the same name.
     """
-    remembered, kept = _arguments(memory, "a memory", "g")[1:], _arguments(geometry, "a geometry", "p", "u", "g")[3:]
+    remembered, given = _arguments(memory, "a memory", "g")[1:], _arguments(geometry, "a geometry", "p", "u", "g")
+    directions, kept = given[1 : given.index("g")], given[given.index("g") + 1 :]
     positional = ("p", "g", *remembered, *kept)
     coefficients = tuple(dict.fromkeys((*coefficient_names(geometry), *coefficient_names(memory))))
     names = (*positional, *coefficients)
@@ -190,8 +192,9 @@ def composed(memory: Rule, geometry: Rule) -> Rule:
     numbers = {name: Number(name) for name in coefficients}
     p, g, *slots = map(Array, positional)
     memories, others = slots[: len(remembered)], slots[len(remembered) :]
-    u, *memories = _results(memory, "a memory", ("u", *remembered), (g, *memories), numbers)
-    p, *others = _results(geometry, "a geometry", ("p", *kept), (p, u, g, *others), numbers)
+    results = _results(memory, "a memory", (*directions, *remembered), (g, *memories), numbers)
+    found, memories = results[: len(directions)], list(results[len(directions) :])
+    p, *others = _results(geometry, "a geometry", ("p", *kept), (p, *found, g, *others), numbers)
     # Slots first, and each operation when it is needed: u does not wait while slots are computed, so that eager holds
     # no more at a time than it would for the rule in one piece.
     in_order, results = _needed((*memories, *others, p)), (p, *memories, *others)

@@ -13,13 +13,17 @@ from ademamix.engine.arguments import Options, check_number
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.tracing import composed
 from ademamix.optimizers.hyperparameters import (
+    UNLIMITED,
     adam_coefficients,
+    average,
     check_betas,
     check_common,
     check_log_time,
+    check_slow_limit,
     check_warmups,
     debias,
     hyperparameters,
+    limit,
 )
 from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
 
@@ -36,6 +40,9 @@ class AdEMAMix(RuleOptimizer):
         m2_t = b3_t m2_{t-1} + (1 - b3_t) g_t
         v_t  = b2 v_{t-1} + (1 - b2) g_t^2
         p_t  = p_{t-1} - lr ((m1_t / (1 - b1^t) + alpha_t m2_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
+
+    and with ``slow_limit``, h_t^2 / m2_t in the place of m2_t where |m2_t| exceeds
+    h_t = slow_limit max(1, (1 - b3_t) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
     of 2 and the missing warmups among them are seldom what you want. For a run of T steps: ``alpha`` 5 to 8,
@@ -60,6 +67,11 @@ class AdEMAMix(RuleOptimizer):
             (schedules of ADana, arXiv 2602.05298, where alpha is 1). Both warmups must be None then; b3 is not used.
         delta: of "log-time": the slow EMA's horizon is about t / delta, > 0.
         kappa: of "log-time": in (0, 1]; with 1, alpha_t stays alpha.
+        slow_limit: how large the slow EMA may be compared with the root mean square of the gradients, > 0; None for the
+            paper's update without a limit. Where gradients stop (a token that no longer occurs, an expert that is no
+            longer chosen), v_t is forgotten before m2_t, and the paper's steps grow to 1e5 lr and more
+            (docs/silence.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
+            nothing. Groups of state dicts without it, which are older, load as None.
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
             parameter), or a mapping of slots to formats. All but float32 round stochastically.
@@ -86,8 +98,9 @@ class AdEMAMix(RuleOptimizer):
         ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
     """
 
-    rule = staticmethod(composed(memories.ademamix, geometries.adam))
+    rule = staticmethod(composed(memories.ademamix, geometries.adam_limited))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
+    earlier = UNLIMITED
 
     def __init__(
         self,
@@ -104,6 +117,7 @@ class AdEMAMix(RuleOptimizer):
         beta3_schedule: str = "half-life",
         delta: float = 8.0,
         kappa: float = 0.85,
+        slow_limit: float | None = 1.0,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, hyperparameters(locals()), **options)
@@ -116,6 +130,7 @@ class AdEMAMix(RuleOptimizer):
         if group["beta3_schedule"] not in BETA3_SCHEDULES:
             raise ValueError(f"beta3_schedule must be one of {BETA3_SCHEDULES}, got {group['beta3_schedule']!r}")
         check_log_time(group)
+        check_slow_limit(group)
         check_number("schedule_start", group["schedule_start"], "an integer >= 0", lambda x: x >= 0 and x == int(x))
         if group["beta3_schedule"] == "log-time" and any(group[name] is not None for name in WARMUPS):
             given = {name: group[name] for name in WARMUPS}
@@ -138,9 +153,10 @@ class AdEMAMix(RuleOptimizer):
             w3 = 1.0 - beta3_schedule(scheduled, beta1, beta3, group["beta3_warmup"])
         return {
             **adam_coefficients(step, group, beta2),
+            **average("1", 1.0 - beta1),
+            **average("3", w3),
+            **limit(step, group, beta2, (alpha, w3)),
             "alpha": alpha,
-            "w1": 1.0 - beta1,
-            "w3": w3,
             "debias1": debias(step, beta1),
         }
 
@@ -187,4 +203,8 @@ class AdamW(RuleOptimizer):
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        return {**adam_coefficients(step, group, beta2), "w1": 1.0 - beta1, "debias1": debias(step, beta1)}
+        return {
+            **adam_coefficients(step, group, beta2),
+            **average("1", 1.0 - beta1),
+            "debias1": debias(step, beta1),
+        }

@@ -13,6 +13,8 @@ def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in arguments.items() if name not in ("self", "params", "options", "__class__")}
 
 
+UNLIMITED = {"slow_limit": None}  # what optimizers were before they had it
+
 # --------------------------------------------------------------------------------- ranges
 
 
@@ -39,6 +41,11 @@ def check_warmups(group: Mapping[str, Any], *names: str) -> None:
             check_number(name, group[name], "None or a number of steps >= 1", lambda x: x >= 1.0)
 
 
+def check_slow_limit(group: Mapping[str, Any]) -> None:
+    if group["slow_limit"] is not None:
+        check_number("slow_limit", group["slow_limit"], "None or a finite number > 0", lambda x: x > 0.0)
+
+
 def check_log_time(group: Mapping[str, Any]) -> None:
     check_number("delta", group["delta"], "a finite number > 0", lambda x: x > 0.0)
     check_number("kappa", group["kappa"], "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
@@ -50,7 +57,32 @@ def check_log_time(group: Mapping[str, Any]) -> None:
 def adam_coefficients(step: Any, group: Mapping[str, Any], beta2: Any) -> dict[str, Any]:
     """Those of the geometry :func:`ademamix.geometries.adam`."""
     common = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-    return {**common, "w2": 1.0 - beta2, "debias2": xp.sqrt(debias(step, beta2))}
+    return {**common, **average("2", 1.0 - beta2), "debias2": xp.sqrt(debias(step, beta2))}
+
+
+def average(name: str, w: Any) -> dict[str, Any]:
+    """Those of an average in which the newest gradient weighs ``w``; ``memories.py`` says why there are three."""
+    far = 1.0 * (w > 0.75)
+    return {f"w{name}": w, f"stay{name}": 1.0 - far * w, f"pull{name}": 1.0 - far}
+
+
+def limit(step: Any, group: Mapping[str, Any], beta2: Any, *slow: tuple[Any, Any]) -> dict[str, Any]:
+    """``floor`` of the geometry :func:`ademamix.geometries.adam_limited`.
+
+    An average that gives the newest gradient the weight ``w`` is at most w / (1 - beta2) root mean squares where that
+    is 1 or more, whatever the gradients are (by Cauchy and Schwarz): no average as short as exp_avg_sq is limited.
+
+    Args:
+        step: step t, from 1 on.
+        group: its ``slow_limit`` is a factor, or None for no limit.
+        beta2: decay of exp_avg_sq.
+        slow: of each average in the slow part its factor there, and its w.
+    """
+    if group["slow_limit"] is None:
+        return {"floor": 0.0}
+    most = group["slow_limit"] * sum(factor * xp.maximum(1.0, w / (1.0 - beta2)) for factor, w in slow)
+    most = xp.maximum(most, 1e-15)  # where a factor is 0, so is the slow part
+    return {"floor": 1.0 / (most * most * debias(step, beta2))}
 
 
 def debias(step: Any, beta: Any) -> Any:

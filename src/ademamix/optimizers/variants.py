@@ -13,14 +13,18 @@ from ademamix.engine.arguments import Options, check_number
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.tracing import composed
 from ademamix.optimizers.hyperparameters import (
+    UNLIMITED,
     adam_coefficients,
+    average,
     check_beta,
     check_betas,
     check_common,
     check_log_time,
+    check_slow_limit,
     check_warmups,
     debias,
     hyperparameters,
+    limit,
 )
 from ademamix.schedules import alpha_schedule, beta3_schedule, log_time_alpha, log_time_weight
 
@@ -33,6 +37,9 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         m_t = b1_t m_{t-1} + g_t
         v_t = b2 v_{t-1} + (1 - b2) g_t^2
         p_t = p_{t-1} - lr ((m_t + alpha g_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
+
+    and with ``slow_limit``, h_t^2 / m_t in the place of m_t where |m_t| exceeds
+    h_t = slow_limit max(1 / (1 - b1_t), 1 / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     It has one buffer less than AdEMAMix. Since m_t is a sum and not an average, it is 1 / (1 - b1) times as large as
     AdamW's: ``lr`` is about (1 - b1) of AdamW's, and weight decay, which lr multiplies, wants to be larger by as much.
@@ -47,6 +54,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         min_beta1: where b1_t starts, in [0, 1).
+        slow_limit: as in :class:`AdEMAMix`, of m_t.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
             :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
 
@@ -56,8 +64,9 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    rule = staticmethod(composed(memories.simplified_ademamix, geometries.adam))
+    rule = staticmethod(composed(memories.simplified_ademamix, geometries.adam_limited))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
+    earlier = UNLIMITED
 
     def __init__(
         self,
@@ -69,6 +78,8 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         min_beta1: float = 0.9,
+        *,
+        slow_limit: float | None = 1.0,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, hyperparameters(locals()), **options)
@@ -79,14 +90,19 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         check_betas(group, 2)
         check_warmups(group, "beta1_warmup")
         check_beta("min_beta1", group["min_beta1"])
+        check_slow_limit(group)
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
+        w = 1.0 - beta3_schedule(step, group["min_beta1"], beta1, group["beta1_warmup"])
+        one = average("1", w)
         return {
             **adam_coefficients(step, group, beta2),
+            **limit(step, group, beta2, (1.0 / w, w)),
             "alpha": group["alpha"],
-            "w1": 1.0 - beta3_schedule(step, group["min_beta1"], beta1, group["beta1_warmup"]),
+            "stay1": one["stay1"],
+            "pull1": w * one["pull1"],  # of the sum, not of w times the sum
         }
 
 
@@ -100,8 +116,9 @@ class ADana(RuleOptimizer):
         p_t = p_{t-1} - lr ((g_t + (1 + t)^(1 - kappa) m_t) / (sqrt(v_t) + eps) + weight_decay p_{t-1})
                       - lr / peak_lr omega / t p_{t-1}
 
-    There is no bias correction, and no length of the run to be known. This is the paper's formula; its authors'
-    published program adds m_t once more, that is, (1 + t)^(1 - kappa) + 1 times m_t, and decays by omega / (T + t).
+    Both moments forget alike, so that |m_t| <= sqrt(v_t) whatever the gradients are: there is nothing to limit. There
+    is no bias correction, and no length of the run to be known. This is the paper's formula; its authors' published
+    program adds m_t once more, that is, (1 + t)^(1 - kappa) + 1 times m_t, and decays by omega / (T + t).
     It has AdamW's memory.
 
     Args:
@@ -157,8 +174,8 @@ class ADana(RuleOptimizer):
             "weight_decay": group["weight_decay"] + decay,
             "eps": group["eps"],
             "alpha": log_time_alpha(step, group["kappa"]),
-            "w1": w,
-            "w2": w,
+            **average("1", w),
+            **average("2", w),
             "debias2": 1.0,
         }
 
@@ -173,6 +190,9 @@ class KEMA(RuleOptimizer):
         v_t   = b2 v_{t-1} + (1 - b2) g_t^2
         p_t   = p_{t-1} - lr ((m_1,t / (1 - b_1^t) + sum_{k>1} a_k m_k,t) / (sqrt(v_t / (1 - b2^t)) + eps)
                               + weight_decay p_{t-1})
+
+    and with ``slow_limit``, h_t^2 / S in the place of the sum S over k > 1 where |S| exceeds
+    h_t = slow_limit sum_{k>1} a_k max(1, (1 - b_k) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     In the numerator a gradient has, ``age`` steps later, the weight ::
 
@@ -196,6 +216,7 @@ class KEMA(RuleOptimizer):
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         warmup: steps over which the weights of all EMAs but the first grow linearly from 0, and their horizons from
             ``shortest`` (linearly in the half-life), as AdEMAMix's alpha and beta3 do; None for both at once.
+        slow_limit: as in :class:`AdEMAMix`, of the sum of all EMAs but the first.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
             :class:`AdEMAMix`. state="compact" takes about 2 K bytes a parameter.
 
@@ -210,6 +231,7 @@ class KEMA(RuleOptimizer):
         **{f"exp_avg_{k}": "int16" for k in range(2, 9)},
         "exp_avg_sq": "float8",
     }
+    earlier = UNLIMITED
 
     def __init__(
         self,
@@ -223,6 +245,8 @@ class KEMA(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup: float | None = None,
+        *,
+        slow_limit: float | None = 1.0,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, hyperparameters(locals()), **options)
@@ -236,10 +260,11 @@ class KEMA(RuleOptimizer):
         check_number("longest", group["longest"], longest, lambda x: x >= group["shortest"])
         check_beta("beta2", group["beta2"])
         check_warmups(group, "warmup")
+        check_slow_limit(group)
 
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> Rule:
-        return composed(memories.kema(int(group["count"])), geometries.adam)
+        return composed(memories.kema(int(group["count"])), geometries.adam_limited)
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -252,12 +277,15 @@ class KEMA(RuleOptimizer):
         ratio, beta1 = group["longest"] / shortest, 1.0 - 1.0 / shortest
         values = {
             **adam_coefficients(step, group, group["beta2"]),
-            "w_1": 1.0 - beta1,
+            **average("_1", 1.0 - beta1),
             "a_1": debias(step, beta1),
         }
+        slow = []
         for k in range(2, int(group["count"]) + 1):
             longer = ratio ** ((k - 1) / (group["count"] - 1))  # h_k / h_1
             beta = 1.0 - 1.0 / (shortest * longer)
-            values[f"w_{k}"] = 1.0 - beta3_schedule(step, beta1, beta, warmup)
-            values[f"a_{k}"] = alpha_schedule(step, longer ** (1.0 - group["power"]), warmup)
-        return values
+            w = 1.0 - beta3_schedule(step, beta1, beta, warmup)
+            a = alpha_schedule(step, longer ** (1.0 - group["power"]), warmup)
+            values |= {**average(f"_{k}", w), f"a_{k}": a}
+            slow.append((a, w))
+        return values | limit(step, group, group["beta2"], *slow)
