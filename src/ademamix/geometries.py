@@ -58,6 +58,7 @@ def adam_limited(
     exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
     share = floor * slow
     over = share * slow > exp_avg_sq
-    u = xp.where(over, fast + exp_avg_sq / xp.where(over, share, 1.0), u)
-    update = u / (debias2 * xp.sqrt(exp_avg_sq) + eps)
+    denominator = debias2 * xp.sqrt(exp_avg_sq) + eps
+    # fast + exp_avg_sq / share where over, with one division: kernels of compact state wait for these.
+    update = xp.where(over, fast * share + exp_avg_sq, u) / xp.where(over, share * denominator, denominator)
     return p - lr * (update + weight_decay * p), exp_avg_sq

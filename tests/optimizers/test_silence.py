@@ -86,6 +86,31 @@ def test_with_the_default_arguments_steps_stay_below_alpha(backend: str) -> None
     assert 1.0 < largest <= 2.0
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("slow_limit", [0.5, 1.0, 3.0])
+def test_above_the_limit_it_is_the_equation(slow_limit: float, backend: str) -> None:
+    """h^2 / m2 in the place of m2, in float64; float32 rounds some ten times on its way."""
+    p = torch.zeros(200, requires_grad=True)
+    optimizer = AdEMAMix([p], lr=1.0, alpha=8.0, slow_limit=slow_limit, backend=backend)
+    step_of(optimizer, p, torch.ones(200))
+    state, t = optimizer.state[p], 5_000
+    m1, m2, v = torch.linspace(-1, 1, 200), torch.logspace(-6, 3, 200), torch.full((200,), 1e-3)
+    m2[::2] *= -1.0
+    for name, value in (("step", torch.tensor(t - 1.0)), ("fast", m1), ("slow", m2), ("sq", v)):
+        state[name if name == "step" else f"exp_avg_{name}"].copy_(value)
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999, 0.9999)
+    p.data.zero_()
+    p.grad = torch.full((200,), 0.01)
+    optimizer.step()
+    m1, m2, v = 0.9 * m1.double() + 0.1 * 0.01, 0.9999 * m2.double() + 1e-4 * 0.01, 0.999 * v.double() + 1e-3 * 1e-4
+    rms = (v / (1 - 0.999**t)).sqrt()
+    h = slow_limit * rms
+    limited = torch.where(m2.abs() > h, h**2 / m2, m2)
+    assert 20 < int((limited != m2).sum()) < 180
+    exact = -(m1 / (1 - 0.9**t) + 8.0 * limited) / (rms + 1e-8)
+    torch.testing.assert_close(p.detach().double(), exact, rtol=2e-6, atol=2e-6 * 8)
+
+
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
 @EACH
 def test_in_every_format(kind: type[RuleOptimizer], state: str) -> None:
