@@ -21,7 +21,7 @@ from ademamix.engine.kinds import Kind, traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
-from ademamix.engine.state import CPU, MASTER, check_state, scalar, slot_formats, state_of
+from ademamix.engine.state import CPU, MASTER, check_state, renewed, scalar, slot_formats, state_of
 from ademamix.formats import Format
 
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
@@ -347,8 +347,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             if self.offload:
                 like = self._host.stand_in(p, master).whole
                 kept = with_master(kept, p, like)
-            formats = slot_formats(like, self._formats)
-            exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
+            formats = {name: f for name, f in slot_formats(like, self._formats).items() if name in kept}
+            exact = renewed(state_of(kept, like, formats), like, formats)
             self.state[p] = {**exact, "step": scalar(float(kept["step"]))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
