@@ -1,7 +1,8 @@
 """Files that version 0.1.0 wrote: optimizers load them, runs go on from them, and kernels are compiled anew.
 
 `data/optimizers.pt` holds, for each optimizer, its state dict and parameters after 6 steps, and the parameters after
-6 more. Those with compact state have linear codes, as versions since then do not. `data/runs` are runs of 400 steps that were stopped at step 151, each with the metrics of its unbroken twin.
+6 more. Those with compact state have linear codes, which later versions read but do not write. `data/runs` are runs of
+400 steps that were stopped at step 151, each with the metrics of its unbroken twin.
 """
 
 import copy

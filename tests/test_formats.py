@@ -406,9 +406,9 @@ def test_compact_state_follows_the_exact_one(steps: int, beta3: float) -> None:
         assert error <= RANGES[slot], (slot, error)
 
 
-# Relative errors, root mean square. Slow EMA: the goal; rounding is off by 0.41 of a code, which is 0.72 * 2**-11 of the
-# number on average, in each of the 5000 steps that it remembers: sqrt(5000) * 0.41 * 0.72 * 2**-11 = 0.010, and what
-# lies in the upper half of a binade has less. Fast EMA: the same with 2**-3, 1/sqrt(1 - 0.9**2) = 2.3 times: 0.085.
+# Relative errors, root mean square. Slow EMA: rounding is off by 0.41 of a code, which is 0.72 * 2**-11 of the number
+# on average, in each of the 5000 steps that it remembers: sqrt(5000) * 0.41 * 0.72 * 2**-11 = 0.010; the goal, a bit
+# more than what comes out. Fast EMA: the same with 2**-3, 1/sqrt(1 - 0.9**2) = 2.3 times: 0.085.
 # Second moment: a random walk of float8 codes, 0.1 wide, of which 1 % are taken, with a pull of 1e-3 a step:
 # sqrt(0.1**2 * 0.01 / 2e-3) = 0.22.
 RANGES = {"exp_avg_slow": 0.01, "exp_avg_fast": 0.1, "exp_avg_sq": 0.3}

@@ -32,7 +32,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
     tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
-    scales. Parameters that are float64 or complex, have one dimension or less than 4096 elements keep full precision.
+    scales; those of "int8" and "int16" are negative. Parameters that are float64 or complex, have one dimension or less
+    than 4096 elements keep full precision.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
