@@ -108,27 +108,27 @@ def scale_int16(absmax: Any) -> Any:
 
 
 def _noisy_bits(x: Any, scale: Any, random: Any) -> Any:
-    """float32's bits of |x / scale| + 2, plus random ones below those that a code keeps."""
+    """float32's bits of |x / scale| + 2, with random ones added below those that a code keeps."""
     inverse = xp.where(scale < -1e-37, xp.divide(1.0, xp.maximum(-scale, 1e-37)), 0.0)  # above, it would overflow
     size = xp.from_bits(xp.uint(xp.bits(x * inverse) & xp.uint(0x7FFFFFFF)))
     return xp.uint(xp.bits(size + 2.0) + random)
 
 
 def _number(code: Any, kept: Any, scale: Any) -> Any:
-    """The number of a code, which has its sign, and whose other bits are in their place in ``kept``."""
+    """The number of a code: ``kept`` has the bits below the sign in their place."""
     size = (xp.from_bits(xp.uint(kept | xp.uint(0x40000000))) - 2.0) * -scale
     return xp.from_bits(xp.uint(xp.bits(size) ^ xp.uint(xp.uint(code) & xp.uint(0x80000000))))
 
 
 def encode_int8(x: Any, scale: Any, noise: Any) -> Any:
-    """A sign, and a float of 4 exponent and 3 mantissa bits: |x / scale| + 2, from 2 to 122,880.
+    """A sign, and |x / scale| + 2 as a float of 4 exponent and 3 mantissa bits, from 2 to 122,880.
 
-    So zero is a code; around it codes lie 0.25 apart, further out at most an eighth of the number. A block's largest
-    number is 500,000 times its smallest. Rounding is unbiased: between codes, float32's bits are linear.
-    Scales are negative: positive ones are those of the linear codes of version 0.1.0.
+    The 2 makes zero a code. Around it codes lie 0.25 apart, which is 2e-6 of the block's largest number; elsewhere
+    their distance is an eighth of the number or less. Rounding is unbiased, since float32's bits are linear between
+    codes. Scales are negative: positive ones belong to the linear codes of version 0.1.0.
     """
     bits = _noisy_bits(x, scale, xp.shift_right(noise, 12))
-    # The lowest of the upper exponent bits, which all numbers share, is zero: the sign takes its place.
+    # The sign takes the place of an exponent bit that is zero in all numbers.
     return xp.uint(xp.shift_right(bits, 20) | xp.uint(xp.shift_right(xp.bits(x), 24) & xp.uint(0x80)))
 
 
@@ -200,7 +200,7 @@ ONCE_LINEAR = ("int8", "int16")  # in version 0.1.0, whose scales were positive
 
 
 def as_saved(format: Format) -> Format:
-    """The format that also reads the linear codes of version 0.1.0."""
+    """The format that also reads the linear codes of version 0.1.0, with ``to_float``, which eager and JAX have."""
     present = format.decode
 
     def decode(code: Any, scale: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,9 +119,17 @@ def renewed(state: Mapping[str, Any], p: Tensor, formats: Mapping[str, Format]) 
     new = dict(state)
     for name in (name for name, format in formats.items() if format.name in ONCE_LINEAR):
         scale = state[f"{name}_scale"]
-        if (local(scale) > 0).any():
+        if _is_positive(local(scale)):
             new.update(stored_slot(name, decoded(state[name], scale), None, p, formats))
     return new
+
+
+def _is_positive(scale: Tensor) -> bool:
+    """Whether the sign bit of the first scale, which is that of all, is not set; without a copy on the CPU."""
+    if scale.numel() == 0 or scale.is_meta:
+        return False
+    first = np.from_dlpack(scale)[0, 0] if scale.device.type == "cpu" else scale[0, 0].item()
+    return math.copysign(1.0, first) > 0.0
 
 
 def _converted(format: Format, wanted: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
