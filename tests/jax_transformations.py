@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ademamix.jax as ours
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, optimizer_from
+from ademamix.backends.jax import decode
 from ademamix.engine.coefficients import on_host
 from ademamix.jax import Blocks, State, state_from_torch, state_to_torch, transformation
 
@@ -148,11 +149,22 @@ def test_jitted_low_bits_are_the_same_codes_up_to_those_on_a_border() -> None:
     torch_train(optimizer)
     params, state = train(ours.ademamix(0.01, state="compact", **WARM), [jnp.asarray(v) for v in values()])
     expected = state_from_torch(optimizer.state_dict(), params)
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        if one.dtype in (jnp.int8, jnp.int16, jnp.uint8):
-            apart = np.abs(np.asarray(one, np.int32) - np.asarray(other, np.int32))
-            assert apart.max() <= 1
-            assert (apart > 0).mean() <= 0.01  # a code of int16 is 2**-15 wide, and numbers are off by some 2**-24
+    leaves = [jax.tree.leaves(each, is_leaf=lambda x: isinstance(x, Blocks)) for each in (state, expected)]
+    for one, other in zip(*leaves, strict=True):
+        if isinstance(one, Blocks):
+            a, b = (np.asarray(decode(each, jnp.float32)) for each in (one, other))
+            width = {"int8": 2**-3, "uint8": 2**-3, "int16": 2**-11}[one.codes.dtype.name]
+            # Around zero, codes of int8 lie 2**-19 of the maximum apart.
+            assert (np.abs(a - b) <= 1.01 * width * np.abs(a) + 2**-18 * np.abs(a).max()).all()
+            # A code of int16 is 2**-11 of the number wide, and numbers are off by some 2**-24.
+            assert (np.asarray(one.codes) != np.asarray(other.codes)).mean() <= 0.01
+
+
+def test_linear_codes_of_version_0_1_0_are_read() -> None:
+    codes = jnp.arange(-127, 128, dtype=jnp.int8)[None]
+    for kind in (jnp.int8, jnp.int16):
+        stored = Blocks(codes.astype(kind), jnp.full((1, 1), 0.5, jnp.float32))
+        np.testing.assert_array_equal(decode(stored, jnp.float32), 0.5 * np.arange(-127, 128)[None])
 
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))

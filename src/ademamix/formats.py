@@ -9,13 +9,12 @@ same on every backend, for any number of threads and for any sharding.
 
 Besides arithmetic and the functions that rules use, a backend's ``xp`` has ``divide``, which rounds to nearest, and for
 32-bit unsigned integers (torch has none: its namespace holds them in int32, which wraps alike): ``bits`` and
-``from_bits`` between float32 and its bits, ``uint`` to bring an integer into that type, ``shift_right`` (zeros come
-in), ``to_float``, and ``to_int`` (towards zero, negative numbers wrapped; anything for what no int32 holds). A code is
-stored as its lowest bits.
+``from_bits`` between float32 and its bits, ``uint`` to bring an integer into that type, and ``shift_right`` (zeros come
+in). A code is stored as its lowest bits.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,21 +100,50 @@ def decode_bfloat16(code: Any, scale: Any) -> Any:
 
 
 def scale_int8(absmax: Any) -> Any:
-    return absmax * (1.0 / 126.5)  # 127 at most, whatever the roundings on the way
+    return absmax * (-1.000001 / 122878.0)  # the largest code's number: nothing may round to above it
 
 
 def scale_int16(absmax: Any) -> Any:
-    return absmax * (1.0 / 32766.5)
+    return absmax * (-1.000001 / 131038.0)
 
 
-def encode_linear(x: Any, scale: Any, noise: Any) -> Any:
-    """floor(x / scale + u) with u in [0, 1), in fixed point: 16 bits before the point, 16 after it."""
-    inverse = xp.where(scale > 1e-33, xp.divide(65536.0, xp.maximum(scale, 1e-33)), 0.0)  # below, it would overflow
-    return xp.shift_right(xp.uint(xp.to_int(x * inverse) + xp.shift_right(noise, 16)), 16)
+def _noisy_bits(x: Any, scale: Any, random: Any) -> Any:
+    """float32's bits of |x / scale| + 2, with random ones added below those that a code keeps."""
+    inverse = xp.where(scale < -1e-37, xp.divide(1.0, xp.maximum(-scale, 1e-37)), 0.0)  # above, it would overflow
+    size = xp.from_bits(xp.uint(xp.bits(x * inverse) & xp.uint(0x7FFFFFFF)))
+    return xp.uint(xp.bits(size + 2.0) + random)
 
 
-def decode_linear(code: Any, scale: Any) -> Any:
-    return xp.to_float(code) * scale
+def _number(code: Any, kept: Any, scale: Any) -> Any:
+    """The number of a code: ``kept`` has the bits below the sign in their place."""
+    size = (xp.from_bits(xp.uint(kept | xp.uint(0x40000000))) - 2.0) * -scale
+    return xp.from_bits(xp.uint(xp.bits(size) ^ xp.uint(xp.uint(code) & xp.uint(0x80000000))))
+
+
+def encode_int8(x: Any, scale: Any, noise: Any) -> Any:
+    """A sign, and |x / scale| + 2 as a float of 4 exponent and 3 mantissa bits, from 2 to 122,880.
+
+    The 2 makes zero a code. Around it codes lie 0.25 apart, which is 2e-6 of the block's largest number; elsewhere
+    their distance is an eighth of the number or less. Rounding is unbiased, since float32's bits are linear between
+    codes. Scales are negative: positive ones belong to the linear codes of version 0.1.0.
+    """
+    bits = _noisy_bits(x, scale, xp.shift_right(noise, 12))
+    # The sign takes the place of an exponent bit that is zero in all numbers.
+    return xp.uint(xp.shift_right(bits, 20) | xp.uint(xp.shift_right(xp.bits(x), 24) & xp.uint(0x80)))
+
+
+def decode_int8(code: Any, scale: Any) -> Any:
+    return _number(code, xp.uint(xp.uint(xp.uint(code) << xp.uint(20)) & xp.uint(0x7F00000)), scale)
+
+
+def encode_int16(x: Any, scale: Any, noise: Any) -> Any:
+    """As ``encode_int8``, with 11 mantissa bits."""
+    bits = _noisy_bits(x, scale, xp.shift_right(noise, 20))
+    return xp.uint(xp.shift_right(bits, 12) | xp.uint(xp.shift_right(xp.bits(x), 16) & xp.uint(0x8000)))
+
+
+def decode_int16(code: Any, scale: Any) -> Any:
+    return _number(code, xp.uint(xp.uint(xp.uint(code) << xp.uint(12)) & xp.uint(0x7FFF000)), scale)
 
 
 def scale_float8(absmax: Any) -> Any:
@@ -161,8 +189,21 @@ FORMATS = {
         Format("float16", "float16"),
         Format("bfloat16", "bits16", encode_bfloat16, decode_bfloat16, stochastic=True),
         Format("bfloat16_nearest", "bits16", encode_bfloat16_nearest, decode_bfloat16),
-        Format("int8", "int8", encode_linear, decode_linear, scale_int8, stochastic=True),
-        Format("int16", "int16", encode_linear, decode_linear, scale_int16, stochastic=True),
+        Format("int8", "int8", encode_int8, decode_int8, scale_int8, stochastic=True),
+        Format("int16", "int16", encode_int16, decode_int16, scale_int16, stochastic=True),
         Format("float8", "uint8", encode_float8, decode_float8, scale_float8, stochastic=True),
     )
 }
+
+
+ONCE_LINEAR = ("int8", "int16")  # in version 0.1.0, whose scales were positive
+
+
+def as_saved(format: Format) -> Format:
+    """The format that also reads the linear codes of version 0.1.0, with ``to_float``, which eager and JAX have."""
+    present = format.decode
+
+    def decode(code: Any, scale: Any) -> Any:
+        return xp.where(scale > 0.0, xp.to_float(code) * scale, present(code, scale))
+
+    return replace(format, decode=decode) if format.name in ONCE_LINEAR else format

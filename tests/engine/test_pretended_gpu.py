@@ -445,7 +445,7 @@ def test_each_gpu_sends_what_is_its_own_by_streams_of_its_own(pretended: pytest.
     host = Host()
     with FakeTensorMode():
         params = [torch.empty(5, device=name) for name in names]
-        host.stand_ins(params, {})
+        host.stand_ins("AdEMAMix", params, {})
         trip = Trip(host, params, [torch.empty_like(p) for p in params])
         pretended.setattr(Tensor, "copy_", copied)
         trip.begin([[0, 1, 2]])

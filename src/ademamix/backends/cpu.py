@@ -114,11 +114,6 @@ def _narrow(context: Any, i: Any) -> Any:
 
 
 @intrinsic
-def _to_int(context: Any, x: Any) -> Any:
-    return nt.uint32(nt.float32), lambda context, builder, signature, args: builder.fptosi(args[0], I32)
-
-
-@intrinsic
 def _from_bits(context: Any, x: Any) -> Any:
     return nt.float32(nt.uint32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
 
@@ -150,8 +145,6 @@ format_xp = _namespace(
     from_bits=_from_bits,
     uint=np.uint32,
     shift_right=numba.njit(_shift_right),
-    to_int=_to_int,
-    to_float=np.float32,
 )
 
 

@@ -119,10 +119,6 @@ class format_xp:  # noqa: N801 - the namespace that formats are written against;
         return (x >> places) & ((1 << (32 - places)) - 1)
 
     @staticmethod
-    def to_int(x: Tensor) -> Tensor:
-        return x.to(torch.int32)
-
-    @staticmethod
     def to_float(x: Tensor) -> Tensor:
         return x.float()
 

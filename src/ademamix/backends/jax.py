@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from ademamix.backends import bind, row_length
-from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, hashed, turned
+from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, as_saved, hashed, turned
 
 
 class Blocks(NamedTuple):
@@ -42,10 +42,6 @@ class format_xp:  # noqa: N801 - the namespace that formats are written against
     @staticmethod
     def shift_right(x: Array, places: int) -> Array:
         return x >> jnp.uint32(places)
-
-    @staticmethod
-    def to_int(x: Array) -> Array:
-        return x.astype(jnp.int32).astype(jnp.uint32)
 
     @staticmethod
     def to_float(x: Array) -> Array:
@@ -85,12 +81,12 @@ def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
 
 
 def decode(stored: Stored, dtype: Any) -> Array:
-    """The numbers that a leaf stands for, whatever its format."""
+    """The numbers that a leaf stands for, whatever its format; it may come from a file."""
     if not isinstance(stored, Blocks):
         return stored.astype(dtype)
     codes, scale = stored
     name = {"uint8": "float8"}.get(codes.dtype.name, codes.dtype.name)
-    return bind(FORMATS[name].decode, format_xp)(codes.astype(jnp.int32), _spread(scale, codes.shape))
+    return bind(as_saved(FORMATS[name]).decode, format_xp)(codes.astype(jnp.int32), _spread(scale, codes.shape))
 
 
 def encode(format: Format, x: Array, random: Array | None) -> Stored:

@@ -87,10 +87,6 @@ def _from_bits(x): return x.to(tl.float32, bitcast=True)
 def _uint(x): return tl.cast(x, tl.uint32)
 @triton.jit
 def _shift_right(x, places): return x >> tl.cast(places, tl.uint32)
-@triton.jit
-def _to_float(x): return x.to(tl.float32)
-@triton.jit
-def _to_int(x): return x.to(tl.int32).to(tl.uint32, bitcast=True)
 # fmt: on
 
 
@@ -113,8 +109,6 @@ format_xp = _namespace(
     from_bits=_from_bits,
     uint=_uint,
     shift_right=_shift_right,
-    to_float=_to_float,
-    to_int=_to_int,
 )
 
 

@@ -3,8 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from operator import is_
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypedDict, get_args
 
 import numpy as np
@@ -47,14 +46,15 @@ def _are_options(annotation: Any) -> bool:
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
     """Raise ValueError unless the value is a finite number, or a tensor of one element, that fits."""
-    number = isinstance(value, NUMBERS) or (isinstance(value, Tensor) and value.numel() == 1)
+    number = isinstance(value, NUMBERS) or _is_one(value)
     x = float(value.detach() if isinstance(value, Tensor) else value) if number else math.nan
     if not math.isfinite(x) or not fits(x):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_seed(value: Any) -> None:
-    check_number("seed", value, "an integer in [0, 2**63)", lambda x: 0 <= x < 2**63 and x == int(x))
+    allowed = "an integer in [0, 2**63)"
+    check_number("seed", value, allowed, lambda x: 0 <= x < 2**63 and x == int(x) and not isinstance(value, Tensor))
 
 
 def check_flags(group: Mapping[str, Any], *names: str) -> None:
@@ -64,12 +64,16 @@ def check_flags(group: Mapping[str, Any], *names: str) -> None:
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
 
 
-def with_floats(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with Python's numbers for the others, and for tensors of one element, in a tuple or a list as betas."""
-    return {name: _floats(x) if isinstance(x, tuple | list) and name != "params" else x for name, x in group.items()}
+def with_floats(group: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The group, with Python's numbers for others and for tensors of one element in its tuples and lists ``names``."""
+    return {name: _floats(x) if name in names and type(x) in (tuple, list) else x for name, x in group.items()}
 
 
 def _floats(values: Any) -> Any:
-    one = (x.detach() if isinstance(x, Tensor) and x.numel() == 1 else x for x in values)
-    plain = [x.item() if isinstance(x, np.generic) or (isinstance(x, Tensor) and x.numel() == 1) else x for x in one]
-    return values if all(map(is_, plain, values)) else type(values)(plain)
+    return type(values)(
+        x.detach().item() if _is_one(x) else x.item() if isinstance(x, np.generic) else x for x in values
+    )
+
+
+def _is_one(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta

@@ -28,18 +28,23 @@ class Note:
 
     def __init__(self, norm: Norm, grads: Sequence[Tensor]) -> None:
         self.norm = norm
-        self.grads = list(map(ref, grads))
-        self.versions, self.graphs = _versions(grads), _nodes()
+        self.grads, self.versions, self.graphs = list(map(ref, grads)), _versions(grads), _nodes()
 
     def serves(self, grads: Sequence[Tensor]) -> bool:
-        """Whether these are the gradients that it is of.
+        """Whether these are gradients that it is of; some may be gone.
 
         They may have been changed in place meanwhile, by a factor for instance, as those that torch's clip_grad_norm_
-        has clipped may be. Where a graph was built between, the change was another backward pass.
+        has clipped may be. Changed twice or more, with a graph built between, they have been zeroed and are another
+        batch's.
         """
-        if len(grads) != len(self.grads) or not all(map(is_, grads, [each() for each in self.grads])):
+        noted = [each() for each in self.grads]
+        if len(grads) == len(noted) and all(map(is_, grads, noted)) and _nodes() == self.graphs:  # in all but few steps
+            return True
+        versions = {id(g): version for g, version in zip(noted, self.versions, strict=True) if g is not None}
+        if not all(id(g) in versions for g in grads):
             return False
-        return _nodes() == self.graphs or _versions(grads) == self.versions
+        changes = [now - versions[id(g)] for g, now in zip(grads, _versions(grads), strict=True)]
+        return _nodes() == self.graphs or max(changes, default=0) < 2
 
 
 def _versions(grads: Sequence[Tensor]) -> list[int]:

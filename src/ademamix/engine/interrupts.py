@@ -2,6 +2,7 @@
 
 import _signal  # type: ignore[import-not-found]  # signal's own functions take ten times as long, to look up enums
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,18 +73,26 @@ def uninterrupted() -> Iterator[None]:
                 _signal.signal(number, held[number])
         yield
     finally:
-        gate.closed = False
-        try:  # from here on handlers may raise; one that stays behind an open gate does no harm
-            for number, each in held.items():
-                _signal.signal(number, each.handler)
-        finally:
-            _deliver(list(gate.came))
-
-
-def _deliver(numbers: list[int]) -> None:
-    """Raise the signals anew, each of them also if the handler of one before raises."""
-    if numbers:
         try:
-            signal.raise_signal(numbers[0])
+            try:
+                _put_back(held)
+            finally:  # a handler that was back already has raised, once in thousands of interrupts
+                _put_back(held)
         finally:
-            _deliver(numbers[1:])
+            gate.closed = False  # one that is still behind it does no harm
+            _deliver([(number, held[number].handler) for number in gate.came])
+
+
+def _put_back(held: dict[int, _Held]) -> None:
+    for number, each in held.items():
+        _signal.signal(number, each.handler)
+
+
+def _deliver(came: list[tuple[int, Any]]) -> None:
+    """Call the handlers of signals that came, each of them also if one before raises."""
+    if came:
+        number, handler = came[0]
+        try:
+            handler(number, sys._getframe())
+        finally:
+            _deliver(came[1:])

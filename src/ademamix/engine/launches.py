@@ -15,10 +15,11 @@ from torch import Tensor
 from ademamix import backends
 from ademamix.backends import Batch, Rule, sent_to
 from ademamix.engine.coefficients import CountedByNobody, CountedOnDevice, CountedOnHost, Source
+from ademamix.engine.memory import check_memory
 from ademamix.engine.offload import CHUNK, Trip
 from ademamix.engine.sharding import is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
-from ademamix.engine.targets import Targets, check_memory, number_format, real
+from ademamix.engine.targets import Targets, number_format, real
 from ademamix.formats import Format, keys
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -80,7 +81,8 @@ class Launches:
         # Steps that live on an accelerator stay there: reading them would wait for it.
         there = any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
         self.on_device = inputs.counted_there or there
-        check_memory(program.name, inputs.params)
+        if not program.offload:
+            check_memory(program.name, inputs.params)
         formats = [
             slot_formats(p, _kept(program, i, inputs.settings[i].formats, s))
             for i, p, s in zip(inputs.of_group, inputs.params, saved, strict=True)
@@ -199,6 +201,7 @@ class _Seen:
         ]
         self.tensors = [*self.params, *(state["step"] for state in states), *slots]
         self.sharded = any(map(is_sharded, self.params))
+        self.inference = torch.is_inference_mode_enabled()
         self.fake = any(map(backends.is_fake, map(local, self.params)))
         self.pointers, self.shapes, self.kinds = self._pointers(), self._shapes(), _kinds(inputs.grads)
 
@@ -210,6 +213,7 @@ class _Seen:
             and all(map(is_, inputs.params, self.params))
             and self._has_states(inputs.states)
             and not self.fake
+            and torch.is_inference_mode_enabled() == self.inference
             and self._pointers() == self.pointers
             and self._shapes() == self.shapes
             and _kinds(inputs.grads) == self.kinds
@@ -307,6 +311,10 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
     if g.layout != torch.strided:
         raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
     for what, t in (("parameter", p), ("gradient", g)):
+        if t is p and p.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{name}: a parameter in group {group} was made in inference mode, and changes there alone"
+            )
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ademamix.engine.memory import check_memory
 from ademamix.engine.sharding import joined, local, local_part
 from ademamix.engine.state import CPU, MASTER, check_state
 
@@ -99,11 +100,23 @@ class Host:
         self.of[p] = made
         return made
 
-    def stand_ins(self, params: Sequence[Tensor], states: Mapping[Tensor, Any]) -> list[Tensor]:
-        """What to update in the parameters' place, with what others have made of these since the last step."""
+    def stand_ins(self, name: str, params: Sequence[Tensor], states: Mapping[Tensor, Any]) -> list[Tensor]:
+        """What to update in the parameters' place, with what others have made of these since the last step.
+
+        Args:
+            name: of the optimizer, for errors.
+            params: its parameters.
+            states: theirs.
+
+        Raises:
+            RuntimeError: parameters share memory.
+        """
+        if any(p not in self.of or self.of[p].seen != _versions(p) for p in params):
+            check_memory(name, params)
         found = [self.stand_in(p, states[p].get(MASTER) if p in states and p.dtype in LOW else None) for p in params]
         for p, its in zip(params, found, strict=True):
-            if its.seen != _versions(p):
+            # Neither tells of changes made through p.data; comparing costs nothing like a copy from a GPU would.
+            if its.seen != _versions(p) or (its.device == CPU and not torch.equal(local(p), its.rounded)):
                 now, own = local(p).detach().to(CPU), local(its.whole)
                 # Master weights that round to the parameter stay what they are.
                 own.copy_(torch.where(own.to(p.dtype) == now, own, now.to(own.dtype)))
@@ -122,8 +135,9 @@ def _is_of(its: StandIn, p: Any) -> bool:
 
 def with_master(state: Mapping[str, Any] | None, p: Tensor, stand_in: Tensor) -> dict[str, Any]:
     """A parameter's state, with its master weights where it has some."""
-    others = {name: value for name, value in (state or {}).items() if name != MASTER}
-    return {**others, MASTER: stand_in} if p.dtype in LOW else others
+    if p.dtype in LOW:
+        return {**(state or {}), MASTER: stand_in}
+    return {name: value for name, value in (state or {}).items() if name != MASTER}
 
 
 class Trip:

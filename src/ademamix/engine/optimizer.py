@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import chain
 from typing import Any, overload
@@ -24,7 +24,7 @@ from ademamix.engine.kinds import Kind, traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
-from ademamix.engine.state import CPU, MASTER, check_state, scalar, slot_formats, state_of
+from ademamix.engine.state import CPU, MASTER, check_state, renewed, scalar, slot_formats, state_of
 from ademamix.formats import Format
 
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
@@ -35,7 +35,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
     tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
-    scales. Parameters that are float64 or complex, have one dimension or less than 4096 elements keep full precision.
+    scales; those of "int8" and "int16" are negative. Parameters that are float64 or complex, have one dimension or less
+    than 4096 elements keep full precision.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
@@ -75,7 +76,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             "seed": seed,
             "capturable": capturable,
         }
-        defaults = with_floats(defaults)
+        defaults = with_floats(defaults, defaults)
         self.rule = self.checked_rule(defaults)
         self.state_format = state
         self._formats = self.formats_of(defaults, state)
@@ -119,7 +120,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
-        param_group = with_floats(param_group)
+        param_group = with_floats(param_group, self.defaults)
         self._check_group({**self.defaults, **param_group})
         own = {**{name: getattr(self, name) for name in WHOLE[1:]}, "state": self.state_format}
         # ZeroRedundancyOptimizer repeats in each group what the optimizer was given.
@@ -279,12 +280,16 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             counted_there and not fake,
             self.state,
         )
-        run = self._run_on_host if self.offload and not fake else self._run
-        with backends.mode_of(grads) if fake else nullcontext():
+        run = self._run_on_host if self._on_host(params[0]) else self._run
+        with backends.mode_of(grads) if fake else _out_of_inference_mode(params):
             run(inputs, factor, skip, captured)
 
+    def _on_host(self, p: Tensor) -> bool:
+        """Whether the parameter is stepped on the host: one that has numbers to send there."""
+        return self.offload and not p.is_meta and not backends.is_fake(p)
+
     def _run(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
-        program = self._program()
+        program = self._program(offload=False)
         launches = self._launches_for(program, inputs.params, inputs, captured)
         if inputs.counted_there:
             self._count_on((inputs.params[0] if skip is None else skip).device)
@@ -295,10 +300,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 self._count(skip)
 
     def _run_on_host(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
-        program = self._program()
+        program = self._program(offload=True)
         for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):
             check_tensors(program, i, p, g)
-        stand_ins = self._host.stand_ins(inputs.params, self.state)
+        stand_ins = self._host.stand_ins(program.name, inputs.params, self.state)
         trip = Trip(self._host, inputs.params, inputs.grads)
         there = inputs._replace(params=stand_ins, grads=trip.arriving())
         launches = self._launches_for(program, inputs.params, there, captured)
@@ -321,9 +326,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             launches.taken_over(self.state)
         increment_version(params)  # state is in nobody's graph
 
-    def _program(self) -> Program:
+    def _program(self, offload: bool) -> Program:
         source = Source(self.coefficients, backends.coefficient_names(self.rule), self.param_groups)
-        return Program(type(self).__name__, self.rule, source, self._formats, self.backend, self.offload)
+        return Program(type(self).__name__, self.rule, source, self._formats, self.backend, offload)
 
     def _launches_for(self, program: Program, params: Sequence[Tensor], inputs: Inputs, captured: bool) -> Launches:
         """The last step's, or new ones if they no longer serve.
@@ -339,9 +344,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                     "dtypes of gradients: take such a step before the capture"
                 )
             saved = [self.state.get(p) for p in params]
-            if self.offload:
+            if program.offload:
                 saved = list(map(with_master, saved, params, inputs.params))
-            self._launches = launches = Launches(program, inputs, saved)
+            with uninterrupted():  # what fails to compile leads to another backend: no signal may look like that
+                self._launches = launches = Launches(program, inputs, saved)
         if captured and launches not in self._captured:
             self._captured.append(launches)
         return launches
@@ -358,7 +364,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def take(_: Any, final: dict[str, Any]) -> dict[str, Any]:
-            final = {**final, "param_groups": list(map(with_floats, final["param_groups"]))}
+            final = {**final, "param_groups": [with_floats(g, self.defaults) for g in final["param_groups"]]}
             self._check_loaded(final)
             loaded.extend(self._loaded(final))
             # torch would make a copy of each tensor in the parameter's dtype.
@@ -371,7 +377,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            with uninterrupted():
+                super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -380,13 +387,14 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """Each parameter that has a state in there, and this state as it is to be."""
         for p, saved in self._by_parameter(state_dict):
             kept = {key: value for key, value in saved.items() if value is not None}  # the authors store None for none
-            master, like = kept.pop(MASTER, None), p
-            if self.offload and not backends.is_fake(p):
-                like = self._host.stand_in(p, master).whole
+            like = p
+            if self._on_host(p):
+                like = self._host.stand_in(p, kept.get(MASTER)).whole
                 kept = with_master(kept, p, like)
-            formats = slot_formats(like, self._formats)
-            exact = state_of(kept, like, {name: f for name, f in formats.items() if name in kept})
-            step = kept["step"]
+            else:
+                kept.pop(MASTER, None)
+            formats = {name: f for name, f in slot_formats(like, self._formats).items() if name in kept}
+            exact, step = renewed(state_of(kept, like, formats), like, formats), kept["step"]
             yield p, {**exact, "step": step if backends.is_fake(step) else scalar(float(step))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -409,14 +417,16 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             if missing and foreign:  # what a user adds to a state is no reason to refuse it
                 raise ValueError(f"{name}: state of parameter {index} has {foreign}, but no {missing}")
 
+    @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:
         own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload")
         kept = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), **kept}
 
+    @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults") or self.defaults)
-        super().__setstate__(state)
+        super().__setstate__({**state, "defaults": {**defaults}})
         self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
         self.rule = traced_once(self.rule_of(self.defaults))
         self._launches = self._note = None
@@ -428,6 +438,12 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
 
 OPTIONS = [q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY]
+
+
+def _out_of_inference_mode(params: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Where state is made that a step outside of that mode can change too, unless parameters are bound to it."""
+    inside = torch.is_inference_mode_enabled() and not any(map(Tensor.is_inference, params))
+    return torch.inference_mode(False) if inside else nullcontext()
 
 
 def _check_bound(name: str, value: Any) -> None:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ademamix import backends
 from ademamix.backends import eager
 from ademamix.engine.sharding import blocks_are_whole, is_sharded, joined, local, local_part
-from ademamix.formats import BLOCK, FORMATS, SMALLEST, Format
+from ademamix.formats import BLOCK, FORMATS, ONCE_LINEAR, SMALLEST, Format, as_saved
 
 CPU = torch.device("cpu")
 MASTER = "master"  # the key of float32 master weights, which a parameter with its state on the host may have
@@ -61,7 +62,15 @@ def _scale_shape(p: Tensor) -> tuple[int, int]:
     return p.shape[0], -(-math.prod(p.shape[1:]) // BLOCK)
 
 
-STORED_AS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int16: "int16", torch.uint8: "float8"}
+STORED_AS = {
+    dtype: as_saved(FORMATS[name])
+    for dtype, name in (
+        (torch.bfloat16, "bfloat16"),
+        (torch.int8, "int8"),
+        (torch.int16, "int16"),
+        (torch.uint8, "float8"),
+    )
+}
 
 
 def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
@@ -70,7 +79,7 @@ def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
         return value
     codes = local(value)
     rows = codes.contiguous().flatten(1) if codes.ndim > 1 else codes.view(1, -1)
-    numbers = eager.decode(FORMATS[STORED_AS[value.dtype]], rows, None if scale is None else local(scale))
+    numbers = eager.decode(STORED_AS[value.dtype], rows, None if scale is None else local(scale))
     return joined(numbers.view(codes.shape), value, value.shape)
 
 
@@ -103,6 +112,24 @@ def stored_slot(
         assert part_scale is not None
         slot[f"{name}_scale"] = _placed(part_scale, scale, p, _scale_shape(p))
     return slot
+
+
+def renewed(state: Mapping[str, Any], p: Tensor, formats: Mapping[str, Format]) -> dict[str, Any]:
+    """A state from a file as ``state_of`` gives it, with linear codes of version 0.1.0 encoded anew."""
+    new = dict(state)
+    for name in (name for name, format in formats.items() if format.name in ONCE_LINEAR):
+        scale = state[f"{name}_scale"]
+        if _is_positive(local(scale)):
+            new.update(stored_slot(name, decoded(state[name], scale), None, p, formats))
+    return new
+
+
+def _is_positive(scale: Tensor) -> bool:
+    """Whether the sign bit of the first scale, which is that of all, is not set; without a copy on the CPU."""
+    if scale.numel() == 0 or scale.is_meta or backends.is_fake(scale):
+        return False
+    first = np.from_dlpack(scale)[0, 0] if scale.device.type == "cpu" else scale[0, 0].item()
+    return math.copysign(1.0, first) > 0.0
 
 
 def _converted(format: Format, wanted: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +171,7 @@ def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format])
             raise ValueError(f"state tensor {name!r} must be a tensor, got a {type(value).__name__}")
         tensors: list[tuple[str, Any, tuple[int, ...]]] = [(name, value, tuple(p.shape))]
         stored_as = STORED_AS.get(value.dtype)
-        if stored_as is not None and FORMATS[stored_as].scale is not None:
+        if stored_as is not None and stored_as.scale is not None:
             tensors.append((f"{name}_scale", saved.get(f"{name}_scale"), _scale_shape(p)))
         for what, t, shape in tensors:
             if t is None or tuple(t.shape) != shape:

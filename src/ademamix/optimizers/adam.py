@@ -73,8 +73,9 @@ class AdEMAMix(RuleOptimizer):
             (docs/silence.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
             nothing. Groups of state dicts without it, which are older, load as None.
         maximize: go along the gradient, not against it.
-        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes a
-            parameter), or a mapping of slots to formats. All but float32 round stochastically.
+        state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes
+            per parameter), or a mapping of slots to formats. All but float32 round stochastically. With "compact", an
+            element whose gradients are below 2e-5 of the largest in its 256 elements of a row takes too small steps.
         backend: "auto" (what is fused for the device, else eager), "eager", "cpu" or "triton" (CUDA and ROCm).
         stochastic_rounding: round bfloat16 parameters stochastically, so that updates far below half a unit in the
             last place move them by the right amount on average; False rounds to nearest, as torch.optim does.
