@@ -1,5 +1,6 @@
 """What may change between two steps: a parameter's dtype, shape, strides, memory and layout, betas, own entries."""
 
+import collections
 import copy
 import warnings
 from typing import Any
@@ -223,3 +224,56 @@ def test_what_a_user_keeps_in_a_group_is_not_looked_at(backend: str, capturable:
     group = optimizer.param_groups[0]
     assert all(group[name] is value for name, value in own.items())
     assert copy.deepcopy(optimizer).param_groups[0].keys() == group.keys()
+
+
+def test_lists_of_a_user_s_own_stay_what_they_are() -> None:
+    """Even where they hold tensors of one element, as betas may."""
+    pair = collections.namedtuple("pair", "a b")
+    own = {
+        "shadow": [nn.Parameter(torch.ones(1))],
+        "pair": pair(torch.ones(1), 2),
+        "meta": [torch.ones(1, device="meta")],
+        "numbers": (np.float32(1.0),),
+    }
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = AdEMAMix([{"params": [p], **own}])
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    assert type(group["shadow"][0]) is nn.Parameter
+    assert type(group["pair"]) is pair
+    assert group["meta"][0].is_meta
+    assert type(group["numbers"][0]) is np.float32
+    with pytest.raises(ValueError, match=r"betas\[1\] must be a number in \[0, 1\), got tensor\(.*meta"):
+        AdamW([p], betas=(0.9, torch.tensor(0.99, device="meta")))
+    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\*\*63\), got tensor\(2\)"):
+        AdamW([p], seed=torch.tensor(2))
+
+
+# --------------------------------------------------------------------------------- behind an offloaded optimizer's back
+
+BEHIND = {
+    "fill_": lambda p: p.data.fill_(5.0),
+    "copy_": lambda p: p.data.copy_(torch.full_like(p, 5.0)),
+    "NumPy": lambda p: p.detach().numpy().fill(5.0),
+    "another storage": lambda p: setattr(p, "data", torch.full_like(p, 5.0)),
+}
+
+
+@pytest.mark.parametrize("change", BEHIND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_changed_through_data_is_stepped_from(change: str, dtype: torch.dtype) -> None:
+    """Neither the version nor the address of a parameter tells of it."""
+    if change == "NumPy" and dtype == torch.bfloat16:
+        pytest.skip("NumPy has no bfloat16")
+    params = [nn.Parameter(torch.ones(4, dtype=dtype)) for _ in range(2)]
+    optimizers = [AdamW([p], lr=0.125, offload=offload) for p, offload in zip(params, (True, False), strict=True)]
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        BEHIND[change](p)
+        optimizer.step()
+    assert params[0][0] < 5.0
+    torch.testing.assert_close(params[0], params[1], rtol=torch.finfo(dtype).eps, atol=0.0)

@@ -253,10 +253,11 @@ def test_loaded_state_goes_to_the_device_of_each_parameter(make: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("own", [{}, {"mask": torch.ones(2), "name": "decoder"}])
-def test_loads_and_copies_change_no_state_dict(make: Case, own: dict[str, Any]) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_loads_and_copies_change_no_state_dict(make: Case, own: dict[str, Any], offload: bool) -> None:
     """Entries, their order and values, after any number of them; torch.optim adds "differentiable" to its defaults."""
-    net = model()
-    optimizer = make([{"params": list(net.parameters()), **own}])
+    net = model(torch.bfloat16 if offload else torch.float32)
+    optimizer = make([{"params": list(net.parameters()), **own}], offload=offload)
     for t in range(2):
         set_grads(net, t)
         optimizer.step()
@@ -274,6 +275,7 @@ def test_loads_and_copies_change_no_state_dict(make: Case, own: dict[str, Any]) 
     for _ in range(3):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         check(optimizer)
+        check(copy.copy(optimizer))
         copied, pickled = copy.deepcopy(copied), pickle.loads(pickle.dumps(pickled))
         check(copied)
         check(pickled)

@@ -307,7 +307,7 @@ def test_a_step_skipped_on_the_device_changes_and_counts_nothing() -> None:
     launches = optimizer._launches
     assert launches is not None
     for skip, changed in ((True, False), (False, True)):
-        launches.run(optimizer._program(), [p.grad for p in params], None, torch.tensor(skip))
+        launches.run(optimizer._program(offload=False), [p.grad for p in params], None, torch.tensor(skip))
         assert equal(before, snapshot(params, optimizer)) is not changed
     assert optimizer.state[params[0]]["step"] == 2.0
 
@@ -430,3 +430,37 @@ def test_a_remembered_norm_keeps_no_gradient_alive() -> None:
         p.grad = None
     gc.collect()
     assert all(ref() is None for ref in grads)
+
+
+def test_gradients_cancelled_after_clipping_leave_the_others_clipped() -> None:
+    """As where the last layer's are dropped; and where the optimizer's order of parameters changes."""
+    theirs, ours = parameters(), parameters()
+    optimizers = AdEMAMix(theirs, lr=0.1), AdEMAMix(ours, lr=0.1)
+    give_gradients(theirs, 0)
+    give_gradients(ours, 0)
+    nn.utils.clip_grad_norm_(theirs, 2.0**-6)
+    optimizers[1].clip_grad_norm_(2.0**-6)
+    for params, optimizer in zip((theirs, ours), optimizers, strict=True):
+        params[1].grad = None
+        optimizer.param_groups[0]["params"].reverse()
+        optimizer.step()
+    for p, q in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
+
+
+def test_clipped_gradients_scaled_in_place_beside_a_forward_pass_stay_clipped() -> None:
+    net = nn.Linear(3, 3)
+    nets = net, copy.deepcopy(net)
+    optimizers = [AdEMAMix(n.parameters(), lr=0.1) for n in nets]
+    for n, optimizer in zip(nets, optimizers, strict=True):
+        n(torch.ones(2, 3)).sum().backward()
+        if n is net:
+            nn.utils.clip_grad_norm_(n.parameters(), 2.0**-6)
+        else:
+            optimizer.clip_grad_norm_(2.0**-6)
+        for p in n.parameters():
+            p.grad.mul_(0.5)
+        n(torch.ones(2, 3)).sum()
+        optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)

@@ -1,7 +1,9 @@
 """A step ends or has not begun, whatever raises: closures, hooks, scalers, signals."""
 
 import contextlib
+import copy
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ademamix import AdamW, AdEMAMix, RuleOptimizer
+from ademamix.backends import cpu
 from ademamix.engine.interrupts import uninterrupted
 from small_models import BACKENDS, model, same, set_grads
 
@@ -120,6 +123,57 @@ def test_interrupts_at_any_moment_leave_whole_steps(handled: None) -> None:
     for _ in range(int(done.pop())):
         reference.step()
     assert same([p.detach() for p in params], [p.detach() for p in uninterrupted_ones])
+
+
+def test_a_signal_comes_once_to_whoever_waits_for_it(handled: None) -> None:
+    """asyncio does by a file descriptor, which Python has written to when the signal came."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        for end in (reader, writer):
+            end.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno())
+        try:
+            with pytest.raises(StopNow):
+                signaled([], signal.SIGUSR1)
+        finally:
+            signal.set_wakeup_fd(before)
+        assert len(reader.recv(10)) == 1
+
+
+def test_a_signal_while_a_kernel_is_made_is_no_failure_of_the_backend(
+    handled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler's own error looked like one of the compiler: every later step was eager's."""
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = AdamW([p])
+    make = cpu.kernel
+
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGALRM)
+        return make(*args)
+
+    monkeypatch.setattr(cpu, "kernel", interrupted)
+    with pytest.raises(StopNow):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    monkeypatch.undo()
+    optimizer.step()
+    assert optimizer.backends_in_use == ("cpu",)
+
+
+def test_an_interrupted_load_has_been_or_not(handled: None) -> None:
+    net = model()
+    optimizer = AdamW(net.parameters())
+    set_grads(net, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for delay in torch.linspace(1e-5, 2e-3, 60).tolist():
+        with contextlib.suppress(StopNow):
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            while True:
+                optimizer.load_state_dict(saved)
+        assert same(optimizer.state_dict(), saved)
 
 
 # --------------------------------------------------------------------------------- what raises
@@ -237,8 +291,9 @@ def test_a_step_that_raises_has_not_been(
 
 
 @BACKENDS
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("kind", ["expanded", "windows", "two views", "one tensor twice", "another dtype"])
-def test_memory_of_several_elements_is_refused(kind: str, backend: str) -> None:
+def test_memory_of_several_elements_is_refused(kind: str, offload: bool, backend: str) -> None:
     """Whether one parameter has them or two; the others have not moved then."""
     memory = torch.arange(12.0)
     shared = {
@@ -249,7 +304,7 @@ def test_memory_of_several_elements_is_refused(kind: str, backend: str) -> None:
         "another dtype": [memory[:4], memory[2:6].view(torch.float64)],
     }[kind]
     good, others = nn.Parameter(torch.ones(3)), [nn.Parameter(t) for t in shared]
-    optimizer = AdEMAMix([good, *others], lr=0.1, backend=backend)
+    optimizer = AdEMAMix([good, *others], lr=0.1, backend=backend, offload=offload)
     for p in (good, *others):
         p.grad = torch.ones_like(p)
     before = memory.clone()
@@ -286,3 +341,36 @@ def test_views_that_lie_between_each_other_are_two_parameters(backend: str, data
                 p.grad = torch.full(p.shape, n + t - 0.5)
             optimizer.step()
     assert same([p.detach() for p in pairs[0]], [p.detach() for p in pairs[1]])
+
+
+# --------------------------------------------------------------------------------- inference mode
+
+
+@BACKENDS
+def test_a_step_in_inference_mode_is_a_step(backend: str) -> None:
+    """State that is made there can be changed outside of it, unlike that of torch.optim."""
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizers = [AdamW([p], lr=0.1, backend=backend) for p in params]
+    for t in range(3):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.full((4,), 1.0 + t)
+            with torch.inference_mode(p is params[0] and t != 1):
+                optimizer.step()
+    assert same(optimizers[0].state_dict(), optimizers[1].state_dict())
+    assert torch.equal(*params)
+
+
+@BACKENDS
+def test_a_parameter_of_inference_mode_is_refused_outside(backend: str) -> None:
+    good = nn.Parameter(torch.ones(4))
+    with torch.inference_mode():
+        bound = nn.Parameter(torch.ones(4), requires_grad=False)
+        bound.grad = torch.ones(4)
+    good.grad = torch.ones(4)
+    optimizer = AdamW([good, bound], backend=backend)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="was made in inference mode"):
+            optimizer.step()
+        assert torch.equal(good, torch.ones(4))
+        with torch.inference_mode():
+            AdamW([bound], backend=backend).step()

@@ -1,5 +1,7 @@
 """Where torch runs a program in its own way: compiled functions, fake tensors, the meta device."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +108,7 @@ def test_fake_and_true_tensors_by_turns() -> None:
 
 
 @pytest.mark.parametrize("state", ["float32", "compact"])
-@pytest.mark.parametrize("guard", [{}, {"skip_nonfinite": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("guard", [{}, {"skip_nonfinite": True}, {"capturable": True}, {"offload": True}], ids=str)
 def test_steps_on_the_meta_device(state: str, guard: dict[str, Any]) -> None:
     p: Tensor = nn.Parameter(torch.ones(64, 80, device="meta"))
     optimizer = AdEMAMix([p], state=state, **guard)
@@ -115,3 +117,17 @@ def test_steps_on_the_meta_device(state: str, guard: dict[str, Any]) -> None:
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
     assert optimizer.state[p]["exp_avg_slow"].is_meta
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile has its own to give
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_in_a_compiled_function(copied: Callable[[Any], Any]) -> None:
+    net = model()
+    optimizer = AdEMAMix(net.parameters())
+    set_grads(net, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    torch._dynamo.reset()
+    other = torch.compile(lambda: copied(optimizer), backend="eager")()
+    assert same(other.state_dict(), before)
+    assert same(optimizer.state_dict(), before)
