@@ -95,6 +95,7 @@ parts.main()
     while not (tmp_path / "page.md").exists():
         assert process.poll() is None
         time.sleep(0.05)
+    time.sleep(0.5)  # the part may have been faster than the one that starts it
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -330,7 +330,7 @@ def test_a_class_of_one_s_own_keeps_the_rule_of_its_first_instance() -> None:
 
 def test_what_is_compiled_holds_no_more_at_a_time_than_the_rule_did() -> None:
     body = inspect.getsource(traced(AdEMAMix.rule))
-    assert len(set(re.findall(r"x\d+", body))) == 7  # three averages, a condition, what it selects from, and one more
+    assert len(set(re.findall(r"x\d+", body))) == 8  # three averages, a condition, the two that it selects from twice
     assert traced(AdEMAMix.rule) is AdEMAMix.rule
 
     def rule(p: Any, g: Any, x0: Any, x2: Any, *, x1: Any) -> Any:

@@ -371,17 +371,17 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             ids = set(chain.from_iterable(group["params"] for group in final["param_groups"]))
             return {**final, "state": {i: value for i, value in final["state"].items() if i not in ids}}
 
-        # Between the user's own hooks: these have changed the dict before, and see the whole state after.
-        hooks = (
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),
-        )
-        try:
-            with uninterrupted():
+        with uninterrupted():
+            # Between the user's own hooks: these have changed the dict before, and see the whole state after.
+            hooks = (
+                self.register_load_state_dict_pre_hook(take),
+                self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),
+            )
+            try:
                 super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Each parameter that has a state in there, and this state as it is to be."""
