@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +18,18 @@ Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (opt
 State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
 Shape = Literal["cosine", "linear", "wsd"]  # of the learning rate over a run
-SEEDS = 2**63  # torch takes no larger ones
+SEEDS = LARGEST_INT = 2**63  # torch takes no larger ones
 LARGEST = 1 << 28  # bytes of a JSON file; a result has some hundred for each evaluation
 
 
 class BadInputError(Exception):
     """Something the user gave cannot be used; the message is one sentence for the terminal."""
+
+
+def shortened(text: object) -> str:
+    """What a message shows of a value that may be of any length."""
+    whole = str(text)
+    return whole if len(whole) <= 100 else f"{whole[:60]}...{whole[-20:]}"
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,9 @@ class Training:
         if not self.clip > 0:
             raise BadInputError(f"clip must be positive, got {self.clip}")
         if not 0 <= self.seed < SEEDS:
-            raise BadInputError(f"seed must be in [0, 2**63), got {self.seed}")
-        if self.planned < 0:
-            raise BadInputError(f"planned must not be negative, got {self.planned}")
+            raise BadInputError(f"seed must be in [0, 2**63), got {shortened(self.seed)}")
+        if not 0 <= self.planned < LARGEST_INT:
+            raise BadInputError(f"planned must be in [0, 2**63), got {shortened(self.planned)}")
         if not 0 <= self.switch_at < self.steps:
             raise BadInputError(f"switch_at must be in [0, steps), got {self.switch_at} with {self.steps} steps")
         if not 0 <= self.ademamix.warmup <= 1:
@@ -124,8 +131,9 @@ class Training:
 
     def _at_least_1(self, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < LARGEST_INT:
+                got = shortened(getattr(self, name))
+                raise BadInputError(f"{name} must be at least 1 and below 2**63, got {got}")
 
     @property
     def units_per_step(self) -> int:
@@ -221,8 +229,9 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < LARGEST_INT:
+                got = shortened(getattr(self, name))
+                raise BadInputError(f"{name} must be at least 1 and below 2**63, got {got}")
 
 
 @dataclass(frozen=True)
@@ -394,8 +403,15 @@ PRESETS = {
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. A link in its place is replaced, never written through."""
+    """Write a file whole or not at all. A link in its place is replaced, never written through.
+
+    Raises:
+        BadInputError: a folder is where the file is to be, or where it is first written (its name with .partial).
+    """
     aside = path.with_name(path.name + ".partial")
+    for there in (path, aside):
+        if there.is_dir() and not there.is_symlink():
+            raise BadInputError(f"{there} is a folder, where a file is to be written; move it away")
     aside.unlink(missing_ok=True)  # a killed process left it
     with open(aside, "xb") as file:
         file.write(content)
@@ -407,6 +423,24 @@ def to_json(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
+def read_file(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        BadInputError: it is no regular file: a pipe has no end, and reading it would wait for one.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BadInputError(f"{path} must be a file, but is a folder, a pipe or a device")
+    return path.read_bytes()
+
+
+def expect_folder(path: Path) -> None:
+    """Raise BadInputError if something else is where a folder is to be."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise BadInputError(f"{path} must be a folder, but is a file; move it away")
+
+
 def from_json(path: Path) -> dict[str, Any]:
     """Read what `to_json` wrote.
 
@@ -415,12 +449,10 @@ def from_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise BadInputError(f"{path} must be a file, but is a folder or a device")
-    if about.st_size > LARGEST:
+    if stat.S_ISREG(about.st_mode) and about.st_size > LARGEST:
         raise BadInputError(f"{path} is damaged: it has {about.st_size:,} bytes, and may have {LARGEST:,}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_file(path).decode())
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
@@ -438,16 +470,16 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
         BadInputError: the fields are not those of this version's class, or a value is not of its field's type.
     """
     if not isinstance(value, Mapping):
-        raise BadInputError(f"{name.rstrip('.') or 'the settings'} must be settings by name, got {value!r}")
+        raise BadInputError(f"{name.rstrip('.') or 'the settings'} must be settings by name, got {shortened(repr(value))}")
     parts = isinstance(like, Mapping)  # settings by name
     known: Any = like if parts else {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}  # type: ignore[arg-type]
     if known.keys() != value.keys():
         names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
-        raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
+        raise BadInputError(f"the settings were written by another version of ademamix: it differs in {shortened(names)}")
     types: Any = {} if parts else get_type_hints(type(like), include_extras=True)
     for key, given in value.items():
         if not (is_settings(known[key]) or fits(given, types.get(key, Any))):
-            raise BadInputError(f"{name}{key} is damaged: it must be {_name(types[key])}, got {given!r}")
+            raise BadInputError(f"{name}{key} is damaged: it must be {_name(types[key])}, got {shortened(repr(given))}")
     changes = {
         key: restored(known[key], given, f"{name}{key}.") if is_settings(known[key]) else _frozen(given)
         for key, given in value.items()
@@ -456,7 +488,9 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether JSON made the value of one that has this type."""
+    """Whether JSON made the value of one that has this type. Numbers are such that they can be computed with."""
+    if type(value) is int and not -LARGEST_INT <= value < LARGEST_INT:
+        return False
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return fits(value, inside[0])
@@ -471,6 +505,11 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return kind is Any or type(value) is (str if kind is Path else kind)
+
+
+def is_duration(value: Any) -> bool:
+    """Whether JSON made the value of a number of seconds."""
+    return fits(value, float) and 0 <= value < math.inf
 
 
 def _name(kind: Any) -> str:
