@@ -271,7 +271,6 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(name, text, finished, cli, ca
         ("recipe", "final_lr", 10**400),
         ("recipe", "data", "x" * 400),
         ("job", "keep", -(10**400)),
-        (None, "preset", "x" * 400),
         (None, "command", "x" * 400),
         ("recipe", "data", -1),
         ("recipe", "architecture", "unknown"),
@@ -295,7 +294,7 @@ def test_settings_of_another_version_or_kind_are_refused(section, key, value, fi
 @pytest.mark.parametrize("steps", ["9" * 400, str(2**63)])
 def test_more_steps_than_can_be_counted_are_refused(steps, cli, tiny, capsys):
     assert cli("train", *tiny, "--steps", steps, "--out", "new") == 2
-    assert refusal(capsys).startswith("ademamix: steps must be at least 1 and below 2**63, got ")
+    assert refusal(capsys).startswith("ademamix: steps must be below 2**63, got ")
     assert not Path("new").exists()
 
 

@@ -52,7 +52,7 @@ def main() -> None:
 def _run(argv: list[str]) -> None:
     import tyro
 
-    from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train
+    from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train, shortened
     from ademamix.lab.experiments import EXPERIMENTS
     from ademamix.lab.training.processes import PeerError, launched
 
@@ -85,7 +85,7 @@ def _run(argv: list[str]) -> None:
     except PeerError:
         sys.exit(2)  # another process says why
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+        _fail(f"{shortened(error.filename)}: {error.strerror}" if error.filename else str(error), 2)
 
 
 def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
@@ -310,7 +310,9 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
     if resume is not None or (started_before and out.exists()):
         stored = _stored(out)
         if stored["command"] != command:
-            raise BadInputError(f"{out} was made by `ademamix {shortened(stored['command'])}`, not by `ademamix {command}`")
+            raise BadInputError(
+                f"{out} was made by `ademamix {shortened(stored['command'])}`, not by `ademamix {command}`"
+            )
         refuse_other(out, differing(_settled(stored), _settled(now)))
         held.enter_context(alone_in(out))
         typed = stored["typed"] + typed

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -30,6 +30,15 @@ def shortened(text: object) -> str:
     """What a message shows of a value that may be of any length."""
     whole = str(text)
     return whole if len(whole) <= 100 else f"{whole[:60]}...{whole[-20:]}"
+
+
+def _at_least_1(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise BadInputError(f"{name} must be at least 1, got {shortened(value)}")
+        if value >= LARGEST_INT:
+            raise BadInputError(f"{name} must be below 2**63, got {shortened(value)}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Training:
     """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps."""
 
     def __post_init__(self) -> None:
-        self._at_least_1("batch", "accumulate", "steps", "eval_every")
+        _at_least_1(self, "batch", "accumulate", "steps", "eval_every")
         if not 0 <= self.warmup < self.steps:
             raise BadInputError(f"warmup must be in [0, steps), got {self.warmup} with {self.steps} steps")
         if self.batch % self.accumulate:
@@ -119,8 +128,10 @@ class Training:
             raise BadInputError(f"clip must be positive, got {self.clip}")
         if not 0 <= self.seed < SEEDS:
             raise BadInputError(f"seed must be in [0, 2**63), got {shortened(self.seed)}")
-        if not 0 <= self.planned < LARGEST_INT:
-            raise BadInputError(f"planned must be in [0, 2**63), got {shortened(self.planned)}")
+        if self.planned < 0:
+            raise BadInputError(f"planned must not be negative, got {shortened(self.planned)}")
+        if self.planned >= LARGEST_INT:
+            raise BadInputError(f"planned must be below 2**63, got {shortened(self.planned)}")
         if not 0 <= self.switch_at < self.steps:
             raise BadInputError(f"switch_at must be in [0, steps), got {self.switch_at} with {self.steps} steps")
         if not 0 <= self.ademamix.warmup <= 1:
@@ -128,12 +139,6 @@ class Training:
         bad = [step for step in self.held_out if not 0 < step <= self.steps]
         if bad or len(set(self.held_out)) < len(self.held_out):
             raise BadInputError(f"held_out must be different steps in [1, steps], got {self.held_out}")
-
-    def _at_least_1(self, *names: str) -> None:
-        for name in names:
-            if not 1 <= getattr(self, name) < LARGEST_INT:
-                got = shortened(getattr(self, name))
-                raise BadInputError(f"{name} must be at least 1 and below 2**63, got {got}")
 
     @property
     def units_per_step(self) -> int:
@@ -166,7 +171,7 @@ class Recipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("layers", "width", "context", "eval_sequences")
+        _at_least_1(self, "layers", "width", "context", "eval_sequences")
         if self.width % 64 and (self.width > 64 or self.width % 2):
             raise BadInputError(f"width must be a multiple of 64, or an even number below it, got {self.width}")
 
@@ -199,7 +204,7 @@ class ImageRecipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("examples", "size", "patch", "layers", "width", "eval_images")
+        _at_least_1(self, "examples", "size", "patch", "layers", "width", "eval_images")
         if self.size % self.patch:
             raise BadInputError(f"patch must divide size, got {self.patch} with images of {self.size}")
         if self.width % 32:
@@ -228,10 +233,7 @@ class Job:
     """Go on with the run if --out holds it already: for queues that start the same command again."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep"):
-            if not 1 <= getattr(self, name) < LARGEST_INT:
-                got = shortened(getattr(self, name))
-                raise BadInputError(f"{name} must be at least 1 and below 2**63, got {got}")
+        _at_least_1(self, "log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -470,12 +472,16 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
         BadInputError: the fields are not those of this version's class, or a value is not of its field's type.
     """
     if not isinstance(value, Mapping):
-        raise BadInputError(f"{name.rstrip('.') or 'the settings'} must be settings by name, got {shortened(repr(value))}")
+        raise BadInputError(
+            f"{name.rstrip('.') or 'the settings'} must be settings by name, got {shortened(repr(value))}"
+        )
     parts = isinstance(like, Mapping)  # settings by name
     known: Any = like if parts else {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}  # type: ignore[arg-type]
     if known.keys() != value.keys():
         names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
-        raise BadInputError(f"the settings were written by another version of ademamix: it differs in {shortened(names)}")
+        raise BadInputError(
+            f"the settings were written by another version of ademamix: it differs in {shortened(names)}"
+        )
     types: Any = {} if parts else get_type_hints(type(like), include_extras=True)
     for key, given in value.items():
         if not (is_settings(known[key]) or fits(given, types.get(key, Any))):
@@ -507,7 +513,7 @@ def fits(value: Any, kind: Any) -> bool:
     return kind is Any or type(value) is (str if kind is Path else kind)
 
 
-def is_duration(value: Any) -> bool:
+def is_duration(value: Any) -> TypeGuard[float]:
     """Whether JSON made the value of a number of seconds."""
     return fits(value, float) and 0 <= value < math.inf
 

@@ -215,7 +215,11 @@ def _take_newer(state: dict[str, Any], optimizer: torch.optim.Optimizer, stored:
     earlier = {**optimizer.defaults, **getattr(optimizer, "earlier", {})}
     newer = []
     for number, group in enumerate(state["param_groups"]):
-        names = {n for n in earlier if n in group and f"optimizer.param_groups.{number}.{n}" not in stored.state_dict_metadata}
+        names = {
+            n
+            for n in earlier
+            if n in group and f"optimizer.param_groups.{number}.{n}" not in stored.state_dict_metadata
+        }
         newer.append({name: earlier[name] for name in names})
         for name in names:
             del group[name]
