@@ -125,7 +125,8 @@ def test_a_checkpoint_from_before_a_hyperparameter_goes_on_as_a_state_dict_does(
     for group in state["optimizer"]["param_groups"]:
         del group["slow_limit"]
         del group["weight_decay"]
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    checkpoints._expect_one_process()
+    dcp.save(state, checkpoint_id=tmp_path)
     load(tmp_path, model, after)
     (group,) = after.param_groups
     assert (group["slow_limit"], group["weight_decay"], group["lr"]) == (None, after.defaults["weight_decay"], 0.5)
@@ -133,12 +134,12 @@ def test_a_checkpoint_from_before_a_hyperparameter_goes_on_as_a_state_dict_does(
 
 def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
     model = torch.nn.Linear(2, 2)
-    optimizer = AdEMAMix(model.parameters())
-    state = checkpoints._state(model, optimizer)
+    state = checkpoints._state(model, AdEMAMix(model.parameters()))
     del state["optimizer"]["state"]["weight"]["exp_avg_slow"]
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    checkpoints._expect_one_process()
+    dcp.save(state, checkpoint_id=tmp_path)
     with pytest.raises(BadInputError, match="exp_avg_slow"):
-        load(tmp_path, model, optimizer)
+        load(tmp_path, model, AdEMAMix(model.parameters()))
 
 
 @pytest.mark.parametrize("field", ["step", "seconds", "skipped_steps"])

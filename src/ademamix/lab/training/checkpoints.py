@@ -215,13 +215,9 @@ def _take_newer(state: dict[str, Any], optimizer: torch.optim.Optimizer, stored:
     earlier = {**optimizer.defaults, **getattr(optimizer, "earlier", {})}
     newer = []
     for number, group in enumerate(state["param_groups"]):
-        names = {
-            n
-            for n in earlier
-            if n in group and f"optimizer.param_groups.{number}.{n}" not in stored.state_dict_metadata
-        }
-        newer.append({name: earlier[name] for name in names})
-        for name in names:
+        there = {name for name in group if f"optimizer.param_groups.{number}.{name}" in stored.state_dict_metadata}
+        newer.append({name: earlier[name] for name in earlier.keys() & group.keys() - there})
+        for name in newer[-1]:
             del group[name]
     return newer
 
