@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ademamix.lab.cli import _finish
+from ademamix.lab.config import BadInputError
 from ademamix.lab.files import alone_in
 
 
@@ -232,6 +235,9 @@ DAMAGE = {  # of a file of the run what is written into it, and what is said
         "garbage\n": "metrics.jsonl, line 1 is damaged; without that line the run can go on",
         '{"loss": 3.0}\n': "metrics.jsonl, line 1 is damaged",
         '{"step": 3}\n[1]\n': "metrics.jsonl, line 2 is damaged",
+        '{"step": Infinity}\n': "metrics.jsonl, line 1 is damaged",
+        '{"step": 3, "optimizer_ms": "long"}\n': "metrics.jsonl, line 1 is damaged",
+        "[" * 100_000 + "\n": "metrics.jsonl, line 1 is damaged",
         "\udcff\n": "metrics.jsonl, line 1 is damaged",  # no UTF-8
     },
     "result.json": {
@@ -261,6 +267,11 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(name, text, finished, cli, ca
         ("job", "keep", True),
         ("recipe", "steps", "many"),
         ("recipe", "steps", 20.0),
+        ("recipe", "steps", 10**400),
+        ("recipe", "final_lr", 10**400),
+        ("recipe", "data", "x" * 400),
+        ("job", "keep", -(10**400)),
+        (None, "command", "x" * 400),
         ("recipe", "data", -1),
         ("recipe", "architecture", "unknown"),
         ("recipe", "held_out", 3),
@@ -277,7 +288,93 @@ def test_settings_of_another_version_or_kind_are_refused(section, key, value, fi
     (stored if section is None else stored[section])[key] = value
     (finished / "config.json").write_text(json.dumps(stored))
     assert cli("train", "--resume", "run") == 2
+    assert len(refusal(capsys)) < 300
+
+
+@pytest.mark.parametrize("steps", ["9" * 400, str(2**63)])
+def test_more_steps_than_can_be_counted_are_refused(steps, cli, tiny, capsys):
+    assert cli("train", *tiny, "--steps", steps, "--out", "new") == 2
+    assert refusal(capsys).startswith("ademamix: steps must be below 2**63, got ")
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json", "seconds.json", "tensorboard/mine"])
+def test_a_resume_refuses_pipes(name, finished, cli, capsys):
+    (finished / name).unlink(missing_ok=True)
+    os.mkfifo(finished / name)
+    assert cli("train", "--resume", "run") == 2  # and does not wait for a writer
+    assert f"run/{name} must be a file, but is a pipe" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json.partial", "metrics.jsonl", "metrics.jsonl.partial", "result.json.partial"]
+)
+def test_a_resume_names_a_folder_in_the_place_of_a_file(name, finished, cli, capsys):
+    (finished / "result.json").unlink()
+    (finished / name).unlink(missing_ok=True)
+    (finished / name).mkdir()
+    assert cli("train", "--resume", "run") == 2
+    line = refusal(capsys)
+    assert f"run/{name} " in line
+    assert "go on with" not in line
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000030.partial", "tensorboard"])
+def test_a_resume_names_a_file_in_the_place_of_a_folder(name, finished, cli, capsys):
+    (finished / "result.json").unlink()
+    shutil.rmtree(finished / name, ignore_errors=True)
+    (finished / name).write_text("mine")
+    assert cli("train", "--resume", "run") == 2
+    line = refusal(capsys)
+    assert f"run/{name} must be a folder, but is a file; move it away" in line
+    assert "go on with" not in line
+    assert (finished / name).read_text() == "mine"
+
+
+def test_what_else_is_in_the_folder_of_checkpoints_stays(finished, cli):
+    (finished / "result.json").unlink()
+    mine = [finished / "checkpoints" / name for name in ("z.partial", "mine.partial", "step-1.partial")]
+    mine[0].write_text("mine")
+    for folder in mine[1:]:
+        folder.mkdir()
+    assert cli("train", "--resume", "run") == 0
+    assert all(path.exists() for path in mine)
+
+
+def test_a_resume_refuses_a_link_in_a_circle(finished, cli, capsys):
+    (finished / "loop").symlink_to("loop")
+    assert cli("train", "--resume", "run") == 2
+    assert "run/loop is a link that leads in a circle" in refusal(capsys)
+    Path("around").symlink_to("around")
+    assert cli("train", "--resume", "around") == 2
     assert refusal(capsys)
+
+
+def test_metrics_that_are_gone_are_named(finished, cli, capsys):
+    (finished / "result.json").unlink()
+    (finished / "metrics.jsonl").unlink()
+    assert cli("train", "--resume", "run") == 2
+    assert "run/metrics.jsonl is damaged" in refusal(capsys)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(cli, capsys, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    for name in ("ADEMAMIX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli("train", "--out", "new") == 2
+    assert "set ADEMAMIX_CACHE to a folder" in refusal(capsys)
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("seconds", ["1" + "0" * 400, "NaN", "-Infinity", "Infinity", "-1", "true", '"1"', "null"])
+def test_a_time_that_is_none_is_refused(seconds, tmp_path):
+    (tmp_path / "seconds.json").write_text(f'{{"seconds": {seconds}}}')
+    with pytest.raises(BadInputError, match=r"seconds\.json is damaged") as caught:
+        _finish(tmp_path, [], lambda: pytest.fail("it was not read first"))
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "mine"])

@@ -40,14 +40,21 @@ def write(out: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(other, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    strangers = [tmp_path / "name2.1.partial", tmp_path / "name.partial", tmp_path / "name.1"]
+    digits = "0123456789abcdef" * 2
+    names = ["name2.1", "name", "name.mine", "name.texts", "name.1", f"name.{digits}", f"name.{digits}0", "name.1.2"]
+    strangers = [*(tmp_path / f"{name}.partial" for name in names), tmp_path / "name.1"]
     for stranger in strangers:
-        stranger.mkdir()
-    earlier = tmp_path / "name.1.partial"  # of version 0.1.0
-    (earlier / "folder").mkdir(parents=True)
+        (stranger / "folder").mkdir(parents=True)
+    mine = tmp_path / f"name.{digits[::-1]}.partial.lock"
+    mine.write_text("no lock of ours: those are empty")
+    for lock in (f"name.{'0' * 32}.partial.lock", f"name.{'1' * 32}.partial.lock"):  # the first without a folder
+        (tmp_path / lock).touch()
+    (tmp_path / f"name.{'1' * 32}.partial" / "folder").mkdir(parents=True)
+    strangers.append(mine)
     write(tmp_path / "name")
     assert (other.aside / "half").exists()
-    assert not earlier.exists()
+    others = {other.aside, other.aside.with_name(f"{other.aside.name}.lock")}
+    assert set(tmp_path.iterdir()) == {tmp_path / "name", *others, *strangers}
     other.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
     other.wait()
     (tmp_path / "name").rename(tmp_path / "before")
@@ -74,16 +81,19 @@ def test_without_locks_nothing_of_anybody_is_removed(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    left = tmp_path / "name.1.partial"
+    left, lock = tmp_path / f"name.{'1' * 32}.partial", tmp_path / f"name.{'1' * 32}.partial.lock"
     left.mkdir()
+    lock.touch()
     write(tmp_path / "name")
-    assert set(tmp_path.iterdir()) == {left, tmp_path / "name"}
+    assert set(tmp_path.iterdir()) == {left, lock, tmp_path / "name"}
 
 
 def test_a_link_named_like_a_leftover_is_not_followed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    (tmp_path / "name.1.partial").symlink_to(tmp_path / "mine")
+    (tmp_path / f"name.{'1' * 32}.partial").symlink_to(tmp_path / "mine")
+    (tmp_path / f"name.{'1' * 32}.partial.lock").touch()
+    (tmp_path / f"name.{'2' * 32}.partial.lock").symlink_to(tmp_path / "mine" / "file")
     write(tmp_path / "name")
     assert (tmp_path / "mine" / "file").read_text() == "mine"
 
@@ -100,11 +110,21 @@ def test_a_file_is_written_in_the_place_of_a_link_and_not_through_it(tmp_path):
     assert set(tmp_path.iterdir()) == {mine, path}
 
 
-@pytest.mark.parametrize("what", ["folder", "device", "huge", "nested", "number", "bytes"])
+@pytest.mark.parametrize("name", ["config.json", "config.json.partial"])
+def test_a_folder_in_the_place_of_a_file_is_named_and_kept(name, tmp_path):
+    (tmp_path / name / "mine").mkdir(parents=True)
+    with pytest.raises(BadInputError, match=f"{tmp_path / name} is a folder, where a file is to be written"):
+        to_json(tmp_path / "config.json", {"a": 1})
+    assert (tmp_path / name / "mine").exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "device", "huge", "nested", "number", "bytes"])
 def test_what_is_no_json_of_ours_is_named(what, tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     if what == "folder":
         path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
     elif what == "device":
         path.symlink_to("/dev/zero")
     elif what == "huge":

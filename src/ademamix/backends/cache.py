@@ -12,13 +12,18 @@ def cache_folder() -> Path:
     """The folder named by ``ADEMAMIX_CACHE``, else ``ademamix`` in the user's cache folder; made if it is not there.
 
     Raises:
-        OSError: it cannot be made.
-        RuntimeError: the user has no home.
+        OSError: it cannot be made, or the user has no home.
     """
     if ours := os.environ.get("ADEMAMIX_CACHE"):
         return made_private(Path(ours))
     users = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return made_private(Path(users or Path.home() / ".cache") / "ademamix")
+    if users:
+        return made_private(Path(users) / "ademamix")
+    try:
+        home = Path.home()
+    except RuntimeError as error:  # an account that is not there, as in containers
+        raise OSError("this user has no home folder to keep things in; set ADEMAMIX_CACHE to a folder") from error
+    return made_private(home / ".cache" / "ademamix")
 
 
 def made_private(folder: Path) -> Path:

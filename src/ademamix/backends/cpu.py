@@ -355,7 +355,7 @@ def _stored(name: str, source: str) -> Path | None:
             os.utime(aside, (0, 0))  # Numba's index holds the time: processes that start at once must agree on it
             os.replace(aside, path)
         made_private(path.parent / "__pycache__")  # Numba's would have the umask's mode
-    except (OSError, RuntimeError):  # the latter where the user has no home
+    except OSError:
         return None
     return path
 

@@ -52,7 +52,7 @@ def main() -> None:
 def _run(argv: list[str]) -> None:
     import tyro
 
-    from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train
+    from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train, shortened
     from ademamix.lab.experiments import EXPERIMENTS
     from ademamix.lab.training.processes import PeerError, launched
 
@@ -85,12 +85,12 @@ def _run(argv: list[str]) -> None:
     except PeerError:
         sys.exit(2)  # another process says why
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+        _fail(f"{shortened(error.filename)}: {error.strerror}" if error.filename else str(error), 2)
 
 
 def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
     """Return the settings that the others are changes of: those of --preset, or those of the run to --resume."""
-    from ademamix.lab.config import PRESETS, BadInputError, Compare, Job, Match, Recipe, Train, restored
+    from ademamix.lab.config import PRESETS, BadInputError, Compare, Job, Match, Recipe, Train, restored, shortened
     from ademamix.lab.experiments import EXPERIMENTS
     from ademamix.lab.experiments.common import Workplace
 
@@ -132,15 +132,15 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
                 )
         except (KeyError, TypeError, AttributeError) as error:
             kept = seen.resume / CONFIG
-            raise BadInputError(f"{kept} is damaged, or of another version of ademamix ({error})") from error
+            raise BadInputError(f"{kept} is damaged, or of another version of ademamix ({shortened(error)})") from error
     return train, compare, experiments
 
 
 def _stored(out: Path) -> dict[str, Any]:
     from ademamix.lab.config import BadInputError, from_json
-    from ademamix.lab.files import refuse_links
+    from ademamix.lab.files import refuse_strange
 
-    refuse_links(out)
+    refuse_strange(out)
     try:
         stored = from_json(out / CONFIG)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -235,14 +235,14 @@ def _experiment(settings: "Settings") -> None:
 
 def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
     """Make a report, write it and show it; the time that went into it grows from call to call."""
-    from ademamix.lab.config import BadInputError, from_json, to_json
+    from ademamix.lab.config import BadInputError, from_json, is_duration, shortened, to_json
     from ademamix.lab.console import say
     from ademamix.lab.reports.report import PAGE, show, write
 
     clock = out / "seconds.json"
     before = from_json(clock).get("seconds") if clock.exists() else 0.0
-    if not isinstance(before, (int, float)):
-        raise BadInputError(f'{clock} is damaged: "seconds" must be a number, got {before!r}')
+    if not is_duration(before):
+        raise BadInputError(f'{clock} is damaged: "seconds" must be a number from 0 on, got {shortened(repr(before))}')
     began = time.perf_counter()
     try:
         report = make()
@@ -292,7 +292,7 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
 
     No other process gets the folder before `held` is closed.
     """
-    from ademamix.lab.config import BadInputError, ImageRecipe, to_json
+    from ademamix.lab.config import BadInputError, ImageRecipe, shortened, to_json
     from ademamix.lab.data.sources import local_path, refuse_inside
     from ademamix.lab.files import alone_in, written_aside
     from ademamix.lab.training.loop import differing, refuse_other
@@ -310,7 +310,9 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
     if resume is not None or (started_before and out.exists()):
         stored = _stored(out)
         if stored["command"] != command:
-            raise BadInputError(f"{out} was made by `ademamix {stored['command']}`, not by `ademamix {command}`")
+            raise BadInputError(
+                f"{out} was made by `ademamix {shortened(stored['command'])}`, not by `ademamix {command}`"
+            )
         refuse_other(out, differing(_settled(stored), _settled(now)))
         held.enter_context(alone_in(out))
         typed = stored["typed"] + typed

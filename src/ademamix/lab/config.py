@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,12 +18,27 @@ Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (opt
 State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
 Shape = Literal["cosine", "linear", "wsd"]  # of the learning rate over a run
-SEEDS = 2**63  # torch takes no larger ones
+SEEDS = LARGEST_INT = 2**63  # torch takes no larger ones
 LARGEST = 1 << 28  # bytes of a JSON file; a result has some hundred for each evaluation
 
 
 class BadInputError(Exception):
     """Something the user gave cannot be used; the message is one sentence for the terminal."""
+
+
+def shortened(text: object) -> str:
+    """What a message shows of a value that may be of any length."""
+    whole = str(text)
+    return whole if len(whole) <= 100 else f"{whole[:60]}...{whole[-20:]}"
+
+
+def _at_least_1(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise BadInputError(f"{name} must be at least 1, got {shortened(value)}")
+        if value >= LARGEST_INT:
+            raise BadInputError(f"{name} must be below 2**63, got {shortened(value)}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ class Training:
     """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps."""
 
     def __post_init__(self) -> None:
-        self._at_least_1("batch", "accumulate", "steps", "eval_every")
+        _at_least_1(self, "batch", "accumulate", "steps", "eval_every")
         if not 0 <= self.warmup < self.steps:
             raise BadInputError(f"warmup must be in [0, steps), got {self.warmup} with {self.steps} steps")
         if self.batch % self.accumulate:
@@ -111,9 +127,11 @@ class Training:
         if not self.clip > 0:
             raise BadInputError(f"clip must be positive, got {self.clip}")
         if not 0 <= self.seed < SEEDS:
-            raise BadInputError(f"seed must be in [0, 2**63), got {self.seed}")
+            raise BadInputError(f"seed must be in [0, 2**63), got {shortened(self.seed)}")
         if self.planned < 0:
-            raise BadInputError(f"planned must not be negative, got {self.planned}")
+            raise BadInputError(f"planned must not be negative, got {shortened(self.planned)}")
+        if self.planned >= LARGEST_INT:
+            raise BadInputError(f"planned must be below 2**63, got {shortened(self.planned)}")
         if not 0 <= self.switch_at < self.steps:
             raise BadInputError(f"switch_at must be in [0, steps), got {self.switch_at} with {self.steps} steps")
         if not 0 <= self.ademamix.warmup <= 1:
@@ -121,11 +139,6 @@ class Training:
         bad = [step for step in self.held_out if not 0 < step <= self.steps]
         if bad or len(set(self.held_out)) < len(self.held_out):
             raise BadInputError(f"held_out must be different steps in [1, steps], got {self.held_out}")
-
-    def _at_least_1(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def units_per_step(self) -> int:
@@ -158,7 +171,7 @@ class Recipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("layers", "width", "context", "eval_sequences")
+        _at_least_1(self, "layers", "width", "context", "eval_sequences")
         if self.width % 64 and (self.width > 64 or self.width % 2):
             raise BadInputError(f"width must be a multiple of 64, or an even number below it, got {self.width}")
 
@@ -191,7 +204,7 @@ class ImageRecipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("examples", "size", "patch", "layers", "width", "eval_images")
+        _at_least_1(self, "examples", "size", "patch", "layers", "width", "eval_images")
         if self.size % self.patch:
             raise BadInputError(f"patch must divide size, got {self.patch} with images of {self.size}")
         if self.width % 32:
@@ -220,9 +233,7 @@ class Job:
     """Go on with the run if --out holds it already: for queues that start the same command again."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _at_least_1(self, "log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -394,8 +405,15 @@ PRESETS = {
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. A link in its place is replaced, never written through."""
+    """Write a file whole or not at all. A link in its place is replaced, never written through.
+
+    Raises:
+        BadInputError: a folder is where the file is to be, or where it is first written (its name with .partial).
+    """
     aside = path.with_name(path.name + ".partial")
+    for there in (path, aside):
+        if there.is_dir() and not there.is_symlink():
+            raise BadInputError(f"{there} is a folder, where a file is to be written; move it away")
     aside.unlink(missing_ok=True)  # a killed process left it
     with open(aside, "xb") as file:
         file.write(content)
@@ -407,6 +425,24 @@ def to_json(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
+def read_file(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        BadInputError: it is no regular file: a pipe has no end, and reading it would wait for one.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BadInputError(f"{path} must be a file, but is a folder, a pipe or a device")
+    return path.read_bytes()
+
+
+def expect_folder(path: Path) -> None:
+    """Raise BadInputError if something else is where a folder is to be."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise BadInputError(f"{path} must be a folder, but is a file; move it away")
+
+
 def from_json(path: Path) -> dict[str, Any]:
     """Read what `to_json` wrote.
 
@@ -415,12 +451,10 @@ def from_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise BadInputError(f"{path} must be a file, but is a folder or a device")
-    if about.st_size > LARGEST:
+    if stat.S_ISREG(about.st_mode) and about.st_size > LARGEST:
         raise BadInputError(f"{path} is damaged: it has {about.st_size:,} bytes, and may have {LARGEST:,}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_file(path).decode())
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
@@ -438,16 +472,20 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
         BadInputError: the fields are not those of this version's class, or a value is not of its field's type.
     """
     if not isinstance(value, Mapping):
-        raise BadInputError(f"{name.rstrip('.') or 'the settings'} must be settings by name, got {value!r}")
+        raise BadInputError(
+            f"{name.rstrip('.') or 'the settings'} must be settings by name, got {shortened(repr(value))}"
+        )
     parts = isinstance(like, Mapping)  # settings by name
     known: Any = like if parts else {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}  # type: ignore[arg-type]
     if known.keys() != value.keys():
         names = ", ".join(f"{name}{key}" for key in sorted(known.keys() ^ value.keys()))
-        raise BadInputError(f"the settings were written by another version of ademamix: it differs in {names}")
+        raise BadInputError(
+            f"the settings were written by another version of ademamix: it differs in {shortened(names)}"
+        )
     types: Any = {} if parts else get_type_hints(type(like), include_extras=True)
     for key, given in value.items():
         if not (is_settings(known[key]) or fits(given, types.get(key, Any))):
-            raise BadInputError(f"{name}{key} is damaged: it must be {_name(types[key])}, got {given!r}")
+            raise BadInputError(f"{name}{key} is damaged: it must be {_name(types[key])}, got {shortened(repr(given))}")
     changes = {
         key: restored(known[key], given, f"{name}{key}.") if is_settings(known[key]) else _frozen(given)
         for key, given in value.items()
@@ -456,7 +494,9 @@ def restored(like: T, value: Mapping[str, Any], name: str = "") -> T:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether JSON made the value of one that has this type."""
+    """Whether JSON made the value of one that has this type. Numbers are such that they can be computed with."""
+    if type(value) is int and not -LARGEST_INT <= value < LARGEST_INT:
+        return False
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return fits(value, inside[0])
@@ -471,6 +511,11 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return kind is Any or type(value) is (str if kind is Path else kind)
+
+
+def is_duration(value: Any) -> TypeGuard[float]:
+    """Whether JSON made the value of a number of seconds."""
+    return fits(value, float) and 0 <= value < math.inf
 
 
 def _name(kind: Any) -> str:

@@ -1,9 +1,10 @@
 """Folders that are written whole or not at all."""
 
 import errno
-import glob
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,18 +21,20 @@ LOCK, PARTIAL = ".lock", ".partial"
 def written_aside(out: Path) -> Iterator[Path]:
     """Yield a folder that becomes `out` when the block ends well, and is gone when it does not.
 
-    What killed processes have left of the same name is removed.
+    What killed processes have left of the same name is removed: folders named OUT.<32 hex digits>.partial beside which
+    there is a lock that nobody holds. All others are the user's own, or of version 0.1.0, which had no locks.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f"{glob.escape(out.name)}.*{PARTIAL}"):
-        with suppress(Timeout, OSError), _locked(_lock_of(left)) as dead:
+    ours = re.compile(rf"{re.escape(out.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL + LOCK)}")
+    for lock in [path for path in out.parent.iterdir() if ours.fullmatch(path.name) and _is_empty_file(path)]:
+        with suppress(Timeout, OSError), _locked(lock) as dead:
             if dead:  # and where there are no locks, nobody knows
-                shutil.rmtree(left, ignore_errors=True)
-            _lock_of(left).unlink(missing_ok=True)
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
     # In a container every process has the same id.
     aside = out.with_name(f"{out.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        with _locked(_lock_of(aside)):  # before the folder is there for others to see
+        with _locked(_lock_of(aside), blocking=True):  # another process may be looking whether it is held
             aside.mkdir()
             try:
                 yield aside
@@ -46,14 +49,23 @@ def _lock_of(aside: Path) -> Path:
     return aside.with_name(f"{aside.name}{LOCK}")
 
 
+def _is_empty_file(path: Path) -> bool:
+    """Whether a path may be a lock of ours; taking one empties it."""
+    try:
+        about = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(about.st_mode) and about.st_size == 0
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path, *, blocking: bool = False) -> Iterator[bool]:
     """Hold a lock for the time of a block, a kill ends it too; False on a file system without locks, as clusters have.
 
     Raises:
         Timeout: another process holds it.
     """
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)  # that one would outlive a kill
+    lock = FileLock(path, blocking=blocking, fallback_to_soft=False)  # that one would outlive a kill
     with ExitStack() as held:
         try:
             held.enter_context(lock)
@@ -80,13 +92,22 @@ def alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def refuse_links(out: Path) -> None:
-    """Raise BadInputError if anything in a run's folder is a link out of it: what is written there stays there."""
-    whole = out.resolve()
+def refuse_strange(out: Path) -> None:
+    """Raise BadInputError if anything in a run's folder is no file, folder, or link to one in there.
+
+    So what is written there stays there, and nothing waits for the other end of a pipe.
+    """
+    whole = os.path.realpath(out)
     for folder, folders, names in os.walk(out):
         for path in (Path(folder, name) for name in (*folders, *names)):
-            if path.is_symlink() and not path.resolve().is_relative_to(whole):
-                raise BadInputError(f"{path} is a link out of the run's folder; put what it leads to in its place")
+            with suppress(FileNotFoundError):  # another process is at work there
+                mode, leads_to = path.lstat().st_mode, Path(os.path.realpath(path))
+                if leads_to.is_symlink():
+                    raise BadInputError(f"{path} is a link that leads in a circle; remove it")
+                if stat.S_ISLNK(mode) and not leads_to.is_relative_to(whole):
+                    raise BadInputError(f"{path} is a link out of the run's folder; put what it leads to in its place")
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                    raise BadInputError(f"{path} must be a file, but is a pipe or a device; remove it")
 
 
 @contextmanager

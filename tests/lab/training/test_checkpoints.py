@@ -6,6 +6,8 @@ What is done to whole runs - kills, full disks, several processes - is in test_r
 import dataclasses
 import errno
 import json
+import math
+import os
 import pickle
 import re
 import shutil
@@ -18,10 +20,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from ademamix import AdEMAMix
+from ademamix import KEMA, AdEMAMix, SimplifiedAdEMAMix
 from ademamix.lab.config import BadInputError, Job, Recipe
 from ademamix.lab.training import checkpoints
 from ademamix.lab.training.checkpoints import Checkpoints, SaveError, complete, load, weights
+from ademamix.lab.training.description import described
 from ademamix.lab.training.loop import _Run, check, train
 from ademamix.lab.training.processes import Processes
 from ademamix.lab.training.tasks import task_of
@@ -88,6 +91,57 @@ def test_a_missing_file_is_named_and_no_damaged_checkpoint_is_offered(run, recip
         train("ademamix", recipe, Job(), run)
 
 
+def test_a_file_with_a_name_that_no_disk_takes_is_missing(run, recipe):
+    manifest = complete(run / "checkpoints")[-1] / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"] |= {"x" * 100_000: [1, ""]}
+    del content["sha256"]
+    manifest.write_text(json.dumps({"sha256": checkpoints._sum_of(content), **content}))
+    with pytest.raises(BadInputError, match=r"xxx\.\.\.xxx.* is missing") as caught:
+        train("ademamix", recipe, Job(), run)
+    assert len(str(caught.value)) < 500 + 3 * len(str(run))
+
+
+def test_a_pipe_in_the_place_of_a_description_is_refused(run):
+    description = complete(run / "checkpoints")[-1] / ".metadata"
+    description.unlink()
+    os.mkfifo(description)
+    with pytest.raises(BadInputError, match=r"\.metadata must be a file, but is a folder, a pipe or a device"):
+        described(description.parent)
+
+
+def test_a_pipe_in_the_place_of_metrics_is_refused(run, recipe):
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(BadInputError, match=r"metrics\.jsonl must be a file"):
+        train("ademamix", recipe, Job(), run)
+
+
+@pytest.mark.parametrize("kind", [AdEMAMix, SimplifiedAdEMAMix, KEMA])
+def test_a_checkpoint_from_before_a_hyperparameter_goes_on_as_a_state_dict_does(kind, tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    before, after = kind(model.parameters(), lr=0.5), kind(model.parameters(), lr=0.25)
+    state = checkpoints._state(model, before)
+    for group in state["optimizer"]["param_groups"]:
+        del group["slow_limit"]
+        del group["weight_decay"]
+    checkpoints._expect_one_process()
+    dcp.save(state, checkpoint_id=tmp_path)
+    load(tmp_path, model, after)
+    (group,) = after.param_groups
+    assert (group["slow_limit"], group["weight_decay"], group["lr"]) == (None, after.defaults["weight_decay"], 0.5)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    state = checkpoints._state(model, AdEMAMix(model.parameters()))
+    del state["optimizer"]["state"]["weight"]["exp_avg_slow"]
+    checkpoints._expect_one_process()
+    dcp.save(state, checkpoint_id=tmp_path)
+    with pytest.raises(BadInputError, match="exp_avg_slow"):
+        load(tmp_path, model, AdEMAMix(model.parameters()))
+
+
 @pytest.mark.parametrize("field", ["step", "seconds", "skipped_steps"])
 def test_a_changed_number_in_the_manifest_is_noticed(field, run, recipe):
     manifest = complete(run / "checkpoints")[-1] / "manifest.json"
@@ -98,7 +152,17 @@ def test_a_changed_number_in_the_manifest_is_noticed(field, run, recipe):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": "many"}, {"seconds": None}, {"recipe": []}, {"optimizer": 3}, {"skipped_steps": {}}]
+    "change",
+    [
+        {"step": "many"},
+        {"step": 10**400},
+        {"seconds": math.nan},
+        {"seconds": -math.inf},
+        {"seconds": None},
+        {"recipe": []},
+        {"optimizer": 3},
+        {"skipped_steps": {}},
+    ],
 )
 def test_a_manifest_with_other_kinds_of_values_is_refused_though_its_sum_is_right(change, run, recipe):
     newest = complete(run / "checkpoints")[-1]

@@ -53,6 +53,14 @@ def read(folder: Path, content: bytes) -> Metadata:
     return described(folder)
 
 
+def test_a_file_with_a_name_that_no_disk_takes_is_refused(tmp_path: Path) -> None:
+    places = {MetadataIndex("lr"): _StorageInfo("x" * 100_000, 0, 8)}
+    found = Metadata({"lr": BytesStorageMetadata()}, {"lr": ("lr",)}, places, StorageMeta(), "1.0.0")
+    with pytest.raises(BadInputError, match=r"\.metadata is no description of tensors \(.+\)") as caught:
+        read(tmp_path, pickle.dumps(found, protocol=2))
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_description_is_read_as_pickle_reads_it(protocol: int, tmp_path: Path) -> None:
     found = read(tmp_path, pickle.dumps(sound(), protocol))

@@ -28,11 +28,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from ademamix.lab.config import BadInputError, from_json
+from ademamix.lab.config import BadInputError, expect_folder, from_json, shortened
 from ademamix.lab.training.description import FILE, described
 from ademamix.lab.training.processes import Processes
 
 FOLDER, MANIFEST, PARTIAL = "checkpoints", "manifest.json", ".partial"
+NAME = re.compile(r"step-[0-9]{8,}")
 EARLIER = "checkpoint.pt"  # the file of version 0.1.0
 
 
@@ -58,9 +59,12 @@ class Checkpoints:
         processes.on_first(self._sweep)
 
     def _sweep(self) -> None:
-        """Remove what a killed run was writing or removing."""
-        for left in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(left)
+        """Remove what a killed run was writing or removing, and nothing else."""
+        expect_folder(self.folder)
+        for left in self.folder.glob(f"step-*{PARTIAL}"):
+            if NAME.fullmatch(left.stem):
+                expect_folder(left)
+                shutil.rmtree(left)
 
     def save(self, step: int, about: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state and begin to write it, once the checkpoint before it is written.
@@ -156,7 +160,7 @@ class Checkpoints:
 
 def complete(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
-    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    found = (path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -167,7 +171,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         BadInputError: it is not a checkpoint of such a model, or holds something else than tensors and plain values.
     """
     state = _state(model, optimizer)
+    newer = _take_newer(state["optimizer"], optimizer, described(path))
     _read(path, state)
+    for group, values in zip(state["optimizer"]["param_groups"], newer, strict=True):
+        group.update(values)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
@@ -198,6 +205,21 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
         for slots in optimizer.state.values():
             slots["step"].zero_()
     return {"model": in_model, "optimizer": in_optimizer}
+
+
+def _take_newer(state: dict[str, Any], optimizer: torch.optim.Optimizer, stored: metadata.Metadata) -> list[Any]:
+    """Take from each group the hyperparameters that an earlier version did not store; return what stands for them.
+
+    That is what stands for them in state dicts too.
+    """
+    earlier = {**optimizer.defaults, **getattr(optimizer, "earlier", {})}
+    newer = []
+    for number, group in enumerate(state["param_groups"]):
+        there = {name for name in group if f"optimizer.param_groups.{number}.{name}" in stored.state_dict_metadata}
+        newer.append({name: earlier[name] for name in earlier.keys() & group.keys() - there})
+        for name in newer[-1]:
+            del group[name]
+    return newer
 
 
 def _copied(value: Any) -> Any:
@@ -288,8 +310,8 @@ def _fault_in(path: Path, share: slice) -> str | None:
         return f"{path / MANIFEST} is damaged"
     for name in sorted(files)[share]:
         size, digest = files[name]
-        if not (path / name).is_file():
-            return f"{path / name} is missing"
+        if not os.path.isfile(path / name):  # pathlib's raises an error for names that are too long
+            return f"{path / shortened(name)} is missing"
         found = _size_and_sum(path / name)
         if found[0] != size:
             return f"{path / name} is damaged: it has {found[0]:,} bytes, not {size:,}"

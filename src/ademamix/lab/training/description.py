@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from ademamix.lab.config import BadInputError
+from ademamix.lab.config import BadInputError, read_file
 
 FILE = ".metadata"
 CLASSES = {
@@ -138,12 +138,10 @@ def described(folder: Path) -> metadata.Metadata:
         BadInputError: that is damaged, asks for something else than a description, or does not fit the files.
     """
     path = folder / FILE
+    content = read_file(path)  # how much is read at once is for the file's size to decide, not for numbers in it
     try:
-        # From memory: how much is read at once is for the file's size to decide, not for numbers in it.
-        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        found = _Unpickler(io.BytesIO(content)).load()
         _check(found, folder)
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle raises whatever its damage leads to
         reason = str(error) or type(error).__name__
         raise BadInputError(f"{path} is no description of tensors ({reason[:300]})") from error

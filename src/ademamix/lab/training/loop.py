@@ -20,7 +20,20 @@ from torch import Tensor
 from ademamix import RuleOptimizer
 from ademamix.backends import sent_to
 from ademamix.convert import from_adamw
-from ademamix.lab.config import BadInputError, Job, Optimizer, Training, fits, from_json, to_json, write_whole
+from ademamix.lab.config import (
+    BadInputError,
+    Job,
+    Optimizer,
+    Training,
+    expect_folder,
+    fits,
+    from_json,
+    is_duration,
+    read_file,
+    shortened,
+    to_json,
+    write_whole,
+)
 from ademamix.lab.console import Show
 from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.training.model import checksum
@@ -29,7 +42,7 @@ from ademamix.lab.training.processes import Processes, backward_of, launched, pu
 from ademamix.lab.training.schedule import lr_factor
 from ademamix.lab.training.tasks import Batch, task_of
 
-METRICS, RESULT = "metrics.jsonl", "result.json"
+METRICS, RESULT, BOARD = "metrics.jsonl", "result.json", "tensorboard"
 HELD_OUT = "held_out_loss/"  # names the metric of a held-out batch, before its number
 PATIENCE = 100  # steps: a few bad gradients are skipped, but a loss that stays bad has diverged
 
@@ -78,11 +91,12 @@ class Result:
         try:
             wrong = [name for name, kind in get_type_hints(Result).items() if not fits(stored[name], kind)]
             if wrong:
-                raise TypeError(f"{wrong[0]} is {stored[wrong[0]]!r}")
+                raise TypeError(f"{wrong[0]} is {shortened(repr(stored[wrong[0]]))}")
             held_out = [{int(step): loss for step, loss in losses.items()} for losses in stored["held_out"]]
             return Result(**{**stored, "held_out": held_out})
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInputError(f"{out / RESULT} is damaged, or of another version of ademamix ({error})") from error
+            why = f"damaged, or of another version of ademamix ({shortened(error)})"
+            raise BadInputError(f"{out / RESULT} is {why}") from error
 
 
 def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
@@ -121,6 +135,7 @@ def train(
         SaveError: a checkpoint could not be written.
     """
     processes = Processes()
+    expect_folder(out)
     done = processes.on_first(lambda: Result.read(out) if (out / RESULT).exists() else None)
     if done:
         return done
@@ -204,10 +219,11 @@ class _Run:
 
     def _open_metrics(self) -> None:
         _keep_until(self.out / METRICS, self.step)
+        expect_folder(self.out / BOARD)
         self.metrics = (self.out / METRICS).open("a")
         from torch.utils.tensorboard import SummaryWriter  # a second of import time
 
-        self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
+        self.board = SummaryWriter(self.out / BOARD, purge_step=self.step + 1)
 
     def _optimizer_of(self, step: int) -> RuleOptimizer:
         """A new optimizer of the kind that takes this step."""
@@ -341,8 +357,9 @@ class _Run:
         own = self._identity()
         kinds = {"recipe": dict[str, Any], "optimizer": str, "step": int, "seconds": float, "skipped_steps": int}
         wrong = [name for name, kind in kinds.items() if not fits(about.get(name), kind)]
+        wrong += [] if is_duration(about.get("seconds")) else ["seconds"]
         if wrong:
-            raise BadInputError(f"{path / MANIFEST} is damaged: {wrong[0]} is {about.get(wrong[0])!r}")
+            raise BadInputError(f"{path / MANIFEST} is damaged: {wrong[0]} is {shortened(repr(about.get(wrong[0])))}")
         differ = differing(about["recipe"], own["recipe"])
         differ += ["optimizer"] * (about["optimizer"] != own["optimizer"])
         differ += ["the data"] * (about.get("data") != own["data"])
@@ -369,13 +386,16 @@ class _Run:
         parameters = sum(p.numel() for p in self.model.parameters())
         slots = (slot for state in self.optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor))
         curve = [line for line in lines if "valid_loss" in line]
+        times = [line["optimizer_ms"] for line in lines if "optimizer_ms" in line]
+        if not (curve and times):
+            raise BadInputError(f"{self.out / METRICS} is damaged: it has no validation loss, or no optimizer_ms")
         return Result(
             optimizer=self.name,
             steps=self.step,
             seen=self.step * self.recipe.units_per_step,
             seconds=self.seconds,
             valid_loss=curve[-1]["valid_loss"],
-            optimizer_ms=statistics.median(line["optimizer_ms"] for line in lines if "optimizer_ms" in line),
+            optimizer_ms=statistics.median(times),
             state_bytes_per_parameter=sum(slot.numel() * slot.element_size() for slot in slots) / parameters,
             skipped_steps=self.skipped_steps,
             parameters=parameters,
@@ -397,7 +417,7 @@ def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[st
         if isinstance(left, dict) and isinstance(right, dict):
             names += differing(left, right, f"{prefix}{key}.")
         elif left != right:
-            names.append(f"{prefix}{key} ({left} there, {right} here)")
+            names.append(f"{prefix}{key} ({shortened(left)} there, {shortened(right)} here)")
     return names
 
 
@@ -410,16 +430,19 @@ def refuse_other(out: Path, differ: list[str]) -> None:
 def _keep_until(path: Path, step: int) -> None:
     """Drop the metrics of steps that a killed run took after its last checkpoint; they will be taken again."""
     if path.exists():
-        whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        whole = [line for line in read_file(path).splitlines(keepends=True) if line.endswith(b"\n")]
         steps = [_step_of(path, number, line) for number, line in enumerate(whole, 1)]
         write_whole(path, b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
 
 
 def _step_of(path: Path, number: int, line: bytes) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInputError(f"{path}, line {number} is damaged; without that line the run can go on") from error
+        found = json.loads(line)
+        if fits(found, dict[str, float]) and fits(found.get("step"), int):
+            return int(found["step"])
+    except (ValueError, RecursionError):
+        pass
+    raise BadInputError(f"{path}, line {number} is damaged; without that line the run can go on")
 
 
 @contextmanager
