@@ -281,3 +281,97 @@ def test_a_file_without_tokens_is_an_error(tmp_path):
 
 def test_bytes_end_with_zero():
     assert ids(bytes_encoder(), "a", "é") == [[97, 0], [195, 169, 0]]
+
+
+# --------------------------------------------------------------------------------- what an attack found
+
+
+def written(path, model, **others):
+    """A tokenizer.json of a model and settings as JSON has them."""
+    whole = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **whole, "model": model, **others}))
+    return path
+
+
+def test_characters_that_a_model_without_an_unknown_token_drops_are_announced(tmp_path):
+    """Also where something stands before each text, so that none is empty."""
+    model = {"type": "BPE", "vocab": {"▁": 0, "a": 1, "</s>": 2}, "merges": []}
+    cutting = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    encoder = file_encoder(written(tmp_path / "t.json", model, pre_tokenizer=cutting), None)
+    assert any("left out" in line for line in encoder.about)
+
+
+def test_a_byte_level_model_with_all_bytes_drops_nothing(tmp_path):
+    from tokenizers import pre_tokenizers
+
+    vocabulary = {letter: n for n, letter in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"])}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<|endoftext|>"}  # as CLIP has it
+    cutting = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    encoder = file_encoder(written(tmp_path / "t.json", model, pre_tokenizer=cutting), None)
+    assert encoder.about == (f"<|endoftext|> (token {len(vocabulary) - 1}) ends each document",)
+    (ids,) = encoder.encode(["é 世"])
+    assert len(ids) == 2 + 1 + 3 + 1
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece"])
+def test_an_end_that_is_the_unknown_token_is_an_error_whatever_a_probe_gives(kind, tmp_path):
+    model = {"type": kind, "vocab": {"</s>": 0, "a": 1, "\U00013000": 2}, "unk_token": "</s>"}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 5} if kind == "WordPiece" else {}
+    with pytest.raises(BadInputError, match="stands for unknown text too"):
+        file_encoder(written(tmp_path / "t.json", model), None)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "others", "end"),
+    [
+        ({"a": 0, "b": 1, "|": 2}, {}, "|"),
+        ({"a": 0, **{f"<0x{n:02X}>": n + 1 for n in range(256)}}, {"byte_fallback": True}, "<0x0A>"),
+    ],
+)
+def test_an_end_that_texts_are_made_of_is_an_error(vocab, others, end, tmp_path):
+    path = written(tmp_path / "t.json", {"type": "BPE", "vocab": vocab, "merges": [], **others})
+    with pytest.raises(BadInputError, match="is a token of texts too, and cannot end documents"):
+        file_encoder(path, end)
+
+
+def test_a_control_token_is_no_part_of_a_word_with_a_suffix(tmp_path):
+    end, vocab, merges = "</s>", {}, []
+    for letter in [*"</s>xab", *(f"{letter}</w>" for letter in "</s>xab")]:
+        vocab.setdefault(letter, len(vocab))
+    for i in range(2, 5):
+        vocab.setdefault(end[:i], len(vocab))
+        merges.append([end[: i - 1], end[i - 1]])
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>", "unk_token": None}
+    encoder = file_encoder(written(tmp_path / "t.json", model, pre_tokenizer={"type": "WhitespaceSplit"}), None)
+    (ids,) = encoder.encode(["</s>x"])
+    assert ids.count(vocab[end]) == 1
+    assert ids[-1] == vocab[end]
+
+
+def test_two_names_of_one_token_are_an_error(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"text": 1, "<unk>": 0, "</s>": 1}, "unk_token": "<unk>"}
+    with pytest.raises(BadInputError, match="are both token 1"):
+        file_encoder(written(tmp_path / "t.json", model), None)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": [], "unk_token": "<unk>"},
+        {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0], ["</s>", 0.0]], "byte_fallback": False},
+    ],
+)
+def test_a_model_that_cannot_encode_says_so_at_the_text(model, tmp_path):
+    encoder = file_encoder(written(tmp_path / "t.json", model), None)
+    with pytest.raises(BadInputError, match="cannot encode 'b'"):
+        encoder.encode(["a", "b"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_panic_of_the_library_is_an_error(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}
+    encoder = file_encoder(
+        written(tmp_path / "t.json", model, pre_tokenizer={"type": "FixedLength", "length": 0}), None
+    )
+    with pytest.raises(BadInputError, match="cannot encode 'a a'"):
+        encoder.encode(["a a"])

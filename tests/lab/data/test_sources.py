@@ -82,6 +82,10 @@ def test_a_value_means_the_same_in_every_source(source, kind, tmp_path, monkeypa
         assert list(documents) == ["first"]
         assert re.search(r"1 empty or null text \(first: .*(line|record) 2\)", str(tally))
     else:
+        for python, arrow in (
+            (("float", "double"), ("dict", "struct"), ("bytes", "binary")) if source == "parquet" else ()
+        ):
+            expected = expected.replace(f"of type {python}", f"of type {arrow}")
         with pytest.raises(BadInputError, match=rf"(line|record) [12]: no .*text \"text\" \({expected}"):
             list(documents)
 
@@ -323,3 +327,21 @@ def test_every_source_is_looked_up_before_one_is_read(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(BadInputError, match="no such file or folder: nowhere"):
         read(tmp_path / "bad.txt", "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["date32", "date64", "timestamp"])
+def test_a_date_that_python_does_not_have_is_no_text(kind, tmp_path):
+    number = pyarrow.array([None, 2**31 - 1], pyarrow.int32()) if kind == "date32" else pyarrow.array([None, 2**60], pyarrow.int64())
+    column = number.cast({"date32": pyarrow.date32(), "date64": pyarrow.date64(), "timestamp": pyarrow.timestamp("us")}[kind])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+    with pytest.raises(BadInputError, match=r"in.parquet, record 2: no text \"text\" \(it is of type (date|timestamp)"):
+        list(documents_of(Data((str(tmp_path / "in.parquet"),), Path("out")), Tally()))
+
+
+def test_a_page_that_its_checksum_does_not_fit_is_no_text(tmp_path):
+    path = tmp_path / "in.parquet"
+    texts = pyarrow.table({"text": [f"number {n}" for n in range(100)]})
+    pyarrow.parquet.write_table(texts, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"number 77", b"Xumber 77", 1))
+    with pytest.raises(BadInputError, match=r"in.parquet is (damaged|no Parquet file)"):
+        list(documents_of(Data((str(path),), Path("out")), Tally()))

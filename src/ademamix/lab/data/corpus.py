@@ -36,7 +36,7 @@ def write_data(settings: Data) -> dict[str, Any]:
         raise BadInputError(f"max_tokens must be at least 1, got {settings.max_tokens}")
     if settings.out == Path():
         raise BadInputError("give --out, a folder that does not exist yet")
-    if os.path.lexists(settings.out):
+    if os.path.lexists(settings.out) or os.path.exists(os.path.realpath(settings.out)):  # new/.. is there too
         raise BadInputError(f"{settings.out} already exists; choose another --out")
     above = next(path for path in settings.out.absolute().parents if os.path.lexists(path))
     if not above.is_dir():

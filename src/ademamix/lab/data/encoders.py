@@ -71,7 +71,12 @@ def file_encoder(path: Path, end_token: str | None) -> Encoder:
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
         raise BadInputError(f"{path} has no tokens")
-    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
+    names: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if names.setdefault(number, token) != token:
+            raise BadInputError(f"{path} is damaged: {names[number]!r} and {token!r} are both token {number}")
+    said = json.loads(path.read_text(encoding="utf-8"))
+    added = said.get("added_tokens") or []
     moved = next((token for token in added if vocabulary.get(token["content"]) != token["id"]), None)
     if moved is not None:
         given = vocabulary.get(moved["content"])
@@ -86,29 +91,38 @@ def file_encoder(path: Path, end_token: str | None) -> Encoder:
     special = {token["content"] for token in added if token["special"]}
     end = _end_of(path, vocabulary, special, end_token)
     if end is not None:
+        if _is_text(tokenizer.model, end, said["model"]):
+            raise BadInputError(f"{path}: {end!r} is a token of texts too, and cannot end documents")
         tokenizer.add_special_tokens([end])
-    _keep_as_text(tokenizer, special | {end} if end is not None else special)
+    control = special | {end} if end is not None else special
+    _keep_as_text(tokenizer, control)
 
     def encode(texts: list[str]) -> list[Any]:
         try:
             found = tokenizer.encode_batch(texts, add_special_tokens=False)
-        except Exception as error:  # as above
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as above
             for text in texts if len(texts) > 1 else ():
                 encode([text])  # to name the one
             raise BadInputError(f"{path} cannot encode {textwrap.shorten(texts[0], 60)!r} ({error})") from error
         return [encoding.ids + tail for encoding in found]
 
     tail: list[int] = []
-    unknown = _unknown(tokenizer)
+    unknown, known = _unknown(tokenizer), _knows_all_bytes(said, vocabulary)
     about = []
     if end is None:
         about.append(f"no token ends a document: {path} has none of {', '.join(ENDS)}; --end-token names another")
     else:
         tail = [vocabulary[end]]
         about.append(f"{end} (token {vocabulary[end]}) ends each document")
-        if unknown is not None and vocabulary[end] in unknown:
+        named = not known and end == _unknown_token(said["model"])
+        if named or (unknown is not None and vocabulary[end] in unknown):
             raise BadInputError(f"{path}: {end} ends documents, and stands for unknown text too; choose an --end-token")
-    if unknown == []:
+    for token in sorted(token for token in control - {end} if _is_text(tokenizer.model, token, said["model"])):
+        about.append(f"texts can spell the special token {token}")
+    drops = said["model"].get("type") == "BPE" and _unknown_token(said["model"]) is None and not known
+    if unknown == [] or drops:
         about.append(f"characters that {path} does not know are left out")
     return Encoder(str(path), max(vocabulary.values()) + 1, encode, tuple(about))
 
@@ -127,7 +141,7 @@ def _keep_as_text(tokenizer: "Tokenizer", control: set[str]) -> None:
 
     tokenizer.encode_special_tokens = True
     # A model may know such a token as a word. Cut after its first character, it is two words and neither is the token.
-    words = sorted(token for token in control if len(token) > 1 and _is_word(tokenizer.model, token))
+    words = sorted(token for token in control if len(token) > 1 and tokenizer.model.token_to_id(token) is not None)
     if words:
         after_first = "|".join(f"{re.escape(word[0])}(?={re.escape(word[1:])})" for word in words)
         cut = pre_tokenizers.Split(Regex(after_first), "merged_with_previous")
@@ -135,16 +149,37 @@ def _keep_as_text(tokenizer: "Tokenizer", control: set[str]) -> None:
         tokenizer.pre_tokenizer = cut if before is None else pre_tokenizers.Sequence([before, cut])
 
 
-def _is_word(model: "Model", token: str) -> bool:
-    """Whether a model makes its token of the text that is the token's name."""
-    known = model.token_to_id(token)
-    return known is not None and known in (found.id for found in model.tokenize(token))
+def _is_text(model: "Model", token: str, said: dict[str, Any]) -> bool:
+    """Whether texts become a token, wherever they are cut: one of a single character, or of a single byte."""
+    if model.token_to_id(token) is None:
+        return False
+    return len(token) == 1 or (bool(said.get("byte_fallback")) and re.fullmatch("<0x[0-9A-F]{2}>", token) is not None)
+
+
+def _unknown_token(said: dict[str, Any]) -> str | None:
+    """The token that a model has for text that it does not know."""
+    if said.get("unk_id") is not None:
+        found: str = said["vocab"][said["unk_id"]][0]
+        return found
+    return said.get("unk_token")
+
+
+def _knows_all_bytes(said: dict[str, Any], vocabulary: dict[str, int]) -> bool:
+    """Whether there is a token for each byte, so that no text is unknown."""
+    from tokenizers import pre_tokenizers
+
+    if said["model"].get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    cutting = json.dumps([said.get("pre_tokenizer"), said.get("normalizer")])
+    return '"ByteLevel"' in cutting and all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
 
 
 def _unknown(tokenizer: "Tokenizer") -> list[int] | None:
     """The tokens of text that a tokenizer does not know; None where it refuses such text."""
     try:
         ids: list[int] = tokenizer.encode(UNHEARD_OF, add_special_tokens=False).ids
-    except Exception:  # as above
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # as above
         return None
     return ids

@@ -200,7 +200,9 @@ def _from_jsonl(path: Path, key: str) -> Iterator[Value]:
 
 def _field(record: dict[str, Any], key: str, lack: str) -> Any:
     if key not in record:
-        raise BadInputError(f"{lack} ({textwrap.shorten('it has only ' + ', '.join(record), 200)})")
+        raise BadInputError(
+            f"{lack} ({textwrap.shorten('it has only ' + ', '.join(record), 200) if record else 'it has none'})"
+        )
     return record[key]
 
 
@@ -209,23 +211,36 @@ def _from_parquet(path: Path, key: str) -> Iterator[Value]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInputError(f"{path} is no Parquet file ({first_line(error)})") from error
     with file:
         if names.count(key) != 1:
             found = "more than one" if key in names else "no"
             only = textwrap.shorten(", ".join(names), 200)
             raise BadInputError(f'{path} has {found} column "{key}", only {only}')
-        number = 0
+        number, lack = 0, f': no text "{key}"'
+        kind = file.schema_arrow.field(key).type
         try:
             for batch in file.iter_batches(columns=[key], batch_size=1024):
                 for value in batch.column(key):
                     number += 1
-                    yield value.as_py(), f"{path}, record {number}", f': no text "{key}"'
+                    where = f"{path}, record {number}"
+                    if value.is_valid and not _is_text(kind):  # not every value of other types is one of Python's too
+                        raise BadInputError(f"{where}{lack} (it is of type {kind})")
+                    yield value.as_py() if value.is_valid else None, where, lack
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise BadInputError(f"{path} is damaged after record {number} ({first_line(error)})") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type is text."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
 
 
 def _from_hub(name: str, settings: Data) -> Iterator[Value]:

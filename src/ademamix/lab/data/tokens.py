@@ -42,16 +42,21 @@ class Tokens:
         try:
             text = (folder / META).read_text()
             meta = json.loads(text)
+            if type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= 1 << 32:
+                raise ValueError(f"vocab_size must be an integer from 1 to 2**32, got {meta['vocab_size']!r:.60}")
             dtype = token_dtype(meta["vocab_size"])
             lengths = [meta[split]["tokens"] for split in SPLITS]
             if 0 in lengths:
                 raise BadInputError(f"the corpus is too small: {folder} has no tokens for {SPLITS[lengths.index(0)]}")
             # As plain arrays: indexing takes a memmap five times as long.
+            for split in SPLITS:
+                if (folder / f"{split}.bin").stat().st_size == 0:
+                    raise ValueError(f"{split}.bin is empty")
             splits = [np.memmap(folder / f"{split}.bin", dtype, mode="r").view(np.ndarray) for split in SPLITS]
         except FileNotFoundError as error:
             missing = f"{Path(error.filename).name} is missing"
             raise BadInputError(f"{folder} is no token folder, {missing}; `ademamix data` makes one") from error
-        except (ValueError, TypeError, KeyError, NotADirectoryError) as error:
+        except (ValueError, TypeError, KeyError, NotADirectoryError, RecursionError) as error:
             raise BadInputError(f"{folder} is no token folder ({error})") from error
         if [len(split) for split in splits] != lengths:
             raise BadInputError(f"{folder} is damaged: its token files are not as long as {META} says")
