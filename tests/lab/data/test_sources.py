@@ -331,8 +331,14 @@ def test_every_source_is_looked_up_before_one_is_read(tmp_path):
 
 @pytest.mark.parametrize("kind", ["date32", "date64", "timestamp"])
 def test_a_date_that_python_does_not_have_is_no_text(kind, tmp_path):
-    number = pyarrow.array([None, 2**31 - 1], pyarrow.int32()) if kind == "date32" else pyarrow.array([None, 2**60], pyarrow.int64())
-    column = number.cast({"date32": pyarrow.date32(), "date64": pyarrow.date64(), "timestamp": pyarrow.timestamp("us")}[kind])
+    number = (
+        pyarrow.array([None, 2**31 - 1], pyarrow.int32())
+        if kind == "date32"
+        else pyarrow.array([None, 2**60], pyarrow.int64())
+    )
+    column = number.cast(
+        {"date32": pyarrow.date32(), "date64": pyarrow.date64(), "timestamp": pyarrow.timestamp("us")}[kind]
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
     with pytest.raises(BadInputError, match=r"in.parquet, record 2: no text \"text\" \(it is of type (date|timestamp)"):
         list(documents_of(Data((str(tmp_path / "in.parquet"),), Path("out")), Tally()))

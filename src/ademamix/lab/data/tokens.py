@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ademamix.lab.config import BadInputError
+from ademamix.lab.config import BadInputError, read_file
 
 META = "data.json"
 SPLITS = ("train", "valid")
@@ -40,7 +40,7 @@ class Tokens:
             BadInputError: there is no such folder, it is incomplete, or its files are not as long as they should be.
         """
         try:
-            text = (folder / META).read_text()
+            text = read_file(folder / META).decode()
             meta = json.loads(text)
             if type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= 1 << 32:
                 raise ValueError(f"vocab_size must be an integer from 1 to 2**32, got {meta['vocab_size']!r:.60}")
