@@ -84,6 +84,7 @@ def interrupted(act: Any, after: int) -> bool:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks, when a trace begins, whether any frame has it
     sys.settrace(trace)
     try:
         act()
