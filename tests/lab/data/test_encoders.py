@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ademamix.lab.config import BadInputError
 from ademamix.lab.data.encoders import ENDS, Encoder, bytes_encoder, file_encoder
@@ -245,6 +245,145 @@ def test_text_that_would_be_left_out_is_said(tmp_path):
     found = encoder(tokenizer, tmp_path)
     assert ids(found, "aéa") == [[0, 0, 1]]
     assert found.about[1].startswith("characters that ")
+
+
+def in_bytes(unknown: str | None, *words: str, **settings: Any) -> Tokenizer:
+    vocabulary = {name: i for i, name in enumerate([END, *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown, **settings))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
+    return tokenizer
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def with_metaspace() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "</s>": 2}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def with_a_prefix() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "</s>": 2}, []))
+    tokenizer.normalizer = normalizers.Prepend("▁")
+    return tokenizer
+
+
+LEAVES_OUT = {
+    "Metaspace": (with_metaspace, True),
+    "Prepend": (with_a_prefix, True),
+    "some bytes": (lambda: in_bytes(None, *"helowrd"), True),
+    "all bytes": (lambda: in_bytes(None, *ALPHABET), False),
+    "all bytes, not at the end of a word": (lambda: in_bytes(None, *ALPHABET, end_of_word_suffix="</w>"), True),
+    "some bytes to fall back on": (lambda: in_bytes(None, "a", *FALLBACK[1:], byte_fallback=True), True),
+    "all bytes to fall back on": (lambda: in_bytes(None, "a", *FALLBACK, byte_fallback=True), False),
+    "bytes without fallback": (lambda: in_bytes(None, "a", *FALLBACK), True),
+    "an unknown token": (lambda: in_bytes("a", "a"), False),
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES_OUT)
+def test_what_a_model_leaves_out_is_said(kind, tmp_path):
+    make, said = LEAVES_OUT[kind]
+    assert any(line.startswith("characters that ") for line in encoder(make(), tmp_path).about) == said
+
+
+def without_other_text(step: Any, model: Any) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = step
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+OTHERS = Regex("[^\x00-\x7f]")
+STANDS_FOR_UNKNOWN = {
+    "WordLevel": lambda: without_other_text(
+        normalizers.Replace(OTHERS, ""), models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")
+    ),
+    "WordPiece": lambda: without_other_text(
+        normalizers.Replace(OTHERS, "a"),
+        models.WordPiece({"</s>": 0, "a": 1, "##a": 2}, unk_token="</s>", max_input_chars_per_word=5),
+    ),
+    "Unigram": lambda: without_other_text(
+        normalizers.Replace(OTHERS, "a"), models.Unigram([("</s>", 0.0), ("a", -1.0)], 0)
+    ),
+    "BPE": lambda: without_other_text(
+        normalizers.Replace(OTHERS, "a"), models.BPE({"</s>": 0, "a": 1}, [], unk_token="</s>")
+    ),
+    "some bytes": lambda: in_bytes(END, "a"),
+}
+
+
+@pytest.mark.parametrize("kind", STANDS_FOR_UNKNOWN)
+def test_an_end_that_stands_for_unknown_text_is_found_in_the_model(kind, tmp_path):
+    with pytest.raises(BadInputError, match="stands for unknown text too"):
+        encoder(STANDS_FOR_UNKNOWN[kind](), tmp_path)
+
+
+def test_the_end_may_be_the_unknown_token_where_nothing_is_unknown(tmp_path):
+    clip = in_bytes(END, *ALPHABET, *(f"{letter}</w>" for letter in ALPHABET), end_of_word_suffix="</w>")
+    (tokens,) = ids(encoder(clip, tmp_path), "é世 \U0001f600")
+    assert tokens.count(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "end"),
+    [
+        (models.BPE({"a": 0, "b": 1, "|": 2}, []), "|"),
+        (models.WordLevel({"a": 0, "|": 1}, unk_token="a"), "|"),
+        (models.Unigram([("a", -1.0), ("|", -1.0)], 0), "|"),
+        (models.WordPiece({"[UNK]": 0, "a": 1, "##a": 2}), "##a"),
+        (models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"), "a</w>"),
+        (models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True), "<0x0A>"),
+    ],
+)
+def test_a_token_that_text_becomes_cannot_end_documents(model, end, tmp_path):
+    with pytest.raises(BadInputError, match="cannot end documents, text becomes this token too"):
+        encoder(Tokenizer(model), tmp_path, end)
+
+
+def test_an_end_that_is_merged_within_a_word_only_is_not_made_of_text(tmp_path):
+    names = [*"</s>x", "x</w>", "></w>", "</", "</s", "</s>"]
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    model = models.BPE({name: i for i, name in enumerate(names)}, merges, end_of_word_suffix="</w>")
+    (tokens,) = ids(encoder(Tokenizer(model), tmp_path), "</s>x")
+    assert tokens.count(names.index("</s>")) == 1
+
+
+def test_two_names_of_one_token_are_an_error(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"text": 1, "<unk>": 0, "</s>": 1}, "unk_token": "<unk>"}
+    with pytest.raises(BadInputError, match=r"token 1 has two names, '(text|</s>)' and '(text|</s>)'"):
+        encoder(words(), tmp_path, model=model)
+
+
+ENDLESS = {"pattern": {"Regex": "(x+x+)+y"}}
+FAILS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "pieces of no length": (models.WordLevel({"a": 0}, "a"), {"pre_tokenizer": {"type": "FixedLength", "length": 0}}),
+    "an endless split": (
+        models.WordLevel({"a": 0}, "a"),
+        {"pre_tokenizer": {"type": "Split", **ENDLESS, "behavior": "Isolated", "invert": False}},
+    ),
+    "an endless replacement": (
+        models.WordLevel({"a": 0}, "a"),
+        {"normalizer": {"type": "Replace", **ENDLESS, "content": "a"}},
+    ),
+    "a bad table": (
+        models.WordLevel({"a": 0}, "a"),
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},
+    ),
+    "BPE": (models.BPE({"a": 0, "</s>": 1}, [], unk_token="<unk>"), {}),
+    "WordPiece": (models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]"), {}),
+    "Unigram": (models.Unigram([("a", 0.0), ("</s>", 0.0)], None), {}),
+}
+
+
+@pytest.mark.parametrize("kind", FAILS)
+def test_whatever_fails_in_the_library_is_one_error(kind, tmp_path, capfd):
+    model, changes = FAILS[kind]
+    found = encoder(Tokenizer(model), tmp_path, **changes)
+    with pytest.raises(BadInputError, match=r"tokenizer\.json cannot encode 'x"):
+        found.encode(["x" * 40])
 
 
 def test_text_that_cannot_be_encoded_is_named(tmp_path):
