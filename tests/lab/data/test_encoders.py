@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ademamix.lab.config import BadInputError
 from ademamix.lab.data.encoders import ENDS, Encoder, bytes_encoder, file_encoder
@@ -247,6 +247,145 @@ def test_text_that_would_be_left_out_is_said(tmp_path):
     assert found.about[1].startswith("characters that ")
 
 
+def in_bytes(unknown: str | None, *words: str, **settings: Any) -> Tokenizer:
+    vocabulary = {name: i for i, name in enumerate([END, *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown, **settings))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
+    return tokenizer
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def with_metaspace() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "</s>": 2}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def with_a_prefix() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "</s>": 2}, []))
+    tokenizer.normalizer = normalizers.Prepend("▁")
+    return tokenizer
+
+
+LEAVES_OUT = {
+    "Metaspace": (with_metaspace, True),
+    "Prepend": (with_a_prefix, True),
+    "some bytes": (lambda: in_bytes(None, *"helowrd"), True),
+    "all bytes": (lambda: in_bytes(None, *ALPHABET), False),
+    "all bytes, not at the end of a word": (lambda: in_bytes(None, *ALPHABET, end_of_word_suffix="</w>"), True),
+    "some bytes to fall back on": (lambda: in_bytes(None, "a", *FALLBACK[1:], byte_fallback=True), True),
+    "all bytes to fall back on": (lambda: in_bytes(None, "a", *FALLBACK, byte_fallback=True), False),
+    "bytes without fallback": (lambda: in_bytes(None, "a", *FALLBACK), True),
+    "an unknown token": (lambda: in_bytes("a", "a"), False),
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES_OUT)
+def test_what_a_model_leaves_out_is_said(kind, tmp_path):
+    make, said = LEAVES_OUT[kind]
+    assert any(line.startswith("characters that ") for line in encoder(make(), tmp_path).about) == said
+
+
+def without_other_text(step: Any, model: Any) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = step
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+OTHERS = Regex("[^\x00-\x7f]")
+STANDS_FOR_UNKNOWN = {
+    "WordLevel": lambda: without_other_text(
+        normalizers.Replace(OTHERS, ""), models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")
+    ),
+    "WordPiece": lambda: without_other_text(
+        normalizers.Replace(OTHERS, "a"),
+        models.WordPiece({"</s>": 0, "a": 1, "##a": 2}, unk_token="</s>", max_input_chars_per_word=5),
+    ),
+    "Unigram": lambda: without_other_text(
+        normalizers.Replace(OTHERS, "a"), models.Unigram([("</s>", 0.0), ("a", -1.0)], 0)
+    ),
+    "BPE": lambda: without_other_text(
+        normalizers.Replace(OTHERS, "a"), models.BPE({"</s>": 0, "a": 1}, [], unk_token="</s>")
+    ),
+    "some bytes": lambda: in_bytes(END, "a"),
+}
+
+
+@pytest.mark.parametrize("kind", STANDS_FOR_UNKNOWN)
+def test_an_end_that_stands_for_unknown_text_is_found_in_the_model(kind, tmp_path):
+    with pytest.raises(BadInputError, match="stands for unknown text too"):
+        encoder(STANDS_FOR_UNKNOWN[kind](), tmp_path)
+
+
+def test_the_end_may_be_the_unknown_token_where_nothing_is_unknown(tmp_path):
+    clip = in_bytes(END, *ALPHABET, *(f"{letter}</w>" for letter in ALPHABET), end_of_word_suffix="</w>")
+    (tokens,) = ids(encoder(clip, tmp_path), "é世 \U0001f600")
+    assert tokens.count(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "end"),
+    [
+        (models.BPE({"a": 0, "b": 1, "|": 2}, []), "|"),
+        (models.WordLevel({"a": 0, "|": 1}, unk_token="a"), "|"),
+        (models.Unigram([("a", -1.0), ("|", -1.0)], 0), "|"),
+        (models.WordPiece({"[UNK]": 0, "a": 1, "##a": 2}), "##a"),
+        (models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"), "a</w>"),
+        (models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True), "<0x0A>"),
+    ],
+)
+def test_a_token_that_text_becomes_cannot_end_documents(model, end, tmp_path):
+    with pytest.raises(BadInputError, match="cannot end documents, text becomes this token too"):
+        encoder(Tokenizer(model), tmp_path, end)
+
+
+def test_an_end_that_is_merged_within_a_word_only_is_not_made_of_text(tmp_path):
+    names = [*"</s>x", "x</w>", "></w>", "</", "</s", "</s>"]
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    model = models.BPE({name: i for i, name in enumerate(names)}, merges, end_of_word_suffix="</w>")
+    (tokens,) = ids(encoder(Tokenizer(model), tmp_path), "</s>x")
+    assert tokens.count(names.index("</s>")) == 1
+
+
+def test_two_names_of_one_token_are_an_error(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"text": 1, "<unk>": 0, "</s>": 1}, "unk_token": "<unk>"}
+    with pytest.raises(BadInputError, match=r"token 1 has two names, '(text|</s>)' and '(text|</s>)'"):
+        encoder(words(), tmp_path, model=model)
+
+
+ENDLESS = {"pattern": {"Regex": "(x+x+)+y"}}
+FAILS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "pieces of no length": (models.WordLevel({"a": 0}, "a"), {"pre_tokenizer": {"type": "FixedLength", "length": 0}}),
+    "an endless split": (
+        models.WordLevel({"a": 0}, "a"),
+        {"pre_tokenizer": {"type": "Split", **ENDLESS, "behavior": "Isolated", "invert": False}},
+    ),
+    "an endless replacement": (
+        models.WordLevel({"a": 0}, "a"),
+        {"normalizer": {"type": "Replace", **ENDLESS, "content": "a"}},
+    ),
+    "a bad table": (
+        models.WordLevel({"a": 0}, "a"),
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},
+    ),
+    "BPE": (models.BPE({"a": 0, "</s>": 1}, [], unk_token="<unk>"), {}),
+    "WordPiece": (models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]"), {}),
+    "Unigram": (models.Unigram([("a", 0.0), ("</s>", 0.0)], None), {}),
+}
+
+
+@pytest.mark.parametrize("kind", FAILS)
+def test_whatever_fails_in_the_library_is_one_error(kind, tmp_path, capfd):
+    model, changes = FAILS[kind]
+    found = encoder(Tokenizer(model), tmp_path, **changes)
+    with pytest.raises(BadInputError, match=r"tokenizer\.json cannot encode 'x"):
+        found.encode(["x" * 40])
+
+
 def test_text_that_cannot_be_encoded_is_named(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -283,95 +422,12 @@ def test_bytes_end_with_zero():
     assert ids(bytes_encoder(), "a", "é") == [[97, 0], [195, 169, 0]]
 
 
-# --------------------------------------------------------------------------------- what an attack found
-
-
-def written(path, model, **others):
-    """A tokenizer.json of a model and settings as JSON has them."""
+def test_a_special_token_of_one_character_is_named(tmp_path):
+    """No cut keeps a text from it."""
+    model = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1, "§": 2, "</s>": 3}, "unk_token": "<unk>"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     whole = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **whole, "model": model, **others}))
-    return path
-
-
-def test_characters_that_a_model_without_an_unknown_token_drops_are_announced(tmp_path):
-    """Also where something stands before each text, so that none is empty."""
-    model = {"type": "BPE", "vocab": {"▁": 0, "a": 1, "</s>": 2}, "merges": []}
-    cutting = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    encoder = file_encoder(written(tmp_path / "t.json", model, pre_tokenizer=cutting), None)
-    assert any("left out" in line for line in encoder.about)
-
-
-def test_a_byte_level_model_with_all_bytes_drops_nothing(tmp_path):
-    from tokenizers import pre_tokenizers
-
-    vocabulary = {letter: n for n, letter in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"])}
-    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<|endoftext|>"}  # as CLIP has it
-    cutting = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    encoder = file_encoder(written(tmp_path / "t.json", model, pre_tokenizer=cutting), None)
-    assert encoder.about == (f"<|endoftext|> (token {len(vocabulary) - 1}) ends each document",)
-    (ids,) = encoder.encode(["é 世"])
-    assert len(ids) == 2 + 1 + 3 + 1
-
-
-@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece"])
-def test_an_end_that_is_the_unknown_token_is_an_error_whatever_a_probe_gives(kind, tmp_path):
-    model = {"type": kind, "vocab": {"</s>": 0, "a": 1, "\U00013000": 2}, "unk_token": "</s>"}
-    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 5} if kind == "WordPiece" else {}
-    with pytest.raises(BadInputError, match="stands for unknown text too"):
-        file_encoder(written(tmp_path / "t.json", model), None)
-
-
-@pytest.mark.parametrize(
-    ("vocab", "others", "end"),
-    [
-        ({"a": 0, "b": 1, "|": 2}, {}, "|"),
-        ({"a": 0, **{f"<0x{n:02X}>": n + 1 for n in range(256)}}, {"byte_fallback": True}, "<0x0A>"),
-    ],
-)
-def test_an_end_that_texts_are_made_of_is_an_error(vocab, others, end, tmp_path):
-    path = written(tmp_path / "t.json", {"type": "BPE", "vocab": vocab, "merges": [], **others})
-    with pytest.raises(BadInputError, match="is a token of texts too, and cannot end documents"):
-        file_encoder(path, end)
-
-
-def test_a_control_token_is_no_part_of_a_word_with_a_suffix(tmp_path):
-    end, vocab, merges = "</s>", {}, []
-    for letter in [*"</s>xab", *(f"{letter}</w>" for letter in "</s>xab")]:
-        vocab.setdefault(letter, len(vocab))
-    for i in range(2, 5):
-        vocab.setdefault(end[:i], len(vocab))
-        merges.append([end[: i - 1], end[i - 1]])
-    model = {"type": "BPE", "vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>", "unk_token": None}
-    encoder = file_encoder(written(tmp_path / "t.json", model, pre_tokenizer={"type": "WhitespaceSplit"}), None)
-    (ids,) = encoder.encode(["</s>x"])
-    assert ids.count(vocab[end]) == 1
-    assert ids[-1] == vocab[end]
-
-
-def test_two_names_of_one_token_are_an_error(tmp_path):
-    model = {"type": "WordLevel", "vocab": {"text": 1, "<unk>": 0, "</s>": 1}, "unk_token": "<unk>"}
-    with pytest.raises(BadInputError, match="are both token 1"):
-        file_encoder(written(tmp_path / "t.json", model), None)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": [], "unk_token": "<unk>"},
-        {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0], ["</s>", 0.0]], "byte_fallback": False},
-    ],
-)
-def test_a_model_that_cannot_encode_says_so_at_the_text(model, tmp_path):
-    encoder = file_encoder(written(tmp_path / "t.json", model), None)
-    with pytest.raises(BadInputError, match="cannot encode 'b'"):
-        encoder.encode(["a", "b"])
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_panic_of_the_library_is_an_error(tmp_path):
-    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}
-    encoder = file_encoder(
-        written(tmp_path / "t.json", model, pre_tokenizer={"type": "FixedLength", "length": 0}), None
-    )
-    with pytest.raises(BadInputError, match="cannot encode 'a a'"):
-        encoder.encode(["a a"])
+    added = [{"id": 2, "content": "§", **flags}]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"version": "1.0", **whole, "added_tokens": added, "model": model}))
+    assert "a text may spell the special token §, and has it then" in file_encoder(path, None).about

@@ -14,7 +14,6 @@ from ademamix.lab.config import BadInputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from tokenizers.models import Model
 
 # What tokenizers call the end of a document. The order decides where one has several: ModernBERT has GPT's token too,
 # Phi-3 has Llama 2's, and Gemma has </s> as the end of HTML's strikethrough.
@@ -27,7 +26,6 @@ ENDS = (
     "<EOS_TOKEN>",
     "</s>",
 )
-UNHEARD_OF = "\U00013000"  # a hieroglyph: what a tokenizer makes of it, it makes of any text that it does not know
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,18 @@ def file_encoder(path: Path, end_token: str | None) -> Encoder:
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
         raise BadInputError(f"{path} has no tokens")
-    names: dict[int, str] = {}
-    for token, number in vocabulary.items():
-        if names.setdefault(number, token) != token:
-            raise BadInputError(f"{path} is damaged: {names[number]!r} and {token!r} are both token {number}")
-    said = json.loads(path.read_text(encoding="utf-8"))
-    added = said.get("added_tokens") or []
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
     moved = next((token for token in added if vocabulary.get(token["content"]) != token["id"]), None)
     if moved is not None:
         given = vocabulary.get(moved["content"])
         raise BadInputError(
             f"{path} is damaged: {moved['content']!r} is token {moved['id']} in it, but becomes {given}"
         )
+    names = {number: name for name, number in vocabulary.items()}
+    twice = next((name for name, number in vocabulary.items() if names[number] != name), None)
+    if twice is not None:
+        number = vocabulary[twice]
+        raise BadInputError(f"{path} is damaged: token {number} has two names, {twice!r} and {names[number]!r}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None
@@ -90,12 +88,12 @@ def file_encoder(path: Path, end_token: str | None) -> Encoder:
         tokenizer.model.dropout = None
     special = {token["content"] for token in added if token["special"]}
     end = _end_of(path, vocabulary, special, end_token)
+    loaded = json.loads(tokenizer.to_str())
+    complete = _knows_all(loaded, tokenizer.get_vocab(with_added_tokens=False))
     if end is not None:
-        if _is_text(tokenizer.model, end, said["model"]):
-            raise BadInputError(f"{path}: {end!r} is a token of texts too, and cannot end documents")
+        _refuse_text(path, tokenizer, loaded, end, complete)
         tokenizer.add_special_tokens([end])
-    control = special | {end} if end is not None else special
-    _keep_as_text(tokenizer, control)
+    _keep_as_text(tokenizer, special | {end} if end is not None else special)
 
     def encode(texts: list[str]) -> list[Any]:
         try:
@@ -109,20 +107,17 @@ def file_encoder(path: Path, end_token: str | None) -> Encoder:
         return [encoding.ids + tail for encoding in found]
 
     tail: list[int] = []
-    unknown, known = _unknown(tokenizer), _knows_all_bytes(said, vocabulary)
     about = []
     if end is None:
         about.append(f"no token ends a document: {path} has none of {', '.join(ENDS)}; --end-token names another")
     else:
         tail = [vocabulary[end]]
         about.append(f"{end} (token {vocabulary[end]}) ends each document")
-        named = not known and end == _unknown_token(said["model"])
-        if named or (unknown is not None and vocabulary[end] in unknown):
-            raise BadInputError(f"{path}: {end} ends documents, and stands for unknown text too; choose an --end-token")
-    for token in sorted(token for token in control - {end} if _is_text(tokenizer.model, token, said["model"])):
-        about.append(f"texts can spell the special token {token}")
-    drops = said["model"].get("type") == "BPE" and _unknown_token(said["model"]) is None and not known
-    if unknown == [] or drops:
+    for token in sorted(special - {end}):
+        if len(token) == 1 and tokenizer.model.token_to_id(token) is not None:
+            about.append(f"a text may spell the special token {token}, and has it then")
+    model = loaded["model"]
+    if model["type"] == "BPE" and model["unk_token"] is None and not complete:  # others refuse such text
         about.append(f"characters that {path} does not know are left out")
     return Encoder(str(path), max(vocabulary.values()) + 1, encode, tuple(about))
 
@@ -133,6 +128,54 @@ def _end_of(path: Path, vocabulary: dict[str, int], special: set[str], given: st
         raise BadInputError(f"{path} has no token {given!r} (--end-token)")
     known = [token for token in ENDS if token in vocabulary]
     return given or next((token for token in known if token in special), next(iter(known), None))
+
+
+def _knows_all(loaded: dict[str, Any], words: dict[str, int]) -> bool:
+    """Whether a model has tokens for any text: one for each byte, in every place of a word."""
+    from tokenizers import pre_tokenizers
+
+    model = loaded["model"]
+    if model["type"] not in ("BPE", "Unigram"):
+        return False
+    if model["byte_fallback"] and all(f"<0x{byte:02X}>" in words for byte in range(256)):
+        return True
+    before = {"", model.get("continuing_subword_prefix") or ""}
+    after = {"", model.get("end_of_word_suffix") or ""}
+    return _in_bytes(loaded) and all(
+        f"{prefix}{letter}{suffix}" in words
+        for letter in pre_tokenizers.ByteLevel.alphabet()
+        for prefix in before
+        for suffix in after
+    )
+
+
+def _in_bytes(loaded: dict[str, Any]) -> bool:
+    """Whether a model reads the letters that stand for bytes, and no others."""
+    steps = [loaded["normalizer"], loaded["pre_tokenizer"]]
+    for step in steps:
+        if step is not None:
+            steps += step.get("normalizers") or step.get("pretokenizers") or []
+    return any(step is not None and step["type"] == "ByteLevel" for step in steps)
+
+
+def _refuse_text(path: Path, tokenizer: "Tokenizer", loaded: dict[str, Any], end: str, complete: bool) -> None:
+    """Raise BadInputError when a model makes the end of a document of text, and no cut would keep it from that."""
+    from tokenizers import pre_tokenizers
+
+    model, number = loaded["model"], tokenizer.model.token_to_id(end)
+    if number is None:
+        return
+    unknown = model.get("unk_id")
+    if model.get("unk_token") is not None:
+        unknown = tokenizer.model.token_to_id(model["unk_token"])
+    if number == unknown and not complete:
+        raise BadInputError(f"{path}: {end} ends documents, and stands for unknown text too; choose an --end-token")
+    prefix, suffix = (model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    letter = len(end) == 1 and not (_in_bytes(loaded) and end not in pre_tokenizers.ByteLevel.alphabet())
+    part = (prefix and end.startswith(prefix)) or (suffix and end.endswith(suffix))
+    byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", end)
+    if letter or part or byte:
+        raise BadInputError(f"{path}: {end} cannot end documents, text becomes this token too; choose an --end-token")
 
 
 def _keep_as_text(tokenizer: "Tokenizer", control: set[str]) -> None:
@@ -147,39 +190,3 @@ def _keep_as_text(tokenizer: "Tokenizer", control: set[str]) -> None:
         cut = pre_tokenizers.Split(Regex(after_first), "merged_with_previous")
         before = tokenizer.pre_tokenizer
         tokenizer.pre_tokenizer = cut if before is None else pre_tokenizers.Sequence([before, cut])
-
-
-def _is_text(model: "Model", token: str, said: dict[str, Any]) -> bool:
-    """Whether texts become a token, wherever they are cut: one of a single character, or of a single byte."""
-    if model.token_to_id(token) is None:
-        return False
-    return len(token) == 1 or (bool(said.get("byte_fallback")) and re.fullmatch("<0x[0-9A-F]{2}>", token) is not None)
-
-
-def _unknown_token(said: dict[str, Any]) -> str | None:
-    """The token that a model has for text that it does not know."""
-    if said.get("unk_id") is not None:
-        found: str = said["vocab"][said["unk_id"]][0]
-        return found
-    return said.get("unk_token")
-
-
-def _knows_all_bytes(said: dict[str, Any], vocabulary: dict[str, int]) -> bool:
-    """Whether there is a token for each byte, so that no text is unknown."""
-    from tokenizers import pre_tokenizers
-
-    if said["model"].get("byte_fallback"):
-        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    cutting = json.dumps([said.get("pre_tokenizer"), said.get("normalizer")])
-    return '"ByteLevel"' in cutting and all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
-
-
-def _unknown(tokenizer: "Tokenizer") -> list[int] | None:
-    """The tokens of text that a tokenizer does not know; None where it refuses such text."""
-    try:
-        ids: list[int] = tokenizer.encode(UNHEARD_OF, add_special_tokens=False).ids
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # as above
-        return None
-    return ids
