@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +128,8 @@ def _is_positive(scale: Tensor) -> bool:
     """Whether the sign bit of the first scale, which is that of all, is not set; without a copy on the CPU."""
     if scale.numel() == 0 or scale.is_meta or backends.is_fake(scale):
         return False
-    first = np.from_dlpack(scale)[0, 0] if scale.device.type == "cpu" else scale[0, 0].item()
+    on_host = scale.device.type == "cpu"
+    first = ctypes.c_float.from_address(scale.data_ptr()).value if on_host else scale[0, 0].item()
     return math.copysign(1.0, first) > 0.0
 
 

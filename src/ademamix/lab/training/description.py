@@ -179,7 +179,7 @@ def _check(found: Any, folder: Path) -> None:
             sizes[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1
         _expect(all(type(n) is int and n >= 0 for n in numbers), f"a place in {name} is none")
         _expect(sum(numbers) <= sizes[name], f"{name} has no byte {sum(numbers):,}")
-        _expect(not place.transform_descriptors, f"{name} is transformed")
+        _expect(not getattr(place, "transform_descriptors", None), f"{name} is transformed")
     there = sum(sizes.values())
     _expect(needed <= there, f"it speaks of {needed:,} bytes, and there are {there:,}")
 
