@@ -111,12 +111,13 @@ class Host:
         Raises:
             RuntimeError: parameters share memory.
         """
-        if any(p not in self.of or self.of[p].seen != _versions(p) for p in params):
+        versions = list(map(_versions, params))
+        if any(p not in self.of or self.of[p].seen != now for p, now in zip(params, versions, strict=True)):
             check_memory(name, params)
         found = [self.stand_in(p, states[p].get(MASTER) if p in states and p.dtype in LOW else None) for p in params]
-        for p, its in zip(params, found, strict=True):
-            # Neither tells of changes made through p.data; comparing costs nothing like a copy from a GPU would.
-            if its.seen != _versions(p) or (its.device == CPU and not torch.equal(local(p), its.rounded)):
+        for p, its, version in zip(params, found, versions, strict=True):
+            # A version does not tell of changes through p.data; comparing costs nothing like a copy from a GPU would.
+            if its.seen != version or (its.device == CPU and not torch.equal(local(p), its.rounded)):
                 now, own = local(p).detach().to(CPU), local(its.whole)
                 # Master weights that round to the parameter stay what they are.
                 own.copy_(torch.where(own.to(p.dtype) == now, own, now.to(own.dtype)))
