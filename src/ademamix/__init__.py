@@ -3,6 +3,7 @@
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.custom import optimizer_from
+from ademamix.optimizers.muon import Muon
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.schedules import suggest
 
@@ -12,6 +13,7 @@ __all__ = [
     "ADana",
     "AdEMAMix",
     "AdamW",
+    "Muon",
     "RuleOptimizer",
     "SimplifiedAdEMAMix",
     "optimizer_from",
