@@ -1,6 +1,7 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
 from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.groups import split_parameters
 from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.custom import optimizer_from
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
@@ -15,5 +16,6 @@ __all__ = [
     "RuleOptimizer",
     "SimplifiedAdEMAMix",
     "optimizer_from",
+    "split_parameters",
     "suggest",
 ]

@@ -1,0 +1,369 @@
+"""What goes where is told by hand for each model, or by hooks: a hidden matrix maps activations to activations."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from ademamix import AdamW, split_parameters
+from ademamix.groups import ParameterGroups
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LLAMA = SIZES | {"num_key_value_heads": 1}
+VIT = {k: v for k, v in SIZES.items() if k.startswith(("hidden", "inter", "num"))} | {"image_size": 32, "patch_size": 8}
+
+
+def names(groups: ParameterGroups, geometry: str) -> set[str]:
+    return {name for group in groups if group["geometry"] == geometry for name, _ in group["params"]}
+
+
+def reasons(groups: ParameterGroups) -> dict[str, str]:
+    return {q.name: q.reason for q in groups.placements}
+
+
+class GPT(nn.Module):
+    """As in nanoGPT, with its names scrambled: they decide nothing."""
+
+    def __init__(self, *, layers: int = 2, tied: bool = True, head_first: bool = False, width: int = 16) -> None:
+        super().__init__()
+        vocabulary = 4 * width  # the shape of the first matrix of every MLP, too
+        if head_first:
+            self.norm_bias = nn.Linear(width, vocabulary, bias=False)
+        self.body = nn.ModuleDict({"fc": nn.Embedding(vocabulary, width), "c_proj": nn.Embedding(8, width)})
+        self.body["head"] = nn.ModuleList(Block(width) for _ in range(layers))
+        self.body["last"] = nn.LayerNorm(width)
+        if not head_first:
+            self.norm_bias = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.norm_bias.weight = self.body["fc"].weight
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.LayerNorm(width)
+        self.lm_head = nn.MultiheadAttention(width, 2, add_bias_kv=True)
+        self.wte = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    MATRICES = ("lm_head.in_proj_weight", "lm_head.out_proj.weight", "wte.0.weight", "wte.2.weight")
+
+
+class Positions(nn.Module):
+    """A ViT with everything at its root, as timm and torchvision build it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 17, 8))
+        self.patch_embed = nn.Conv2d(3, 8, 8, 8)
+        self.blocks = nn.Sequential(Block(8), Block(8))
+        self.heads = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 5))
+
+
+class OwnLinear(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(4, 16, 8))
+        self.router = nn.Linear(8, 4)
+
+
+def mlp(*, width: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+BLOCKS = {f"body.head.{i}.{name}" for i in range(2) for name in Block.MATRICES}
+CLASSIFIER = nn.Linear(8, 3)
+MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "nanoGPT": (GPT, BLOCKS),
+    "untied": (lambda: GPT(tied=False), BLOCKS),
+    "head first": (lambda: GPT(tied=False, head_first=True), BLOCKS),
+    "one layer, head first": (
+        lambda: GPT(layers=1, tied=False, head_first=True),
+        {n for n in BLOCKS if ".0." in n.replace("wte.0", "")},
+    ),
+    "blocks alone": (lambda: GPT().body["head"], {n.removeprefix("body.head.") for n in BLOCKS}),
+    "timm's ViT": (Positions, {f"blocks.{i}.{name}" for i in range(2) for name in Block.MATRICES}),
+    "MLP": (mlp, {"0.weight", "2.weight"}),
+    "nested MLP": (
+        lambda: nn.Sequential(
+            *(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)), nn.Sequential(CLASSIFIER)
+        ),
+        {"0.0.weight", "1.0.weight"},
+    ),
+    "list of layers": (lambda: nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), CLASSIFIER]), {"0.weight", "1.weight"}),
+    "CNN": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 3)),
+        {"2.weight"},
+    ),
+    "convolutions only": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 3, 3)),
+        {"1.weight"},
+    ),
+    "convolutions of embeddings": (
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3, groups=8), nn.Linear(8, 3)),
+        {"1.weight"},
+    ),
+    "LSTM": (
+        lambda: nn.Sequential(nn.EmbeddingBag(9, 4), nn.LSTM(4, 8, proj_size=4), nn.GRUCell(4, 8), nn.Linear(8, 9)),
+        {"1.weight_ih_l0", "1.weight_hh_l0", "1.weight_hr_l0", "2.weight_ih", "2.weight_hh"},
+    ),
+    "torch's Transformer": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False),
+        {f"layers.0.{n}.weight" for n in ("self_attn.out_proj", "linear1", "linear2")}
+        | {"layers.0.self_attn.in_proj_weight"},
+    ),
+    "linear layers by what they declare": (
+        lambda: nn.Sequential(OwnLinear(8, 16), OwnLinear(16, 8), OwnLinear(8, 3)),
+        {"0.weight", "1.weight"},
+    ),
+    "experts": (lambda: nn.Sequential(Experts(), nn.Linear(8, 3)), {"0.router.weight"}),
+    "one row or column": (
+        lambda: nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(1, 3)),
+        {"1.weight"},
+    ),
+    "a layer used twice": (
+        lambda: (lambda shared: nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(8, 3)))(nn.Linear(8, 8)),
+        {"0.weight"},
+    ),
+    "complex": (lambda: nn.Sequential(nn.Linear(8, 8, dtype=torch.cfloat), nn.Linear(8, 8), CLASSIFIER), {"1.weight"}),
+    "LayerNorm of pictures": (
+        lambda: nn.Sequential(nn.LayerNorm((4, 4)), nn.Linear(4, 4), nn.Linear(4, 2)),
+        {"1.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_hidden_matrices_go_to_muon_and_all_else_to_adam(name: str, device: str) -> None:
+    build, hidden = MODELS[name]
+    model = build().to(device)
+    groups = split_parameters(model)
+    assert names(groups, "muon") == hidden
+    every = dict(model.named_parameters())
+    assert names(groups, "adam") == every.keys() - hidden
+    placed = [pair for group in groups for pair in group["params"]]
+    assert len(placed) == len(every)
+    assert all(every[name] is p for name, p in placed)
+    assert [q.name for q in groups.placements] == list(every)
+    assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == [
+        {"geometry": "muon"},
+        {"geometry": "adam", "weight_decay": 0.0},
+    ]
+
+
+def hidden_by_hand(model: nn.Module, *parts: str) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "settings", "stack"),
+    [
+        (
+            "GPT2LMHead",
+            {k: SIZES[k] for k in ("vocab_size", "bos_token_id", "eos_token_id")}
+            | {"n_embd": 32, "n_layer": 2, "n_head": 2},
+            ".h.",
+        ),
+        ("LlamaForCausalLM", LLAMA, ".layers."),
+        ("Qwen3ForCausalLM", LLAMA | {"head_dim": 16}, ".layers."),
+    ],
+)
+def test_language_models_of_transformers(kind: str, settings: dict[str, Any], stack: str, tied: bool) -> None:
+    config = {"GPT2LMHead": "GPT2Config"}.get(kind, kind.replace("ForCausalLM", "Config"))
+    kind = {"GPT2LMHead": "GPT2LMHeadModel"}.get(kind, kind)
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(getattr(transformers, config)(**settings, tie_word_embeddings=tied))
+    groups = split_parameters(model)
+    hidden = hidden_by_hand(model, stack)
+    assert len(hidden) in (8, 14)
+    assert names(groups, "muon") == hidden
+    embedding, *head = [n for n, p in model.named_parameters() if p.shape[0] == 97 and p.ndim == 2]
+    assert reasons(groups)[embedding] == ("embedding, tied to lm_head.weight" if tied else "embedding")
+    assert [reasons(groups)[n] for n in head] == ([] if tied else ["output head"])
+
+
+def test_other_models_of_transformers() -> None:
+    with torch.device("meta"):
+        vit = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, num_labels=10))
+        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, num_local_experts=4))
+        backbone = transformers.LlamaModel(transformers.LlamaConfig(**LLAMA))
+        masked = transformers.BertForMaskedLM(
+            transformers.BertConfig(**{k: SIZES[k] for k in SIZES if "token" not in k})
+        )
+    assert names(split_parameters(vit), "muon") == hidden_by_hand(vit, ".layers.", ".layer.")
+    assert {"input layer", "output head"} <= set(reasons(split_parameters(vit)).values())
+    assert names(split_parameters(mixtral), "muon") == hidden_by_hand(mixtral, "self_attn")
+    assert names(split_parameters(backbone), "muon") == hidden_by_hand(backbone, "layers.")
+    assert names(split_parameters(masked), "muon") == hidden_by_hand(masked, ".layer.", "transform.dense")
+
+
+def test_an_optimizer_takes_the_groups_with_their_names() -> None:
+    model = mlp()
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        optimizer = kind(split_parameters(model), lr=0.5, weight_decay=0.1)
+        assert [group["param_names"] for group in optimizer.param_groups] == [
+            ["0.weight", "2.weight"],
+            ["0.bias", "2.bias", "4.weight", "4.bias"],
+        ]
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_groups_without_a_geometry_of_their_own_make_adamws_step() -> None:
+    one, other = mlp(), mlp()
+    other.load_state_dict(one.state_dict())
+    groups = split_parameters(one, adam="*")
+    assert len(groups) == 1
+    ours = AdamW([{k: v for k, v in groups[0].items() if k != "geometry"}], lr=0.1, weight_decay=0.5)
+    torchs = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.0)
+    for net, optimizer in ((one, ours), (other, torchs)):
+        net(torch.ones(4, 6)).square().sum().backward()
+        optimizer.step()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_frozen_parameters_are_left_out_but_still_tell_what_others_are() -> None:
+    model = GPT()
+    model.requires_grad_(False)
+    for p in model.body["head"].parameters():
+        p.requires_grad_(True)
+    groups = split_parameters(model)
+    assert names(groups, "muon") == BLOCKS
+    assert reasons(groups)["body.fc.weight"] == "frozen"
+    assert not any(name.startswith(("body.fc", "norm_bias")) for name in names(groups, "adam"))
+
+    net = mlp()
+    net[4].weight.requires_grad_(False)
+    assert names(split_parameters(net), "muon") == {"0.weight", "2.weight"}  # the head is still the frozen one
+
+
+def test_low_rank_adapters_are_linear_layers() -> None:
+    net = mlp()
+    net.requires_grad_(False)
+    net[2].add_module("lora_A", nn.Linear(8, 2, bias=False))
+    net[2].add_module("lora_B", nn.Linear(2, 8, bias=False))
+    (group,) = split_parameters(net)
+    assert group["geometry"] == "muon"
+    assert [name for name, _ in group["params"]] == ["2.lora_A.weight", "2.lora_B.weight"]
+
+
+def test_patterns_override() -> None:
+    model = GPT(tied=False)
+    groups = split_parameters(model, adam=["*.1.wte.*", "*in_proj*"], muon="norm_bias.weight")
+    moved = {n for n in BLOCKS if ".1.wte." in n or "in_proj" in n}
+    assert names(groups, "muon") == BLOCKS - moved | {"norm_bias.weight"}
+    assert reasons(groups)["norm_bias.weight"] == "override 'norm_bias.weight'"
+    # Any of the names of a tied parameter counts.
+    assert "body.fc.weight" in names(split_parameters(GPT(), muon="norm_bias.*"), "muon")
+    # Patterns have the case of names, and one that matches only what is frozen is not a mistake.
+    model.norm_bias.requires_grad_(False)
+    assert names(split_parameters(model, muon="norm_bias.weight"), "muon") == BLOCKS
+    with pytest.raises(ValueError, match="'NORM_BIAS"):
+        split_parameters(model, muon="NORM_BIAS.weight")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adam": ["0.*", "heads.*"]}, r"adam pattern 'heads\.\*' matches no parameter .*'0\.weight'"),
+        ({"muon": "weight"}, "muon pattern 'weight' matches no parameter"),
+        ({"muon": "0.*"}, r"muon pattern '0\.\*' matches 0\.bias, torch.float32 of shape \[8\]"),
+        (
+            {"muon": "4.weight", "adam": "4.*"},
+            r"4\.weight matches the adam pattern '4\.\*' and the muon .* '4\.weight'",
+        ),
+    ],
+)
+def test_bad_patterns_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_parameters(mlp(), **arguments)
+
+
+def test_models_that_cannot_be_split() -> None:
+    with pytest.raises(TypeError, match="got generator"):
+        split_parameters(mlp().parameters())  # type: ignore[arg-type]
+    for empty in (nn.Tanh(), mlp().requires_grad_(False)):
+        with pytest.raises(ValueError, match="no trainable parameters"):
+            split_parameters(empty)
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
+        split_parameters(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match="must be real|real, of 2"):
+        split_parameters(nn.Linear(2, 2, dtype=torch.cfloat), muon="weight")
+    flat = mlp()
+    flat[2].weight = nn.Parameter(flat[2].weight.detach().flatten())
+    with pytest.raises(ValueError, match=r"2\.weight of shape \[64\] is flattened"):
+        split_parameters(flat)
+
+
+def test_parametrized_layers_go_to_adam() -> None:
+    net = mlp()
+    torch.nn.utils.parametrizations.weight_norm(net[2])
+    torch.nn.utils.parametrizations.weight_norm(net[4])
+    assert names(split_parameters(net), "muon") == {"0.weight"}
+
+
+def test_names_have_no_prefixes_of_wrappers(process_group: None) -> None:
+    plain = names(split_parameters(GPT()), "muon")
+    compiled = GPT()
+    compiled.body["head"][1] = torch.compile(compiled.body["head"][1])  # type: ignore[assignment]
+    parallel = nn.parallel.DistributedDataParallel(torch.compile(compiled))  # type: ignore[arg-type]
+    groups = split_parameters(parallel)
+    assert names(groups, "muon") == plain
+    assert names(split_parameters(nn.DataParallel(GPT())), "muon") == plain
+    # A module of the user's may have the name that a wrapper gives.
+    assert names(split_parameters(nn.ModuleDict({"module": mlp()})), "muon") == {"module.0.weight", "module.2.weight"}
+
+
+def test_sharded_models(process_group: None) -> None:
+    model = GPT(tied=False)
+    for block in model.body["head"]:  # type: ignore[union-attr]
+        fully_shard(block, mesh=process_group)
+    fully_shard(model, mesh=process_group)
+    groups = split_parameters(model)
+    assert names(groups, "muon") == BLOCKS
+    assert all(isinstance(p, torch.distributed.tensor.DTensor) for _, p in groups[0]["params"])
+
+
+def test_the_table() -> None:
+    model = GPT()
+    model.body["c_proj"].weight.requires_grad_(False)
+    assert (
+        str(split_parameters(model, adam="*wte.0.weight"))
+        == """\
+muon: 6 tensors, 4,096 parameters
+  body.head.*.lm_head.in_proj_weight   2 x [48, 16]  hidden matrix
+  body.head.*.lm_head.out_proj.weight  2 x [16, 16]  hidden matrix
+  body.head.*.wte.*.weight             2 x [16, 64]  hidden matrix
+adam: 21 tensors, 3,648 parameters
+"""
+    )
+
+
+def test_groups_can_be_copied_and_pickled() -> None:
+    groups = split_parameters(mlp())
+    for other in (copy.deepcopy(groups), pickle.loads(pickle.dumps(groups))):
+        assert str(other) == str(groups)
+        assert [g["geometry"] for g in other] == ["muon", "adam"]
