@@ -16,8 +16,8 @@ from torch.nn.parameter import is_lazy
 HIDDEN = "hidden matrix"
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 RECURRENT_OR_ATTENTION = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-# Children whose names a wrapper puts into every name: of torch.compile and of activation checkpointing.
-WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
+# Children whose names wrappers add to every name: torch.compile, activation checkpointing, FullyShardedDataParallel.
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
