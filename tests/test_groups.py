@@ -97,6 +97,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     ),
     "blocks alone": (lambda: GPT().body["head"], {n.removeprefix("body.head.") for n in BLOCKS}),
     "timm's ViT": (Positions, {f"blocks.{i}.{name}" for i in range(2) for name in Block.MATRICES}),
+    "stage of a pipeline": (
+        lambda: nn.ModuleDict({"layers": nn.ModuleDict({"4": Block(8), "5": Block(8)})}),
+        {f"layers.{i}.{name}" for i in (4, 5) for name in Block.MATRICES},
+    ),
     "MLP": (mlp, {"0.weight", "2.weight"}),
     "nested MLP": (
         lambda: nn.Sequential(
@@ -324,7 +328,7 @@ def test_names_have_no_prefixes_of_wrappers() -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_sharded_models() -> None:
-    model = GPT(tied=False)
+    model = GPT()
     mesh = distributed.init_device_mesh("cpu", (1,))
     for part in (*model.body["head"], model):  # type: ignore[misc]
         fully_shard(part, mesh=mesh)
@@ -344,19 +348,35 @@ def test_flattened_models_are_refused(original: bool) -> None:
         distributed.destroy_process_group()
 
 
-def test_the_table() -> None:
-    model = GPT()
-    model.body["c_proj"].weight.requires_grad_(False)
-    assert (
-        str(split_parameters(model, adam="*wte.0.weight"))
-        == """\
+TABLE = """\
 muon: 6 tensors, 4,096 parameters
   body.head.*.lm_head.in_proj_weight   2 x [48, 16]  hidden matrix
   body.head.*.lm_head.out_proj.weight  2 x [16, 16]  hidden matrix
   body.head.*.wte.*.weight             2 x [16, 64]  hidden matrix
-adam: 21 tensors, 3,648 parameters
-"""
-    )
+adam: 21 tensors, 3,520 parameters
+  body.fc.weight                     1 x [64, 16]    embedding, tied to norm_bias.weight
+  body.head.*.embedding.weight       2 x [16]        vector of LayerNorm
+  body.head.*.embedding.bias         2 x [16]        vector of LayerNorm
+  body.head.*.lm_head.in_proj_bias   2 x [48]        vector of MultiheadAttention
+  body.head.*.lm_head.bias_k         2 x [1, 1, 16]  vector of MultiheadAttention
+  body.head.*.lm_head.bias_v         2 x [1, 1, 16]  vector of MultiheadAttention
+  body.head.*.lm_head.out_proj.bias  2 x [16]        vector of NonDynamicallyQuantizableLinear
+  body.head.*.wte.*.weight           2 x [64, 16]    override '*wte.0.weight'
+  body.head.*.wte.*.bias             2 x [64]        vector of Linear
+  body.head.*.wte.*.bias             2 x [16]        vector of Linear
+  body.last.weight                   1 x [16]        vector of LayerNorm
+  body.last.bias                     1 x [16]        vector of LayerNorm
+left out: 1 tensor, 128 parameters
+  body.c_proj.weight  1 x [8, 16]  frozen"""
+
+
+def test_the_table_shows_what_went_where_and_why() -> None:
+    model = GPT()
+    model.body["c_proj"].weight.requires_grad_(False)
+    groups = split_parameters(model, adam="*wte.0.weight")
+    assert str(groups) == TABLE
+    torch.optim.SGD(groups)  # which changes the groups
+    assert str(groups) == TABLE
 
 
 def test_groups_can_be_copied_and_pickled() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+Geometry = Literal["muon", "adam"]
+Layer = tuple[str, nn.Module, bool]  # the prefix of its parameters' names, the module, whether it is in the stack
 HIDDEN = "hidden matrix"
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 RECURRENT_OR_ATTENTION = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -26,7 +28,7 @@ class Placement:
 
     name: str
     shape: tuple[int, ...]
-    geometry: Literal["muon", "adam"] | None  # None: frozen, left out
+    geometry: Geometry | None  # None: frozen, left out
     reason: str
 
 
@@ -48,7 +50,8 @@ class ParameterGroups(list[dict[str, Any]]):
             if not placed:
                 continue
             numbers = sum(math.prod(q.shape) for q in placed)
-            lines.append(f"{geometry or 'left out'}: {len(placed)} tensors, {numbers:,} parameters")
+            tensors = "1 tensor" if len(placed) == 1 else f"{len(placed)} tensors"
+            lines.append(f"{geometry or 'left out'}: {tensors}, {numbers:,} parameters")
             # Layers that differ in their number only share a row.
             rows = Counter((re.sub(r"(?<![^.])\d+(?![^.])", "*", q.name), q.shape, q.reason) for q in placed)
             cells = [(name, f"{n} x {list(shape)}", reason) for (name, shape, reason), n in rows.items()]
@@ -71,7 +74,8 @@ def split_parameters(
     - Not hidden are output heads: what ``get_output_embeddings()`` of the transformers library gives; a layer tied to
       an embedding; a linear layer outside the stack of blocks whose weight has an embedding's shape; and the last
       linear layer or convolution outside the stack. The stack: modules with children in an ``nn.ModuleList``, or in an
-      ``nn.Sequential`` with others of their class and shapes. A model that is nothing but a stack has no head.
+      ``nn.Sequential`` or ``nn.ModuleDict`` with others of their class and shapes. A model that is only a stack has no
+      head.
     - Not hidden is the first convolution, which takes data, unless it takes an embedding's channels. A linear layer
       that takes data counts as hidden.
     - All others are Adam's: embeddings, vectors (matrices with one row or one column too), and the parameters of
@@ -106,7 +110,7 @@ def split_parameters(
     heads = {id(p) for head in _heads(layers) for p in head.parameters() if p.ndim > 1}
     first = _input_layer(layers)
 
-    asked = {"adam": _patterns(adam), "muon": _patterns(muon)}
+    asked = {g: [q] if isinstance(q, str) else list(q) for g, q in (("adam", adam), ("muon", muon))}
     for geometry, patterns in asked.items():
         for pattern in patterns:
             if not any(_match(names, [pattern]) for names in owners.values()):
@@ -130,12 +134,7 @@ def split_parameters(
     return ParameterGroups(groups, placements)
 
 
-Layers = list[tuple[str, nn.Module, bool]]  # the prefix of its parameters' names, a module, whether it is in the stack
-
-
-def _layers(
-    module: nn.Module, prefix: str, stacked: bool, seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module, bool]]:
+def _layers(module: nn.Module, prefix: str, stacked: bool, seen: set[nn.Module]) -> Iterator[Layer]:
     """All modules once, in the order of ``named_modules``, without the names of wrappers."""
     if module in seen:
         return
@@ -150,11 +149,12 @@ def _layers(
 
 def _blocks(parent: nn.Module) -> set[nn.Module]:
     """The children that are blocks of a stack."""
-    if not isinstance(parent, nn.ModuleList | nn.Sequential):
+    if not isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return set()
-    build = {c: (type(c), *(p.shape for p in c.parameters())) for c in parent if next(c.children(), None) is not None}
+    composed = [child for child in parent.children() if next(child.children(), None) is not None]
+    build = {child: (type(child), *(p.shape for p in child.parameters())) for child in composed}
     same = Counter(build.values())
-    return {c for c in build if isinstance(parent, nn.ModuleList) or same[build[c]] > 1}
+    return {child for child in composed if isinstance(parent, nn.ModuleList) or same[build[child]] > 1}
 
 
 def _check_whole(path: str, name: str, module: nn.Module, p: nn.Parameter) -> None:
@@ -169,16 +169,17 @@ def _check_whole(path: str, name: str, module: nn.Module, p: nn.Parameter) -> No
         )
 
 
-def _heads(layers: Layers) -> list[nn.Module]:
-    heads: list[Any] = [m.get_output_embeddings() for _, m, _ in layers if hasattr(m, "get_output_embeddings")]  # type: ignore[operator]
+def _heads(layers: list[Layer]) -> list[nn.Module]:
+    of_transformers: list[Any] = [m for _, m, _ in layers if hasattr(m, "get_output_embeddings")]
+    heads = [m.get_output_embeddings() for m in of_transformers]
     embeddings = [m._parameters.get("weight") for _, m, _ in layers if isinstance(m, EMBEDDINGS)]
     shapes = {p.shape for p in embeddings if p is not None}
     outside = [m for _, m, stacked in layers if not stacked and (_is_linear(m) or isinstance(m, _ConvNd))]
     heads += [m for m in outside if _is_linear(m) and getattr(m._parameters.get("weight"), "shape", None) in shapes]
-    return [head for head in heads + outside[-1:] if head is not None]
+    return [head for head in heads + outside[-1:] if isinstance(head, nn.Module)]
 
 
-def _input_layer(layers: Layers) -> nn.Module | None:
+def _input_layer(layers: list[Layer]) -> nn.Module | None:
     convolution = next((m for _, m, _ in layers if isinstance(m, _ConvNd) and m.groups == 1), None)
     embedded = {m.embedding_dim for _, m, _ in layers if isinstance(m, EMBEDDINGS)}
     return None if convolution is None or convolution.in_channels in embedded else convolution
@@ -193,10 +194,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _decide(
     p: nn.Parameter, names: dict[str, nn.Module], heads: set[int], first: nn.Module | None
-) -> tuple[Literal["muon", "adam"], str]:
-    reasons = ["output head"] if id(p) in heads else []
-    reasons = [_reason(module, p, first) for module in names.values()] + reasons
-    reason = next((r for r in reasons if r != HIDDEN), HIDDEN)
+) -> tuple[Geometry, str]:
+    reasons = [_reason(module, p, first) for module in names.values()]
+    reason = next((r for r in reasons if r != HIDDEN), "output head" if id(p) in heads else HIDDEN)
     tied = ", tied to " + ", ".join(list(names)[1:]) if len(names) > 1 else ""
     return "muon" if reason == HIDDEN else "adam", reason + tied
 
@@ -217,9 +217,7 @@ def _reason(module: nn.Module, p: Tensor, first: nn.Module | None) -> str:
     return f"parameter of {kind}"
 
 
-def _override(
-    p: nn.Parameter, names: Iterable[str], asked: dict[str, list[str]]
-) -> tuple[Literal["muon", "adam"], str] | None:
+def _override(p: nn.Parameter, names: Iterable[str], asked: dict[str, list[str]]) -> tuple[Geometry, str] | None:
     name = next(iter(names))
     adam, muon = (_match(names, asked[geometry]) for geometry in ("adam", "muon"))
     if adam and muon:
@@ -230,10 +228,6 @@ def _override(
     if muon:
         return "muon", f"override {muon!r}"
     return ("adam", f"override {adam!r}") if adam else None
-
-
-def _patterns(given: str | Iterable[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
 
 
 def _match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
