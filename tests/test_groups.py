@@ -285,7 +285,7 @@ def test_bad_patterns_are_named(arguments: dict[str, Any], message: str) -> None
 
 def test_models_that_cannot_be_split() -> None:
     with pytest.raises(TypeError, match="got generator"):
-        split_parameters(mlp().parameters())  # type: ignore[arg-type]
+        split_parameters(mlp().parameters())
     for empty in (nn.Tanh(), mlp().requires_grad_(False)):
         with pytest.raises(ValueError, match="no trainable parameters"):
             split_parameters(empty)
@@ -317,8 +317,8 @@ def process_group() -> Iterator[None]:
 def test_names_have_no_prefixes_of_wrappers() -> None:
     plain = names(split_parameters(GPT()), "muon")
     compiled = GPT()
-    compiled.body["head"][1] = torch.compile(compiled.body["head"][1], backend="eager")  # type: ignore[assignment]
-    parallel = nn.parallel.DistributedDataParallel(torch.compile(compiled, backend="eager"))  # type: ignore[arg-type]
+    compiled.body["head"][1] = torch.compile(compiled.body["head"][1], backend="eager")
+    parallel = nn.parallel.DistributedDataParallel(torch.compile(compiled, backend="eager"))
     groups = split_parameters(parallel)
     assert names(groups, "muon") == plain
     assert names(split_parameters(nn.DataParallel(GPT())), "muon") == plain
@@ -330,7 +330,7 @@ def test_names_have_no_prefixes_of_wrappers() -> None:
 def test_sharded_models() -> None:
     model = GPT()
     mesh = distributed.init_device_mesh("cpu", (1,))
-    for part in (*model.body["head"], model):  # type: ignore[misc]
+    for part in (*model.body["head"], model):
         fully_shard(part, mesh=mesh)
     groups = split_parameters(model)
     assert names(groups, "muon") == BLOCKS
