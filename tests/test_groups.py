@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ademamix import split_parameters
+from ademamix import ADana, split_parameters
 from ademamix.groups import ParameterGroups
 
 TOKENS = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0}
@@ -224,6 +224,21 @@ def test_an_optimizer_takes_the_groups_with_their_names() -> None:
             ["0.bias", "2.bias", "4.weight", "4.bias"],
         ]
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_one_optimizer_steps_in_both_geometries() -> None:
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = ADana(split_parameters(model), lr=1e-2, weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.eye(*p.shape) if p.ndim == 2 else torch.ones_like(p)
+    optimizer.step()
+    for (name, p), old in zip(model.named_parameters(), before, strict=True):
+        hidden = name in {"0.weight", "2.weight"}
+        assert ("exp_avg_sq" in optimizer.state[p]) is not hidden
+        if hidden:  # of equal singular values s: the iteration maps them to within [0.68, 1.14]
+            sizes = torch.linalg.svdvals(old - p.detach()) / (1e-2 * 0.2 * max(p.shape) ** 0.5)
+            assert 0.67 < sizes.min() <= sizes.max() < 1.15
 
 
 def test_frozen_parameters_are_left_out_but_still_tell_what_others_are() -> None:
