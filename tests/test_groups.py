@@ -77,6 +77,7 @@ class OwnLinear(nn.Module):
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.in_features, self.out_features = 8, 16  # declared by some: still no single matrix
         self.up = nn.Parameter(torch.zeros(4, 16, 8))
         self.router = nn.Linear(8, 4)
 
@@ -100,6 +101,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "stage of a pipeline": (
         lambda: nn.ModuleDict({"layers": nn.ModuleDict({"4": Block(8), "5": Block(8)})}),
         {f"layers.{i}.{name}" for i in (4, 5) for name in Block.MATRICES},
+    ),
+    "two heads": (
+        lambda: nn.ModuleDict({"body": GPT(tied=False), "value": nn.Linear(16, 4)}),
+        {f"body.{name}" for name in BLOCKS},
     ),
     "MLP": (mlp, {"0.weight", "2.weight"}),
     "nested MLP": (
@@ -208,6 +213,11 @@ def test_other_models_of_transformers() -> None:
         )
         backbone = transformers.LlamaModel(transformers.LlamaConfig(**TOKENS, **LAYERS))
         masked = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=97, **LAYERS))
+        music = transformers.MusicgenForCausalLM(
+            transformers.MusicgenDecoderConfig(**TOKENS, **LAYERS, num_codebooks=4)
+        )
+    heads = {name for name, reason in reasons(split_parameters(music)).items() if reason == "output head"}
+    assert heads == {f"lm_heads.{i}.weight" for i in range(4)}
     assert names(split_parameters(vit), "muon") == hidden_by_hand(vit, "layer")
     assert {"input layer", "output head"} <= set(reasons(split_parameters(vit)).values())
     assert names(split_parameters(mixtral), "muon") == hidden_by_hand(mixtral, "self_attn")
