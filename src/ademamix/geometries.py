@@ -120,7 +120,7 @@ def scale(adjust_lr_fn: str, rows: int, columns: int) -> float:
     """How large an update of orthogonal directions is: "original" (Keller Jordan's Muon) or "match_rms_adamw", whose
     elements have AdamW's typical root mean square of 0.2 (Liu et al., arXiv 2502.16982)."""
     if adjust_lr_fn == "original":
-        return math.sqrt(max(1.0, rows / columns))
+        return math.sqrt(max(1.0, rows / max(1, columns)))
     return 0.2 * math.sqrt(max(rows, columns))
 
 

@@ -93,7 +93,7 @@ class Kind(ABC):
             raise ValueError(f"adjust_lr_fn must be one of {SCALINGS}, got {group['adjust_lr_fn']!r}")
         check_number("ns_steps", group["ns_steps"], "an integer from 1 to 99", lambda x: x in range(1, 100))
         given = group["ns_coefficients"]
-        if given != "polar_express":
+        if not (isinstance(given, str) and given == "polar_express"):
             allowed = f"'polar_express' or three numbers such as {geometries.NEWTON_SCHULZ}"
             if not isinstance(given, tuple | list) or len(given) != 3:
                 raise ValueError(f"ns_coefficients must be {allowed}, got {given!r}")

@@ -17,7 +17,7 @@ from ademamix.backends import Batch, Rule, sent_to
 from ademamix.engine.coefficients import CountedByNobody, CountedOnDevice, CountedOnHost, Source
 from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.memory import check_memory
-from ademamix.engine.muon import Iteration, Orthogonal, Workspace, matrix
+from ademamix.engine.muon import Iteration, Orthogonal, Workspace, check_matrices, matrix
 from ademamix.engine.offload import CHUNK, Trip
 from ademamix.engine.sharding import is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
@@ -81,6 +81,8 @@ class Launches:
     def __init__(self, program: Program, inputs: Inputs, saved: Sequence[Mapping[str, Any] | None]) -> None:
         for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):
             check_tensors(program, i, p, g)
+            if inputs.settings[i].iteration is not None:
+                check_matrices(program.name, [p], [f"in group {i}"])
         # Steps that live on an accelerator stay there: reading them would wait for it.
         there = any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
         self.on_device = inputs.counted_there or there
@@ -172,7 +174,8 @@ class Launches:
 def _columns(rule: Rule, names: Sequence[str], device: torch.device) -> Tensor | None:
     """Where in a table of all coefficients those of the rule are; None where they are all of it."""
     own = backends.coefficient_names(rule)
-    return None if own == names else torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=device)
+    whole = own == names and rule is not DECOUPLED  # which gets a factor of its own
+    return None if whole else torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=device)
 
 
 def _columns_of(table: Tensor, rule: Rule, columns: Tensor | None) -> Tensor:

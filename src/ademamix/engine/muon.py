@@ -1,5 +1,6 @@
 """A step in Muon's geometry as one launch: the memory's fused pass, the orthogonalization, the step's fused pass."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from ademamix.engine.kinds import DECOUPLED, Kind
 from ademamix.engine.targets import number_format
 
 SMALL = 256  # rows or columns below which threads gain nothing from sharing a product
-TINY = 2.0**-126  # float32's smallest normal number
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Iteration:
             return None
         given = group["ns_coefficients"]
         steps = geometries.polynomials(given if isinstance(given, str) else tuple(given), int(group["ns_steps"]))
-        return cls(steps, group["adjust_lr_fn"] or kind.scaling, max(float(group["eps"]), TINY))
+        return cls(steps, group["adjust_lr_fn"] or kind.scaling, float(group["eps"]))
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -146,11 +146,14 @@ def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
     def norm(x: Tensor) -> Tensor:
         exact = torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
         squares = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=exact)
-        return squares.clamp(min=iteration.least).to(x.dtype)  # type: ignore[no-any-return]
+        # Squares below the smallest number count for nothing: of a norm 2^15 times its root they are a small part.
+        least = max(iteration.least, torch.finfo(x.dtype).tiny, 2.0**15 * math.sqrt(torch.finfo(exact).tiny))
+        return squares.clamp(min=least).to(x.dtype)  # type: ignore[no-any-return]
 
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # there is none of "meta"
+    with torch.autocast(kind, enabled=False):
         if x.device.type != "cpu" or backends.is_fake(x):
-            return act(x)
+            return act(x).contiguous()
         if min(x.shape[1:]) >= SMALL:
             return torch.stack(list(map(act, x)))
         return _in_turn(act, x)
@@ -162,12 +165,13 @@ def _multiply(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Ten
 
 def _in_turn(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``act`` of parts of x, each on one thread."""
-    threads = min(len(x), torch.get_num_threads())
+    number = torch.get_num_threads()
+    threads = min(len(x), number)
     parts = x.tensor_split(threads)
     made: dict[int, Tensor] = {}
 
     def one(i: int) -> None:
-        with _one_thread():
+        with _one_thread(number):
             made[i] = act(parts[i])
 
     for_each(range(threads), one, threads)
@@ -175,11 +179,14 @@ def _in_turn(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch, and the library behind it, use no other thread for what this one asks them to do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, but for threads that first ask for the number meanwhile
+def _one_thread(number: int) -> Iterator[None]:
+    """torch, and the library behind it, use no other thread for what this one asks them to do.
+
+    ``number`` of threads are used from then on. It is for this thread, but one that first asks for it gets what some
+    thread was last given, 1 perhaps.
+    """
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(number)

@@ -114,6 +114,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             cls.__init__ = _disable_dynamo(cls.__init__)  # type: ignore[method-assign]
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        if group["geometry"] != "adam":  # it may have been set since
+            self.check_geometry(group)
         rule, *_ = self.rules_of(group)
         iteration = Iteration.of(type(self), group)
         return GroupSettings(rule, iteration, self.formats(group), group["stochastic_rounding"], group["seed"])
