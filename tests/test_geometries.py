@@ -150,7 +150,7 @@ def test_empty_matrices(shape: Any, scaling: str) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (50, 50), (200, 10)], ids=str)
 def test_the_scale_of_an_update(shape: Any) -> None:
-    """An orthogonal matrix of rank k = min(rows, columns) has the norm sqrt(k), spread over rows times columns elements.
+    """An orthogonal matrix of rank k = min(rows, columns) has the norm sqrt(k), spread over all its elements.
 
     "match_rms_adamw" makes the root mean square 0.2. Keller Jordan's "original" gives the update of a wide matrix the
     spectral norm 1, and that of a tall one sqrt(rows / columns).

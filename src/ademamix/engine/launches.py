@@ -171,17 +171,23 @@ class Launches:
         self.steps.taken()
 
 
-def _columns(rule: Rule, names: Sequence[str], device: torch.device) -> Tensor | None:
-    """Where in a table of all coefficients those of the rule are; None where they are all of it."""
+Columns = dict[torch.device, Tensor]
+
+
+def _columns(rule: Rule, names: Sequence[str], device: torch.device) -> Columns | None:
+    """Where in a table of all coefficients those of the rule are, on each device that the table may be on; None where
+    they are all of it."""
     own = backends.coefficient_names(rule)
-    whole = own == names and rule is not DECOUPLED  # which gets a factor of its own
-    return None if whole else torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=device)
+    if own == names and rule is not DECOUPLED:  # which gets a factor of its own
+        return None
+    columns = torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=CPU)
+    return {CPU: columns, device: columns.to(device)}
 
 
-def _columns_of(table: Tensor, rule: Rule, columns: Tensor | None) -> Tensor:
+def _columns_of(table: Tensor, rule: Rule, columns: Columns | None) -> Tensor:
     if columns is None:
         return table
-    own = table.index_select(1, columns)
+    own = table.index_select(1, columns[table.device])
     if rule is DECOUPLED:
         own[:, 0] = 1.0  # what it gets for a gradient has had its factor
     return own

@@ -62,7 +62,7 @@ class Workspace:
         flat = self._flat.get((device, dtype))
         if flat is None or len(flat) < size:
             flat = self._flat[device, dtype] = torch.empty(size, dtype=dtype, device=device)
-        return flat[:size]
+        return flat.narrow(0, 0, size)  # fake tensors of a GPU that is not there cannot be sliced
 
 
 class Orthogonal:
@@ -153,7 +153,9 @@ def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
     kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # there is none of "meta"
     with torch.autocast(kind, enabled=False):
         if x.device.type != "cpu" or backends.is_fake(x):
-            return act(x).contiguous()
+            made = act(x)
+            # Without .contiguous(), which fake tensors of a GPU that is not there do not have.
+            return made if made.is_contiguous() else made.clone(memory_format=torch.contiguous_format)
         if min(x.shape[1:]) >= SMALL:
             return torch.stack(list(map(act, x)))
         return _in_turn(act, x)
