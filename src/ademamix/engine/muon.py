@@ -11,8 +11,8 @@ from torch import Tensor
 from ademamix import backends, geometries
 from ademamix.backends import Batch
 from ademamix.backends.pool import for_each
+from ademamix.engine.directions import Directions, Workspace
 from ademamix.engine.kinds import DECOUPLED, Kind
-from ademamix.engine.targets import number_format
 
 SMALL = 256  # rows or columns below which threads gain nothing from sharing a product
 TINY = 2.0**-126  # float32's smallest normal number
@@ -52,19 +52,6 @@ def check_matrices(name: str, params: Iterable[Any], which: Iterable[Any]) -> No
             )
 
 
-class Workspace:
-    """Memory for directions, which launches use in turn. Whoever needs most asks first."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        flat = self._flat.get((device, dtype))
-        if flat is None or len(flat) < size:
-            flat = self._flat[device, dtype] = torch.empty(size, dtype=dtype, device=device)
-        return flat[:size]
-
-
 class Orthogonal:
     """The update of parameters whose matrices have one shape.
 
@@ -90,27 +77,17 @@ class Orthogonal:
         iteration: Iteration,
         workspace: Workspace,
     ) -> None:
-        self.targets, self.members, self.slices, self.iteration = targets, members, slices, iteration
+        self.targets, self.iteration = targets, iteration
         self.shape = matrix(params[0].shape)
-        size, device = sum(t.numel() for t in targets), targets[0].device
         # As the iteration wants them: what it cannot see of them need not be written.
-        accelerated = device.type in ("cuda", "xpu")
+        accelerated = targets[0].device.type in ("cuda", "xpu")
         dtype = torch.float64 if batch.double else torch.bfloat16 if accelerated else torch.float32
-        flat = workspace.take(size, dtype, device)
-        of_each = torch.split(flat, [t.numel() for t in targets])
-        self.directions = [u.as_strided(t.shape, t.stride()) for u, t in zip(of_each, targets, strict=True)]
-        written = number_format(flat, stochastic=False)
-        directions = replace(batch, format=written, parameters=self._cut(self.directions))
-        self.memory = backends.launch(backend, directions)
+        self.directions = Directions(backend, batch, members, slices, targets, dtype, workspace)
         none: list[list[None]] = [[] for _ in members]
+        written = self.directions.format
         self.step = backends.launch(
             backend, replace(batch, rule=DECOUPLED, grad=written, formats=(), slots=none, scales=none)
         )
-
-    def _cut(self, each: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            each[m] if cut is None else each[m].view(-1)[cut] for m, cut in zip(self.members, self.slices, strict=True)
-        ]
 
     def __call__(
         self,
@@ -121,14 +98,14 @@ class Orthogonal:
         skip: Tensor | None,
     ) -> None:
         """As :class:`ademamix.backends.Launch`, with the coefficients of the memory, and those of the step."""
-        self.memory(grads, rows, remembered, skip)
-        given = torch.stack([u.reshape(self.shape) for u in self.directions])
+        self.directions.launch(grads, rows, remembered, skip)
+        given = torch.stack([u.reshape(self.shape) for u in self.directions.each])
         made = orthogonal(given, self.iteration)
         steps = [
             y.view(t.shape) if t.is_contiguous() else torch.empty_like(t, dtype=y.dtype).copy_(y.view(t.shape))
             for y, t in zip(made.unbind(), self.targets, strict=True)
         ]
-        self.step(self._cut(steps), rows, stepped, skip)
+        self.step(self.directions.cut(steps), rows, stepped, skip)
 
 
 def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
