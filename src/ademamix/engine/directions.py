@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,11 +39,14 @@ class Directions:
         workspace: where they are.
 
     Attributes:
+        align: each direction starts at a multiple of so many elements.
         flat: all directions, one after another.
         each: the direction of each parameter, of its shape and strides.
         format: theirs.
         launch: writes them.
     """
+
+    align: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class Directions:
         workspace: Workspace,
     ) -> None:
         self.members, self.slices = members, slices
-        sizes = [t.numel() for t in targets]
+        sizes = [-(-t.numel() // self.align) * self.align for t in targets]
         self.flat = workspace.take(sum(sizes), dtype, targets[0].device)
         of_each = torch.split(self.flat, sizes)
         self.each = [u.as_strided(t.shape, t.stride()) for u, t in zip(of_each, targets, strict=True)]
@@ -71,6 +75,8 @@ class Directions:
 
 class Filter(Directions):
     """Directions for another optimizer, which finds them in the gradients' place."""
+
+    align = 16  # as the Triton backend's widest accesses have it
 
     def __call__(self, grads: Sequence[Tensor], rows: Sequence[int], remembered: Tensor, skip: Tensor | None) -> None:
         """As :class:`ademamix.backends.Launch`."""
