@@ -99,20 +99,29 @@ class Orthogonal:
     ) -> None:
         """As :class:`ademamix.backends.Launch`, with the coefficients of the memory, and those of the step."""
         self.directions.launch(grads, rows, remembered, skip)
+        self.step(self.directions.cut(self._orthogonalized()), rows, stepped, skip)
+
+    def _orthogonalized(self) -> list[Tensor]:
+        """What becomes of the directions, as the targets lie in memory."""
+        if all(map(Tensor.is_contiguous, self.targets)):
+            given = self.directions.flat.view(-1, *self.shape)
+            made = orthogonal(given, self.iteration, out=given)
+            return [y.view(t.shape) for y, t in zip(made.unbind(), self.targets, strict=True)]
         given = torch.stack([u.reshape(self.shape) for u in self.directions.each])
-        made = orthogonal(given, self.iteration)
-        steps = [
-            y.view(t.shape) if t.is_contiguous() else torch.empty_like(t, dtype=y.dtype).copy_(y.view(t.shape))
-            for y, t in zip(made.unbind(), self.targets, strict=True)
-        ]
-        self.step(self.directions.cut(steps), rows, stepped, skip)
+        made = orthogonal(given, self.iteration, out=given)
+        return [u.copy_(y.view(u.shape)) for u, y in zip(self.directions.each, made.unbind(), strict=True)]
 
 
-def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
+def orthogonal(x: Tensor, iteration: Iteration, out: Tensor | None = None) -> Tensor:
     """All matrices [..., rows, columns], orthogonalized and scaled.
 
     On CPUs a matrix has the same bits whatever others there are: the library behind torch shares a small product
     among threads or not, as these leave it, so small matrices get one thread each and large ones all threads in turn.
+
+    Args:
+        x: [matrices, rows, columns].
+        iteration: what is done to them.
+        out: where to put the result on a CPU: x itself too, so that no second x is needed.
     """
     factor = geometries.scale(iteration.scaling, *x.shape[-2:])
 
@@ -128,27 +137,29 @@ def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu" or backends.is_fake(x):
             return act(x)
+        out = torch.empty_like(x) if out is None else out
         if min(x.shape[1:]) >= SMALL:
-            return torch.stack(list(map(act, x)))
-        return _in_turn(act, x)
+            for each, made in zip(x, out, strict=True):
+                made.copy_(act(each))
+        else:
+            _in_turn(act, x, out)
+        return out
 
 
 def _multiply(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=beta, alpha=alpha)
 
 
-def _in_turn(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _in_turn(act: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
     """``act`` of parts of x, each on one thread."""
     threads = min(len(x), torch.get_num_threads())
-    parts = x.tensor_split(threads)
-    made: dict[int, Tensor] = {}
+    parts, made = x.tensor_split(threads), out.tensor_split(threads)
 
     def one(i: int) -> None:
         with _one_thread():
-            made[i] = act(parts[i])
+            made[i].copy_(act(parts[i]))
 
     for_each(range(threads), one, threads)
-    return torch.cat([made[i] for i in range(threads)])
 
 
 @contextmanager
