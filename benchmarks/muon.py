@@ -1,6 +1,6 @@
 """One optimizer step in Muon's geometry: ours against torch.optim.Muon, and where the time of ours goes.
 
-    python benchmarks/muon.py [--device cuda] [--layers 2] [--rounds 5] [--out docs/results/muon-step-cpu.md]
+    python benchmarks/muon.py [--device cuda] [--layers 2] [--rounds 5] [--out FILE]
 
 Parameters are the hidden matrices of GPT-2 small (each layer has 2304x768, 768x768, 3072x768 and 768x3072): those of 2
 layers by default, since a step with all 12 takes about 10 s on 2 cores; all 12 on a GPU. They are float32 on a CPU and
@@ -8,7 +8,7 @@ bfloat16 on a GPU. torch's iteration is in bfloat16 everywhere, ours in bfloat16
 
 Programs take turns, one step each round. Reported are medians over the rounds; ratios are medians of the round-by-round
 ratios to torch.optim.Muon. The second table has the three parts of a step: the memory's fused pass, which writes the
-directions, their orthogonalization, and the fused pass of the step.
+directions, their orthogonalization, and the fused pass of the step. ``--tiny`` is a dry run with narrow layers.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,8 +28,7 @@ from step import Program, compiled, head, machine, milliseconds, timed
 from ademamix import ADana, AdEMAMix, Muon, RuleOptimizer
 from ademamix.engine import muon
 
-D = 768
-LAYER = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)]
+WIDTH = 768
 TORCHS = "torch.optim.Muon"
 PARTS = ("memory", "iteration", "step")
 
@@ -81,10 +81,11 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tables(layers: int, rounds: int, device: torch.device) -> Iterator[str]:
+def tables(layers: int, width: int, rounds: int, device: torch.device) -> Iterator[str]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    params = [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in LAYER * layers]
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    params = [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes * layers]
     for p in params:
         p.grad = torch.randn_like(p)
     elements = sum(p.numel() for p in params)
@@ -92,8 +93,11 @@ def tables(layers: int, rounds: int, device: torch.device) -> Iterator[str]:
     contenders = {name: Program(compiled(optimizer).step, 0) for name, optimizer in optimizers.items()}
     every = timed(contenders, rounds, device)
 
-    title = f"{layers} of GPT-2's 12 layers: {len(params)} matrices, {elements / 1e6:.1f}M parameters, {str(dtype)[6:]}"
-    yield from head(title, ["program", "ms per step, median", "min to max", "to torch's", "bytes of state per parameter"])
+    size = f"{len(params)} matrices, {elements / 1e6:.1f}M parameters, {str(dtype)[6:]}"
+    title = f"{layers} of GPT-2's 12 layers: {size}" if width == WIDTH else f"A dry run: {size}"
+    yield from head(
+        title, ["program", "ms per step, median", "min to max", "to torch's", "bytes of state per parameter"]
+    )
     for name, taken in every.items():
         cells = [*milliseconds(taken, device), f"{np.median(taken / every[TORCHS]):.2f}"]
         yield f"| {name} | {' | '.join(cells)} | {state_bytes(optimizers[name]) / elements:.2f} |"
@@ -120,15 +124,16 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     parser.add_argument("--layers", type=int, help="of GPT-2's 12 (default: 2 on a CPU, 12 on a GPU)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument("--tiny", action="store_true", help="a dry run with narrow layers")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
+    if not hasattr(torch.optim, "Muon"):
+        parser.error(f"torch.optim.Muon is measured against, which torch 2.9 brought, got torch {torch.__version__}")
     layers = options.layers or (2 if options.device.type == "cpu" else 12)
     where = "GPU" if options.device.type == "cuda" else "CPU"
+    top = (f"# One step in Muon's geometry on a {where}", "", *machine(options.device), "")
     lines = []
-    for line in (f"# One step in Muon's geometry on a {where}", "", *machine(options.device), ""):
-        lines.append(line)
-        print(line, flush=True)
-    for line in tables(layers, options.rounds, options.device):
+    for line in chain(top, tables(layers, 64 if options.tiny else WIDTH, options.rounds, options.device)):
         lines.append(line)
         print(line, flush=True)
     if options.out:

@@ -102,6 +102,7 @@ def test_adana_and_sgd_are_the_sequence_of_both(backend: str) -> None:
         torch.testing.assert_close(p, e, rtol=1e-13, atol=1e-13)  # tens of roundings of float64
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_s_memory_and_torch_s_muon_without_one_are_torch_s_muon() -> None:
     """In float64, where a direction's rounding does not decide about one of bfloat16 in torch's iteration."""
     ours, theirs = ([torch.randn(6, 10, dtype=torch.float64).requires_grad_()] for _ in range(2))

@@ -23,7 +23,7 @@ class Workspace:
         flat = self._flat.get((device, dtype))
         if flat is None or len(flat) < size:
             flat = self._flat[device, dtype] = torch.empty(size, dtype=dtype, device=device)
-        return flat[:size]
+        return flat.narrow(0, 0, size)  # fake tensors of a GPU that is not there cannot be sliced
 
 
 class Directions:

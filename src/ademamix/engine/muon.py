@@ -104,7 +104,7 @@ class Orthogonal:
     def _orthogonalized(self) -> list[Tensor]:
         """What becomes of the directions, as the targets lie in memory."""
         if all(map(Tensor.is_contiguous, self.targets)):
-            given = self.directions.flat.view(-1, *self.shape)
+            given = self.directions.flat.view(len(self.targets), *self.shape)
             made = orthogonal(given, self.iteration, out=given)
             return [y.view(t.shape) for y, t in zip(made.unbind(), self.targets, strict=True)]
         given = torch.stack([u.reshape(self.shape) for u in self.directions.each])
