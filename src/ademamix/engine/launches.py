@@ -19,7 +19,7 @@ from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.memory import check_memory
 from ademamix.engine.muon import Iteration, Orthogonal, Workspace, matrix
 from ademamix.engine.offload import CHUNK, Trip
-from ademamix.engine.sharding import is_sharded, local, rows_of
+from ademamix.engine.sharding import average_part, is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
 from ademamix.engine.targets import Targets, number_format, real
 from ademamix.formats import Format, keys
@@ -292,12 +292,13 @@ def _calls(
     states: Sequence[Mapping[str, Any]],
 ) -> list[Call]:
     workspace, calls = Workspace(), []
+    turns: dict[Any, int] = defaultdict(int)  # of a mesh: matrices that its processes have shared out
     batches = list(_batches(program, inputs, formats, targets, states))
 
     def size(members: Members) -> int:
-        return sum(inputs.params[m].numel() for m in set(members))
+        return sum(average_part(inputs.params[m]) for m in set(members))
 
-    # The largest first: the others' directions find room where its were.
+    # The largest first: the others' directions find room where its were. All processes have the same order.
     for batch, members, slices, iteration in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
         device = batch.parameters[0].device
         if iteration is None:
@@ -305,6 +306,7 @@ def _calls(
             calls.append(Call(launch, (batch.rule,), members, slices, device, frozenset((backends.name_of(launch),))))
             continue
         once = list(dict.fromkeys(members))
+        mesh = getattr(inputs.params[once[0]], "device_mesh", None)
         made = Orthogonal(
             program.backend,
             batch,
@@ -314,7 +316,9 @@ def _calls(
             [inputs.params[m] for m in once],
             iteration,
             workspace,
+            turns[mesh],
         )
+        turns[mesh] += len(once)
         used = frozenset(map(backends.name_of, (made.memory, made.step)))
         calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
     return calls
@@ -329,7 +333,8 @@ def _batches(
 ) -> Iterator[tuple[Batch, Members, Slices, Iteration | None]]:
     """Parameters that one launch can update: of one device, with the same formats, and with offloading of one chunk.
 
-    In Muon's geometry, matrices of one shape, and not more of them than one chunk has room for.
+    In Muon's geometry, matrices of one shape, and not more of them than one chunk has room for. Of DTensors, all
+    processes make the same batches, whatever parts and other parameters each of them has.
     """
     settings = inputs.settings
     every = chain.from_iterable(group["params"] for group in program.source.groups)
@@ -342,14 +347,13 @@ def _batches(
         own = number_format(target, stochastic=settings[i].stochastic_rounding)
         rule, iteration = settings[i].rule, settings[i].iteration
         kept = tuple(f.get(name) for name in backends.slot_names(rule))
-        chunk: Any = before // CHUNK if program.offload else 0
-        shape = None
+        chunk, shape = before // CHUNK if program.offload else 0, None
         kind = (target.device, backends.is_fake(target), rule, own, grad, kept)
         if iteration is not None:
             p: Any = inputs.params[m]
             shape = (iteration, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
-            chunk = (chunk, (of_shape[kind, shape] + p.numel()) // CHUNK)
-            of_shape[kind, shape] += p.numel()
+            of_shape[kind, shape] += average_part(p)
+            chunk = of_shape[kind, shape] // CHUNK
         alike[kind, shape, chunk].append(m)
         before += target.numel()
     for ((_, _, rule, own, grad, kept), shape, _), bucket in alike.items():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from ademamix import backends, geometries
 from ademamix.backends import Batch
 from ademamix.backends.pool import for_each
+from ademamix.engine.exchange import Exchange
 from ademamix.engine.kinds import DECOUPLED, Kind
+from ademamix.engine.sharding import is_sharded
 from ademamix.engine.targets import number_format
 
 SMALL = 256  # rows or columns below which threads gain nothing from sharing a product
@@ -77,6 +80,7 @@ class Orthogonal:
         params: the same, as the optimizer has them.
         iteration: what is done to the directions.
         workspace: where they are.
+        first: of the processes that have parts of DTensors, the one that orthogonalizes the first of them.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Orthogonal:
         params: Sequence[Tensor],
         iteration: Iteration,
         workspace: Workspace,
+        first: int,
     ) -> None:
         self.targets, self.members, self.slices, self.iteration = targets, members, slices, iteration
         self.shape = matrix(params[0].shape)
@@ -99,6 +104,7 @@ class Orthogonal:
         flat = workspace.take(size, dtype, device)
         of_each = torch.split(flat, [t.numel() for t in targets])
         self.directions = [u.as_strided(t.shape, t.stride()) for u, t in zip(of_each, targets, strict=True)]
+        self.exchange = Exchange(params, first, flat) if is_sharded(params[0]) else None
         written = number_format(flat, stochastic=False)
         directions = replace(batch, format=written, parameters=self._cut(self.directions))
         self.memory = backends.launch(backend, directions)
@@ -122,13 +128,19 @@ class Orthogonal:
     ) -> None:
         """As :class:`ademamix.backends.Launch`, with the coefficients of the memory, and those of the step."""
         self.memory(grads, rows, remembered, skip)
+        self.step(self._cut(self._orthogonalized()), rows, stepped, skip)
+
+    def _orthogonalized(self) -> list[Tensor]:
+        """What becomes of the directions, as the targets lie in memory."""
+        if self.exchange is not None:
+            self.exchange(partial(orthogonal, iteration=self.iteration))
+            return self.directions
         given = torch.stack([u.reshape(self.shape) for u in self.directions])
         made = orthogonal(given, self.iteration)
-        steps = [
+        return [
             y.view(t.shape) if t.is_contiguous() else torch.empty_like(t, dtype=y.dtype).copy_(y.view(t.shape))
             for y, t in zip(made.unbind(), self.targets, strict=True)
         ]
-        self.step(self._cut(steps), rows, stepped, skip)
 
 
 def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
