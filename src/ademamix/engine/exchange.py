@@ -43,8 +43,8 @@ class Exchange:
         if flat.device.type == "cpu" and len(self.ranks) > 1 and "cpu:" not in dist.get_backend_config(self.group):
             found = dist.get_backend_config(self.group)
             raise RuntimeError(
-                f"geometry='muon' with offload=True or parameters on the CPU sends CPU tensors between processes, and the "
-                f"backend {found!r} cannot; allowed: a process group that can, as of init_process_group('cpu:gloo,cuda:nccl')"
+                f"geometry='muon' sends between processes what lies on the CPU (parameters, or all with offload=True), "
+                f"got a process group of {found!r}; allowed: one for CPUs too, as init_process_group('cpu:gloo,cuda:nccl')"
             )
         cut = [not placement.is_replicate() for placement in placements]
 
@@ -118,7 +118,7 @@ def _like(views: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 
 def _boxes(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[Any]) -> list[Box]:
     """Where each part of a tensor lies in it, in the order of the mesh. ``sizes`` are the mesh's."""
-    parts = [[torch.arange(n, device="cpu") for n in shape]]
+    parts = [[torch.arange(n, device="cpu").view([1] * d + [n]) for d, n in enumerate(shape)]]
     for size, placement in zip(sizes, placements, strict=True):
         if not placement.is_replicate():
             d = placement.dim
@@ -129,11 +129,9 @@ def _boxes(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[Any]
 
 
 def _slice(index: Tensor) -> slice:
-    if len(index) == 0:
+    numbers = index.flatten().tolist()
+    if not numbers:
         return slice(0, 0)
-    begin, end = int(index[0]), int(index[-1]) + 1
-    if end - begin != len(index):
-        raise RuntimeError(
-            f"geometry='muon' takes parts without gaps, got one with elements {index.tolist()} of a dimension"
-        )
-    return slice(begin, end)
+    if numbers[-1] - numbers[0] >= len(numbers):
+        raise RuntimeError(f"geometry='muon' takes parts without gaps, got one with numbers {numbers} of a dimension")
+    return slice(numbers[0], numbers[-1] + 1)

@@ -1,7 +1,7 @@
 """Parameters of which each process has a part (DTensors), and what is computed over all gradients at once.
 
-A step works on the local parts, and communicates in Muon's geometry alone (exchange.py). What DTensors are is torch's to
-say: here is what the optimizer needs of it.
+A step works on the local parts, and communicates in Muon's geometry alone (exchange.py). What DTensors are is torch's
+to say: here is what the optimizer needs of it.
 """
 
 import math
