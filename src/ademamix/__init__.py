@@ -1,6 +1,7 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
 from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.groups import split_parameters
 from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.custom import optimizer_from
 from ademamix.optimizers.muon import Muon
@@ -17,5 +18,6 @@ __all__ = [
     "RuleOptimizer",
     "SimplifiedAdEMAMix",
     "optimizer_from",
+    "split_parameters",
     "suggest",
 ]
