@@ -5,18 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import sharding_processes as common
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
-
-import sharding_processes as common
-from ademamix import ADana, AdEMAMix, Muon
-from ademamix.engine import muon
 from sharding_processes import (
     FOLDER,
     RANK,
@@ -31,6 +23,15 @@ from sharding_processes import (
     trained,
     unchanged,
 )
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from ademamix import ADana, AdEMAMix, Muon
+from ademamix.engine import launches, muon
 
 common.CHECKS.clear()  # the other file's
 
@@ -88,6 +89,15 @@ def orthogonal(make: Any) -> Any:
     return lambda params, **options: make(params, geometry="muon", **options)
 
 
+def compile_once(make: Any, dtype: torch.dtype, **options: Any) -> None:
+    """Process 0 compiles, and the others find its kernels in the cache."""
+    if RANK > 0:
+        dist.barrier()
+    trained(ALONG_ONE[:2], dtype, None, make, **options)
+    if RANK == 0:
+        dist.barrier()
+
+
 def assert_one_process_has_the_same(cases: Any, meshes: Sequence[DeviceMesh], make: Any, dtype: Any, **o: Any) -> None:
     whole, reference = trained(cases, dtype, None, make, **o)
     params, optimizer = trained(cases, dtype, meshes, make, **o)
@@ -109,15 +119,15 @@ def any_sharding_gives_the_bits_of_one_process() -> None:
         (ALONG_TWO, [two]),
         (ALONG_EACH, [two["dp"], two["tp"]]),
     ]
-    for n, (make, dtype, state) in enumerate(KINDS):
+    for make, dtype, state in KINDS:
+        options = {"state": state, "seed": 5}
+        compile_once(orthogonal(make), dtype, **options)
         for cases, meshes in every:
-            if meshes[0].get_coordinate() is None:  # others go on without this process
+            if meshes[0].get_coordinate() is None:  # the others need nothing of this process
                 continue
             cut = [] if state == "compact" or meshes[0].ndim == 2 else CUT_BLOCKS
-            backend = "eager" if n == 0 else "cpu"
-            options = {"state": state, "seed": 5, "backend": backend}
             assert_one_process_has_the_same(cases + cut, meshes, orthogonal(make), dtype, **options)
-        dist.barrier()
+    assert_one_process_has_the_same(ALONG_TWO, [two], orthogonal(ADana), torch.bfloat16, backend="eager")
 
 
 @check
@@ -126,18 +136,16 @@ def groups_of_both_geometries_in_one_optimizer() -> None:
         groups = [{"params": params[::2], "geometry": "muon"}, {"params": params[1::2]}]
         return AdEMAMix(groups, **options)
 
-    mesh = some(0, 1, 2, 3)
-    for dtype, state in ((torch.float32, "float32"), (torch.bfloat16, "compact")):
-        assert_one_process_has_the_same(ALONG_ONE, [mesh], both, dtype, state=state)
+    compile_once(both, torch.bfloat16, state="compact")
+    assert_one_process_has_the_same(ALONG_ONE, [some(0, 1, 2, 3)], both, torch.bfloat16, state="compact")
 
 
 @check
 def state_in_host_memory() -> None:
     mesh, two = some(0, 1, 2, 3), square()
-    for dtype in (torch.float32, torch.bfloat16):
-        options = {"state": "compact", "offload": True}
-        assert_one_process_has_the_same(ALONG_ONE, [mesh], orthogonal(AdEMAMix), dtype, **options)
-        assert_one_process_has_the_same(ALONG_TWO, [two], orthogonal(ADana), dtype, **options)
+    for dtype, meshes, cases in ((torch.float32, [mesh], ALONG_ONE), (torch.bfloat16, [two], ALONG_TWO)):
+        compile_once(orthogonal(Muon), dtype, state="compact", offload=True)
+        assert_one_process_has_the_same(cases, meshes, orthogonal(Muon), dtype, state="compact", offload=True)
 
 
 def counted(cases: Any, meshes: Sequence[DeviceMesh], **options: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -255,6 +263,42 @@ def checkpoints_saved_on_n_processes_go_on_exactly_on_m() -> None:
                     assert_equal(p.detach(), q.detach(), state, n, m)
                     for name, value in optimizer.state[p].items():
                         assert_equal(value, of_reference.state[q][name], state, n, m, name)
+
+
+@check
+def processes_may_have_other_parameters_too() -> None:
+    """As experts of their own: who shares out a matrix decides by what all of its processes have."""
+    one = some(0, 1, 2, 3)
+    shapes = [(40, 24), (24, 40), (7, 30), (40, 24), (24, 40)]
+    whole = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    params = [nn.Parameter(part(p.detach(), one, ROWS)) for p in whole]
+    for offload in (False, True):
+        own = [nn.Parameter(torch.ones(30 + RANK, 50 * RANK + 5)) for _ in range(RANK)]
+        optimizers = Muon(whole), Muon([*own, *params], offload=offload)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launches, "CHUNK", 1000)  # elements, which some processes' own parameters fill
+            for i, (p, q) in enumerate(zip(whole, params, strict=True)):
+                p.grad = common.gradient(i, 0, p.shape, torch.float32)
+                q.grad = part(p.grad, one, ROWS)
+            for p in own:
+                p.grad = torch.ones_like(p)
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q in zip(whole, params, strict=True):
+            assert_equal(q.detach(), p.detach())
+
+
+@check
+def pretended_tensors_are_sent_nowhere() -> None:
+    mesh = some(0, 1, 2, 3)
+    with FakeTensorMode():
+        local = torch.ones(4, 6)
+        params = [nn.Parameter(DTensor.from_local(local, mesh, ROWS, shape=(16, 6), stride=(6, 1))) for _ in range(3)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = Muon(params)
+        optimizer.step()
+        assert optimizer.state[params[0]]["momentum_buffer"].to_local().shape == local.shape
 
 
 @check

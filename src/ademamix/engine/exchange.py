@@ -1,7 +1,7 @@
 """Matrices of which each process has a part (DTensors): each is sent to one process, its owner, and back in parts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, product
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ademamix import backends
 from ademamix.engine.sharding import local
 
+Part = tuple[int, ...]  # coordinates of a process along the mesh's dimensions that cut parameters
 Box = tuple[slice, ...]  # where a part lies in a parameter: a slice of each dimension
 
 
@@ -31,52 +33,46 @@ class Exchange:
     """
 
     def __init__(self, params: Sequence[Any], first: int, flat: Tensor) -> None:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
         mesh, placements = params[0].device_mesh, params[0].placements
-        self.flat, self.group = flat, None  # of all processes, unless the mesh has one group
-        self.ranks: list[int] = mesh.mesh.flatten().tolist()
-        here = mesh.get_coordinate()
-        if here is None:  # this process has no part
-            self.ranks, self.shapes = [], []
+        places = list(product(*map(range, mesh.shape)))
+        self.flat, self.here = flat, mesh.get_coordinate()
+        if self.here is None:  # this process has no part
             return
-        if mesh.ndim == 1:
-            self.group = mesh.get_group()
-        if flat.device.type == "cpu" and len(self.ranks) > 1 and "cpu:" not in dist.get_backend_config(self.group):
+        self.group = mesh.get_group() if mesh.ndim == 1 else None  # of all processes
+        self.me, n = places.index(tuple(self.here)), len(places)
+        if flat.device.type == "cpu" and n > 1 and "cpu:" not in dist.get_backend_config(self.group):
             found = dist.get_backend_config(self.group)
             raise RuntimeError(
-                f"geometry='muon' sends between processes what lies on the CPU (parameters, or all with offload=True), "
-                f"got a process group of {found!r}; allowed: one for CPUs too, as init_process_group('cpu:gloo,cuda:nccl')"
+                f"geometry='muon' sends tensors between processes, here CPU tensors (as with offload=True), "
+                f"got a process group of {found!r}; allowed: one for CPUs too, as of 'cpu:gloo,cuda:nccl'"
             )
-        cut = [not placement.is_replicate() for placement in placements]
+        cuts = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
+        copies = [d for d in range(mesh.ndim) if d not in cuts]
+        self.part = [tuple(place[d] for d in cuts) for place in places]
+        # Those that have all parts together with this process: it exchanges directions with no other replica.
+        self.replica = [q for q, place in enumerate(places) if all(place[d] == self.here[d] for d in copies)]
 
-        def along(place: Sequence[int], which: bool) -> tuple[int, ...]:
-            return tuple(at for at, c in zip(place, cut, strict=True) if c == which)
-
-        places = list(product(*map(range, mesh.shape)))
-        self.me = places.index(tuple(here))
-        self.part = [along(place, True) for place in places]  # processes of one part have the same elements
-        mine = along(here, False)
-        self.replica = [q for q, place in enumerate(places) if along(place, False) == mine]  # they have all, each once
-
-        each, more = divmod(len(params), len(places))
-        ends = [0, *accumulate(each + (i < more) for i in range(len(places)))]
-        spans = [slice(*ends[turn : turn + 2]) for q in range(len(places)) for turn in [(q - first) % len(places)]]
+        each, more = divmod(len(params), n)
+        ends = [0, *accumulate(each + (i < more) for i in range(n))]
+        spans = [slice(ends[i], ends[i + 1]) for i in ((q - first) % n for q in range(n))]  # of the owners
         begins = [0, *accumulate(local(p).numel() for p in params)]
-        self.pieces = [flat[begins[span.start] : begins[span.stop]] for span in spans]  # my parts of each owner's
+        self.pieces = [flat[begins[span.start] : begins[span.stop]] for span in spans]
         self.shapes = [p.shape for p in params[spans[self.me]]]
         self.matrix = params[0].shape[0], params[0].shape[1:].numel()
-        boxes = {shape: _boxes(shape, mesh.shape, placements) for shape in set(self.shapes)}
-        parts = product(*(range(n) for n, c in zip(mesh.shape, cut, strict=True) if c))
+        with unset_fake_temporarily():  # these numbers are none of a model's
+            self.ranks: list[int] = mesh.mesh.flatten().tolist()
+            boxes = {shape: _boxes(shape, mesh.shape, placements) for shape in set(self.shapes)}
+        parts = sorted(set(self.part))
         self.boxes = {part: [boxes[shape][i] for shape in self.shapes] for i, part in enumerate(parts)}
-        self.sizes = {
-            part: sum(math.prod(s.stop - s.start for s in box) for box in of_each)
-            for part, of_each in self.boxes.items()
-        }
+        self.sizes = {part: sum(map(_size, own)) for part, own in self.boxes.items()}
 
     def __call__(self, act: Callable[[Tensor], Tensor]) -> None:
         """Replace all matrices by what their owners' ``act`` makes of [matrices, rows, columns]."""
-        if not self.ranks:
+        if self.here is None:
             return
-        # A part of the owner's matrices is its own, and where it should be.
+        # This process's part of the matrices that it owns is where it should be.
         buffers = {
             part: self.pieces[self.me] if part == self.part[self.me] else self.flat.new_empty(size)
             for part, size in self.sizes.items()
@@ -94,17 +90,17 @@ class Exchange:
                 torch._foreach_copy_(_like(views, buffer), views)
         self._send(dict(enumerate(own)), dict(enumerate(self.pieces)))
 
-    def _views(self, matrices: Tensor, part: tuple[int, ...]) -> list[Tensor]:
-        """The part of each of the owner's matrices."""
+    def _views(self, matrices: Tensor, part: Part) -> list[Tensor]:
+        """A part of each of the matrices that this process owns."""
         return [m.view(shape)[box] for m, shape, box in zip(matrices, self.shapes, self.boxes[part], strict=True)]
 
-    def _send(self, there: dict[int, Tensor], back: dict[int, Tensor]) -> None:
-        """Send to other processes and receive from others, all at once."""
+    def _send(self, there: Mapping[int, Tensor], back: Mapping[int, Tensor]) -> None:
+        """Send to the other processes and receive from them, all at once."""
         messages = [
             dist.P2POp(way, t, self.ranks[q], self.group)
             for way, tensors in ((dist.isend, there), (dist.irecv, back))
             for q, t in tensors.items()
-            if q != self.me and len(t)
+            if q != self.me and t.numel() > 0 and not backends.is_fake(t)
         ]
         for message in dist.batch_isend_irecv(messages) if messages else ():
             message.wait()
@@ -117,14 +113,15 @@ def _like(views: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 
 
 def _boxes(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[Any]) -> list[Box]:
-    """Where each part of a tensor lies in it, in the order of the mesh. ``sizes`` are the mesh's."""
+    """Where each part of a tensor lies in it, in the order of the mesh, whose sizes these are."""
+    # The numbers along each dimension, cut as torch cuts parameters: its functions that compute where parts begin are
+    # others in each version.
     parts = [[torch.arange(n, device="cpu").view([1] * d + [n]) for d, n in enumerate(shape)]]
     for size, placement in zip(sizes, placements, strict=True):
         if not placement.is_replicate():
             d = placement.dim
-            # As torch cuts parameters; the functions that say where parts begin are others in each version.
-            cut = [placement._split_tensor(p[d], size, with_padding=False, contiguous=True)[0] for p in parts]
-            parts = [[*p[:d], piece, *p[d + 1 :]] for p, pieces in zip(parts, cut, strict=True) for piece in pieces]
+            cut = [placement._split_tensor(part[d], size, with_padding=False, contiguous=True)[0] for part in parts]
+            parts = [[*part[:d], p, *part[d + 1 :]] for part, pieces in zip(parts, cut, strict=True) for p in pieces]
     return [tuple(map(_slice, part)) for part in parts]
 
 
@@ -135,3 +132,7 @@ def _slice(index: Tensor) -> slice:
     if numbers[-1] - numbers[0] >= len(numbers):
         raise RuntimeError(f"geometry='muon' takes parts without gaps, got one with numbers {numbers} of a dimension")
     return slice(numbers[0], numbers[-1] + 1)
+
+
+def _size(box: Box) -> int:
+    return math.prod(s.stop - s.start for s in box)
