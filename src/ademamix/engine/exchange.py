@@ -43,10 +43,10 @@ class Exchange:
         self.group = mesh.get_group() if mesh.ndim == 1 else None  # of all processes
         self.me, n = places.index(tuple(self.here)), len(places)
         if flat.device.type == "cpu" and n > 1 and "cpu:" not in dist.get_backend_config(self.group):
-            found = dist.get_backend_config(self.group)
             raise RuntimeError(
-                f"geometry='muon' sends tensors between processes, here CPU tensors (as with offload=True), "
-                f"got a process group of {found!r}; allowed: one for CPUs too, as of 'cpu:gloo,cuda:nccl'"
+                "geometry='muon' sends directions between processes, and these are on the CPU (as with offload=True): the "
+                f"process group's backend {dist.get_backend_config(self.group)!r} cannot send them; allowed: a process "
+                "group for CPUs too, as of init_process_group('cpu:gloo,cuda:nccl')"
             )
         cuts = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
         copies = [d for d in range(mesh.ndim) if d not in cuts]
