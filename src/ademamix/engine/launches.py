@@ -20,7 +20,7 @@ from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.memory import check_memory
 from ademamix.engine.muon import Iteration, Orthogonal, check_matrices, matrix
 from ademamix.engine.offload import CHUNK, Trip
-from ademamix.engine.sharding import is_sharded, local, rows_of
+from ademamix.engine.sharding import average_part, is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
 from ademamix.engine.targets import Targets, number_format, real
 from ademamix.formats import Format, keys
@@ -311,12 +311,13 @@ def _calls(
     states: Sequence[Mapping[str, Any]],
 ) -> list[Call]:
     workspace, calls = Workspace(), []
+    turns: dict[Any, int] = defaultdict(int)  # of a mesh: matrices that its processes have shared out
     batches = list(_batches(program, inputs, formats, targets, states))
 
     def size(members: Members) -> int:
-        return sum(inputs.params[m].numel() for m in set(members))
+        return sum(average_part(inputs.params[m]) for m in set(members))
 
-    # The largest first: the others' directions find room where its were.
+    # The largest first: the others' directions find room where its were. All processes have the same order.
     for batch, members, slices, then in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
         device = batch.parameters[0].device
         if then is None:
@@ -326,7 +327,10 @@ def _calls(
         once = {m: n for n, m in enumerate(dict.fromkeys(members))}
         parts = (program.backend, batch, [once[m] for m in members], slices, [targets[m] for m in once])
         if isinstance(then, Iteration):
-            made = Orthogonal(*parts, [inputs.params[m] for m in once], then, workspace)
+            params = [inputs.params[m] for m in once]
+            mesh = getattr(params[0], "device_mesh", None)
+            made = Orthogonal(*parts, params, then, workspace, turns[mesh])
+            turns[mesh] += len(once)
             used = frozenset(map(backends.name_of, (made.directions.launch, made.step)))
             calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
         else:
@@ -345,7 +349,8 @@ def _batches(
 ) -> Iterator[tuple[Batch, Members, Slices, Then]]:
     """Parameters that one launch can update: of one device, with the same formats, and with offloading of one chunk.
 
-    Where directions are written, not more of them than one chunk has room for; in Muon's geometry, of one shape.
+    Where directions are written, not more of them than one chunk has room for; in Muon's geometry, of one shape. Of
+    DTensors, all processes make the same batches, whatever parts and other parameters each of them has.
     """
     settings = inputs.settings
     every = chain.from_iterable(group["params"] for group in program.source.groups)
@@ -366,8 +371,8 @@ def _batches(
             shape = (then,)
             if isinstance(then, Iteration):
                 shape = (then, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
-            chunk = (chunk, (of_shape[kind, shape] + p.numel()) // CHUNK)
-            of_shape[kind, shape] += p.numel()
+            of_shape[kind, shape] += average_part(p)
+            chunk = of_shape[kind, shape] // CHUNK
         alike[kind, shape, chunk].append(m)
         before += target.numel()
     for ((_, _, rule, own, grad, kept), shape, _), bucket in alike.items():

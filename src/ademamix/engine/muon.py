@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from ademamix import backends, geometries
 from ademamix.backends import Batch
 from ademamix.backends.pool import for_each
 from ademamix.engine.directions import Directions, Workspace
+from ademamix.engine.exchange import Exchange
 from ademamix.engine.kinds import DECOUPLED, Kind
+from ademamix.engine.sharding import is_sharded
 
 SMALL = 256  # rows or columns below which threads gain nothing from sharing a product
 
@@ -64,6 +67,7 @@ class Orthogonal:
         params: the same, as the optimizer has them.
         iteration: what is done to the directions.
         workspace: where they are.
+        first: of the processes that have parts of DTensors, the one that orthogonalizes the first of them.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Orthogonal:
         params: Sequence[Tensor],
         iteration: Iteration,
         workspace: Workspace,
+        first: int,
     ) -> None:
         self.targets, self.iteration = targets, iteration
         self.shape = matrix(params[0].shape)
@@ -83,6 +88,7 @@ class Orthogonal:
         accelerated = targets[0].device.type in ("cuda", "xpu")
         dtype = torch.float64 if batch.double else torch.bfloat16 if accelerated else torch.float32
         self.directions = Directions(backend, batch, members, slices, targets, dtype, workspace)
+        self.exchange = Exchange(params, first, self.directions.flat) if is_sharded(params[0]) else None
         none: list[list[None]] = [[] for _ in members]
         written = self.directions.format
         self.step = backends.launch(
@@ -103,6 +109,9 @@ class Orthogonal:
 
     def _orthogonalized(self) -> list[Tensor]:
         """What becomes of the directions, as the targets lie in memory."""
+        if self.exchange is not None:
+            self.exchange(partial(orthogonal, iteration=self.iteration))
+            return self.directions.each
         if all(map(Tensor.is_contiguous, self.targets)):
             given = self.directions.flat.view(len(self.targets), *self.shape)
             made = orthogonal(given, self.iteration, out=given)
