@@ -13,7 +13,8 @@
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +23,18 @@ import numpy as np
 import optax
 import torch
 from jax import Array
+from jax.tree_util import keystr
 
 from ademamix.backends import bind, coefficient_names, slot_names
-from ademamix.backends.jax import Blocks, Leaf, Stored
+from ademamix.backends.jax import Blocks, Leaf, Matrices, Stored, orthogonal
 from ademamix.engine.arguments import check_flags, check_seed
+from ademamix.engine.kinds import DECOUPLED
+from ademamix.engine.muon import Iteration
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.state import MASTER
-from ademamix.formats import keys
+from ademamix.formats import Format, keys
 from ademamix.optimizers.adam import AdamW, AdEMAMix
+from ademamix.optimizers.muon import Muon
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 
 
@@ -37,9 +42,34 @@ class State(NamedTuple):
     """The state of a transformation."""
 
     count: Array  # [], int32: steps done
-    slots: dict[
-        str, Any
-    ]  # by the slot's name, a tree like the parameters whose leaves have their shapes, or are Blocks
+    # By the slot's name, a tree like the parameters whose leaves have their shapes, or are Blocks; or Absent, where the
+    # leaf's geometry has no such slot.
+    slots: dict[str, Any]
+
+
+class Absent(optax.MaskedNode):  # type: ignore[misc]
+    """In a slot's tree, in the place of a parameter that does not have the slot."""
+
+
+class _Way(NamedTuple):
+    """How a step is taken in one geometry."""
+
+    rule: Any  # bound to jax.numpy; gives the new parameter, or in "muon" the direction
+    slots: tuple[str, ...]
+    names: tuple[str, ...]  # of the rule's coefficients
+    formats: dict[str, Format]  # of the slots that are stored
+
+
+class _Part(NamedTuple):
+    """A leaf of the parameters, and how its steps are taken."""
+
+    path: str
+    leaf: Leaf
+    way: _Way
+    matrices: Matrices | None  # in "muon"
+
+
+_decoupled = bind(DECOUPLED, jnp)
 
 
 class _Transformation:
@@ -51,64 +81,145 @@ class _Transformation:
         group: dict[str, Any],  # hyperparameters by torch's names
         known: dict[str, Any],  # the same, with the class's defaults for arrays and schedules
         *,
+        geometry: Any,
         mask: Any,
         mu_dtype: Any,
         state: str | Mapping[str, str],
         stochastic_rounding: bool,
         seed: int | None,
     ) -> None:
-        rule = optimizer.checked_rule(known)
-        self.slots, self.names = slot_names(rule), coefficient_names(rule)
-        if mask is not None and "weight_decay" not in self.names:
-            raise ValueError(f"mask must be None: the rule {rule.__name__} has no weight_decay, got {mask!r}")
-        formats = optimizer.formats_of(known, state if mu_dtype is None else _moments(mu_dtype, state, self.slots))
-        self.formats = {name: formats[name] for name in optimizer.stored(known)}
-        self.group, self.mask, self.rounding, self.seed = group, mask, stochastic_rounding, seed or 0
+        self.group, self.geometry, self.mask = group, geometry, mask
+        self.rounding, self.seed = stochastic_rounding, seed or 0
         check_flags({"stochastic_rounding": stochastic_rounding}, "stochastic_rounding")
         check_seed(self.seed)
-        self.rule, self.coefficients = bind(rule, jnp), bind(optimizer.coefficients, jnp)
+        # What a function will say is not known yet: its state has a tree for each slot of either geometry.
+        given = optimizer.geometries_of(known) if callable(geometry) else _kinds(geometry)
+        groups = {kind: {**known, "geometry": kind} for kind in given}
+        rules = {kind: optimizer.checked_rule(group) for kind, group in groups.items()}
+        slots = {kind: slot_names(rule) for kind, rule in rules.items()}
+        if mu_dtype is not None:
+            state = _moments(mu_dtype, state, [name for names in slots.values() for name in names])
+        self.ways: dict[Any, _Way] = {}
+        for kind, group in groups.items():
+            formats = optimizer.formats_of(group, state)
+            stored = {name: formats[name] for name in optimizer.stored(group)}
+            self.ways[kind] = _Way(bind(rules[kind], jnp), slots[kind], coefficient_names(rules[kind]), stored)
+        self.iteration = Iteration.of(optimizer, groups["muon"]) if "muon" in groups else None
+        passes = chain.from_iterable(map(optimizer.rules_of, groups.values()))
+        self.names = tuple(dict.fromkeys(chain.from_iterable(map(coefficient_names, passes))))
+        if mask is not None and "weight_decay" not in self.names:
+            raise ValueError(f"mask must be None: {optimizer.__name__} has no weight_decay, got {mask!r}")
+        self.stored = tuple(dict.fromkeys(chain.from_iterable(way.formats for way in self.ways.values())))
+        self.coefficients = bind(optimizer.coefficients, jnp)
 
-    def _leaf(self, p: Any) -> Leaf:
-        return Leaf(jnp.asarray(p), self.formats, stochastic_rounding=self.rounding)
+    def _parts(self, params: Any) -> tuple[list[_Part], Any]:
+        """Of each leaf, and the structure of the tree."""
+        every, tree = jax.tree_util.tree_flatten_with_path(params)
+        if not every:  # so optax asks for the structure of states
+            return [], tree
+        given = self.geometry(params) if callable(self.geometry) else self.geometry
+        geometries = tree.flatten_up_to(jax.tree.broadcast(given, params, is_leaf=_has_axes))
+        return [self._part(f"params{keystr(path)}", p, x) for (path, p), x in zip(every, geometries, strict=True)], tree
+
+    def _part(self, path: str, p: Any, geometry: Any) -> _Part:
+        kind = _kind(geometry)
+        if kind not in self.ways:
+            raise ValueError(f"geometry must be one of {tuple(self.ways)}, got {geometry!r} for {path}")
+        way, p = self.ways[kind], jnp.asarray(p)
+        leaf = Leaf(p, way.formats, stochastic_rounding=self.rounding)
+        return _Part(path, leaf, way, _matrices(path, p.shape, geometry) if kind == "muon" else None)
 
     def init(self, params: Any) -> State:
-        slots = {name: jax.tree.map(lambda p: self._leaf(p).empty(name), params) for name in self.formats}  # noqa: B023
-        return State(jnp.zeros((), jnp.int32), slots)
+        parts, tree = self._parts(params)
+
+        def empty(name: str) -> Any:
+            return tree.unflatten([leaf.empty(name) if name in way.formats else Absent() for _, leaf, way, _ in parts])
+
+        return State(jnp.zeros((), jnp.int32), {name: empty(name) for name in self.stored})
 
     def update(self, updates: Any, state: State, params: Any = None, **extra_args: Any) -> tuple[Any, State]:
         if params is None:
             raise ValueError("the rule needs the parameters: call update(grads, state, params)")
-        if missing := self.formats.keys() - state.slots.keys():
-            raise ValueError(f"the state has no {sorted(missing)}, which the rule stores; it has {sorted(state.slots)}")
-        every, tree = jax.tree.flatten(params)
-        leaves = [self._leaf(p) for p in every]
-        coefficients = self._coefficients(state.count, {leaf.dtype for leaf in leaves})
-        key = keys([self.seed] * len(leaves), range(len(leaves)))
+        parts, tree = self._parts(params)
+        coefficients = self._coefficients(state.count, {leaf.dtype for _, leaf, _, _ in parts})
+        key = keys([self.seed] * len(parts), range(len(parts)))
         grads, decays = tree.flatten_up_to(updates), tree.flatten_up_to(self._decays(params))
-        slots = {name: tree.flatten_up_to(state.slots[name]) for name in self.formats}
-        moves, news = [], []
-        for i, leaf in enumerate(leaves):
-            values, own = coefficients[leaf.dtype], {name: slots[name][i] for name in slots}
+        columns = {name: tree.flatten_up_to(column) for name, column in state.slots.items()}
+        noises, values, firsts, news = [], [], [], []
+        for i, (path, leaf, way, _) in enumerate(parts):
+            has = {name: column[i] for name, column in columns.items() if not isinstance(column[i], optax.MaskedNode)}
+            if missing := sorted(way.formats.keys() - has.keys()):
+                raise ValueError(f"the state has no {missing}, which the rule stores; it has {sorted(has)} for {path}")
+            values.append(coefficients[leaf.dtype])
             if self.mask is not None:
-                values = {**values, "weight_decay": values["weight_decay"] * decays[i]}
-            move, new = leaf.update(self.rule, grads[i], own, self.slots, values, key[i], state.count)
-            moves.append(move)
+                values[i] = {**values[i], "weight_decay": values[i]["weight_decay"] * decays[i]}
+            noises.append(leaf.noise(key[i], state.count))
+            own, of_rule = {name: has[name] for name in way.formats}, {name: values[i][name] for name in way.names}
+            first, new = leaf.run(way.rule, grads[i], own, way.slots, of_rule, noises[i])
+            firsts.append(first)
             news.append(new)
-        stored = {name: tree.unflatten([new[name] for new in news]) for name in self.formats}
+        for i, u in self._orthogonal(parts, firsts, state.count):
+            rate = {name: values[i][name] for name in ("lr", "weight_decay")}
+            (firsts[i],) = _decoupled(parts[i].leaf.numbers, u, **rate)
+        moves = [part.leaf.moved(*each) for part, *each in zip(parts, firsts, noises, strict=True)]
+        stored = {name: tree.unflatten([new.get(name, Absent()) for new in news]) for name in self.stored}
         return tree.unflatten(moves), State(optax.safe_increment(state.count), stored)
+
+    def _orthogonal(self, parts: Sequence[_Part], directions: Sequence[Array], count: Array) -> Iterable[Any]:
+        """Of the leaves in "muon" their number, and their direction made orthogonal."""
+        if self.iteration is None:
+            return ()
+        which = {i: part.matrices for i, part in enumerate(parts) if part.matrices is not None}
+        least = self._at(count)["eps"]
+        steps, scaling = self.iteration.polynomials, self.iteration.scaling
+        return zip(
+            which, orthogonal([directions[i] for i in which], [*which.values()], steps, scaling, least), strict=True
+        )
 
     def _decays(self, params: Any) -> Any:
         """For each leaf whether weight decay is for it."""
         mask = self.mask(params) if callable(self.mask) else self.mask
         return jax.tree.broadcast(True if mask is None else mask, params)
 
+    def _at(self, count: Array) -> Any:
+        """The hyperparameters after so many steps."""
+        return jax.tree.map(lambda x: x(count) if callable(x) else x, self.group)
+
     def _coefficients(self, count: Array, dtypes: set[Any]) -> dict[Any, dict[str, Array]]:
         """By dtype and name. In float64, even where JAX is to do without: 1 - 0.9999 would be off by 3e-4 of itself."""
-        group = jax.tree.map(lambda x: x(count) if callable(x) else x, self.group)
+        group = self._at(count)
         with jax.enable_x64(True):
             group = jax.tree.map(lambda x: x.astype(jnp.float64) if isinstance(x, Array) else x, group)
             values = self.coefficients(count.astype(jnp.float64) + 1.0, group)
             return {d: {name: jnp.asarray(values[name], d) for name in self.names} for d in dtypes}
+
+
+def _has_axes(geometry: Any) -> bool:
+    """Whether it is optax's MuonDimensionNumbers, which not all its versions have."""
+    return hasattr(geometry, "reduction_axis")
+
+
+def _kind(geometry: Any) -> Any:
+    return "muon" if _has_axes(geometry) else geometry
+
+
+def _kinds(geometry: Any) -> list[Any]:
+    """All that there are in a tree, each once."""
+    return list(dict.fromkeys(map(_kind, jax.tree.leaves(geometry, is_leaf=_has_axes) or [geometry])))
+
+
+def _matrices(path: str, shape: tuple[int, ...], geometry: Any) -> Matrices:
+    if len(shape) < 2:
+        each = 'lambda params: jax.tree.map(lambda p: "muon" if p.ndim >= 2 else "adam", params)'
+        raise ValueError(
+            f"geometry='muon' takes parameters of at least 2 dimensions, got {path} of shape {shape}; "
+            f"give each its own, as by geometry={each}"
+        )
+    axes = (geometry.reduction_axis, geometry.output_axis) if _has_axes(geometry) else ()
+    try:
+        return Matrices.of(shape, *axes)
+    except ValueError as error:
+        raise ValueError(f"{geometry} is not for {path} of shape {shape}: {error}") from None
 
 
 def _moments(mu_dtype: Any, state: str | Mapping[str, str], slots: Sequence[str]) -> dict[str, str]:
@@ -126,6 +237,7 @@ _SETTINGS = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     for name, default in (("mu_dtype", None), ("state", "float32"), ("stochastic_rounding", True), ("seed", None))
 ]
+_GEOMETRIC = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps")
 
 
 def _arguments(optimizer: type[RuleOptimizer]) -> list[tuple[str, inspect.Parameter]]:
@@ -170,7 +282,12 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
     """
     arguments = _arguments(optimizer)
     shown = [q.replace(default=q.empty) if name == "lr" else q for name, q in arguments]
-    signature = inspect.Signature(sorted([*shown, _MASK, *_SETTINGS], key=lambda q: q.kind))
+    asked = {**inspect.signature(RuleOptimizer).parameters, **inspect.signature(optimizer).parameters}
+    of_class = {name: asked[name].default for name in _GEOMETRIC}
+    # inject_hyperparams takes a number for a hyperparameter that may change.
+    default = {name: None if type(x) is int else x for name, x in of_class.items()}
+    geometric = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default[name]) for name in _GEOMETRIC]
+    signature = inspect.Signature(sorted([*shown, _MASK, *_SETTINGS, *geometric], key=lambda q: q.kind))
 
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         bound = signature.bind(*args, **kwargs)
@@ -184,8 +301,10 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
             return values
 
         settings = {q.name: given[q.name] for q in (_MASK, *_SETTINGS)}
+        chosen = {name: x if given[name] is None else given[name] for name, x in of_class.items()}
+        settings["geometry"] = chosen.pop("geometry")
         every, known = group(lambda q: given[q.name]), group(lambda q: _known(q, given[q.name]))
-        made = _Transformation(optimizer, every, known, **settings)
+        made = _Transformation(optimizer, every, {**known, **chosen}, **settings)
         return optax.GradientTransformationExtraArgs(made.init, made.update)
 
     make.__signature__ = signature  # type: ignore[attr-defined]
@@ -213,6 +332,7 @@ adamw = transformation(AdamW)
 simplified_ademamix = transformation(SimplifiedAdEMAMix)
 adana = transformation(ADana)
 kema = transformation(KEMA)
+muon = transformation(Muon)
 
 
 # --------------------------------------------------------------------------------- from torch and to it
