@@ -357,18 +357,28 @@ def state_from_torch(state_dict: Mapping[str, Any], params: Any) -> State:
     steps = sorted({float(s.get("step", 0.0)) for s in states})
     if len(steps) > 1:
         raise ValueError(f"all parameters must have done the same number of steps, got {steps}")
-    # Master weights have no place here.
-    names = [n for n, t in (states[0] if states else {}).items() if n not in ("step", MASTER) and t is not None]
-    if leaves and not names:
+    # All parameters of a geometry have the slots of its first.
+    of_each = [group.get("geometry", "adam") for group in state_dict["param_groups"] for _ in group["params"]]
+    names = {geometry: _names(states[of_each.index(geometry)]) for geometry in of_each}
+    every = dict.fromkeys(chain.from_iterable(names.values()))
+    if leaves and not every:
         raise ValueError("the state dict has no state of its parameters: the optimizer has done no step")
-    slots = {}
-    for name in (n for n in names if not n.endswith("_scale")):
-        for i, (s, p) in enumerate(zip(states, leaves, strict=True)):
-            if name not in s or tuple(s[name].shape) != p.shape:
+    slots: dict[str, list[Any]] = {name: [] for name in every}
+    for name, column in slots.items():
+        for i, (s, p, geometry) in enumerate(zip(states, leaves, of_each, strict=True)):
+            stored = name in names[geometry]
+            if stored and (name not in s or tuple(s[name].shape) != p.shape):
                 found = tuple(s[name].shape) if name in s else "none"
                 raise ValueError(f"{name!r} of parameter {i} must have shape {p.shape}, got {found}")
-        slots[name] = tree.unflatten([_leaf_from_torch(s[name], s.get(f"{name}_scale")) for s in states])
-    return State(jnp.asarray(int(steps[0]) if steps else 0, jnp.int32), slots)
+            column.append(_leaf_from_torch(s[name], s.get(f"{name}_scale")) if stored else Absent())
+    count = jnp.asarray(int(steps[0]) if steps else 0, jnp.int32)
+    return State(count, {name: tree.unflatten(column) for name, column in slots.items()})
+
+
+def _names(state: Mapping[str, Any]) -> list[str]:
+    """The slots in the state of one parameter. Master weights have no place here."""
+    other = ("step", MASTER)
+    return [n for n, t in state.items() if n not in other and not n.endswith("_scale") and t is not None]
 
 
 def _leaf_from_torch(t: torch.Tensor, scale: torch.Tensor | None) -> Stored:
@@ -386,7 +396,8 @@ def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
     Its parameters must be in the order of ``jax.tree.leaves``, and have those shapes.
     """
     columns = {
-        name: jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Blocks)) for name, tree in state.slots.items()
+        name: jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Blocks | Absent))
+        for name, tree in state.slots.items()
     }
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, leaves in columns.items():
@@ -394,6 +405,8 @@ def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
             tensors = states.setdefault(
                 i, {"step": torch.tensor(float(state.count), dtype=torch.float32, device="cpu")}
             )
+            if isinstance(leaf, Absent):
+                continue
             codes, scale = leaf if isinstance(leaf, Blocks) else (leaf, None)
             tensors[name] = _tensor(codes)
             if scale is not None:
