@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import ademamix.jax as ours
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, Muon, RuleOptimizer, SimplifiedAdEMAMix, optimizer_from
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, Muon, RuleOptimizer, SimplifiedAdEMAMix, geometries, optimizer_from
+from ademamix.backends.jax import _multiply
 from ademamix.jax import Blocks, State, state_from_torch, state_to_torch, transformation
 from jax_transformations import like, same, stepping
 
@@ -160,6 +161,23 @@ def test_layers_have_the_update_of_torch_s_layers(scaling: str) -> None:
     for u, w, v, a in zip(moved, weights, values, axes.values(), strict=True):
         # Scales of up to 2 sqrt(96) times what update_error is made for, and the rounding of w + u
         np.testing.assert_allclose(u, (w.detach().numpy() - v).transpose(a), atol=1e-9)
+
+
+def test_an_array_is_seen_as_torch_sees_it_where_its_axes_say_so() -> None:
+    shapes = ((96, 64), (64, 96), (6, 10, 4))
+    weights = [torch.tensor(v, requires_grad=True) for v in numbers(0, shapes)]
+    optimizer = Muon(weights, lr=1.0, weight_decay=0.0, backend="eager")
+    for w, g in zip(weights, numbers(1, shapes), strict=True):
+        w.grad = torch.tensor(g)
+    optimizer.step()
+    with jax.enable_x64(True):
+        tx = ours.muon(
+            1.0, weight_decay=0.0, geometry=lambda tree: jax.tree.map(lambda p: Axes(tuple(range(1, p.ndim)), 0), tree)
+        )
+        params = [jnp.asarray(v) for v in numbers(0, shapes)]
+        moved, _ = tx.update([jnp.asarray(g) for g in numbers(1, shapes)], tx.init(params), params)
+    for u, w, v in zip(moved, weights, numbers(0, shapes), strict=True):
+        np.testing.assert_allclose(u, w.detach().numpy() - v, atol=1e-9)  # as above
 
 
 # --------------------------------------------------------------------------------- against optax
@@ -400,6 +418,40 @@ def test_donated_buffers_are_used_again() -> None:
     expected = jax.jit(stepping(tx))(params, state, grads)
     donated = jax.jit(stepping(tx), donate_argnums=(0, 1))(params, state, grads)
     assert same(expected, donated)
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
+def test_sharded_matrices_have_the_updates_of_whole_ones(kind: Any) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    places = {"w": ("x", "y"), "again": ("y", None), "b": ("x",)}
+    random = np.random.default_rng(1)
+    shapes = {"w": (64, 96), "again": (64, 96), "b": (64,)}
+    whole = {name: jnp.asarray(random.standard_normal(s, np.float32)) for name, s in shapes.items()}
+    where = {name: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for name, axes in places.items()}
+    tx = ours.adana(0.1, geometry=by_shape)
+    step = jax.jit(stepping(tx))
+    outcomes = [step(p, tx.init(p), p) for p in (whole, jax.device_put(whole, where))]
+    for name in shapes:
+        alone, parts = (o[0][name] for o in outcomes)
+        np.testing.assert_allclose(parts, alone, atol=0.1 * update_error((64, 96), 2**-24) + 2**-21)
+        assert outcomes[1][1].slots["exp_avg"][name].sharding.is_equivalent_to(where[name], alone.ndim)
+        if kind is jax.sharding.AxisType.Explicit:
+            assert parts.sharding.is_equivalent_to(where[name], alone.ndim)
+
+
+def test_bfloat16_rounds_numbers_and_no_coefficients() -> None:
+    """On CPUs it is nobody's; here it is asked for by itself."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((48, 64)), jnp.bfloat16)[None]
+    for given, lowest, highest in ((geometries.NEWTON_SCHULZ, 0.6, 1.25), ("polar_express", 0.9, 1.1)):
+        steps = geometries.polynomials(given, 5)
+        norm = lambda y: jnp.linalg.norm(y.astype(jnp.float32), axis=(1, 2), keepdims=True).astype(y.dtype)  # noqa: E731
+        made = geometries.orthogonalized(x, steps, 1.0, norm, _multiply)
+        assert made.dtype == jnp.bfloat16
+        found = np.linalg.svd(np.asarray(made[0], np.float32), compute_uv=False)
+        assert (lowest < found).all()
+        assert (found < highest).all()
+    one, none = jnp.full((1, 1), 255 / 128, jnp.bfloat16), jnp.zeros((1, 1), jnp.bfloat16)
+    assert _multiply(one, none, none, 3.4445, 1.0) == 6.875  # of 3.4375, which bfloat16 has, it would be 6.84375
 
 
 def test_matrices_of_a_shape_are_one_batch_in_bfloat16_where_that_is_fast() -> None:

@@ -8,7 +8,7 @@
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
 
-:data:`ademamix`, :data:`adamw`, :data:`simplified_ademamix`, :data:`adana` and :data:`kema` are made by
+:data:`ademamix`, :data:`adamw`, :data:`simplified_ademamix`, :data:`adana`, :data:`kema` and :data:`muon` are made by
 :func:`transformation`, which takes any optimizer class of this library, also one of yours.
 """
 
@@ -267,18 +267,26 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
     - ``mask``: a tree of booleans, or a function from parameters to one: the leaves that weight decay is for.
     - ``mu_dtype``: float32 or bfloat16, for all slots but those of squares.
     - ``state``, ``stochastic_rounding``, ``seed`` (None for 0): as in the class, with the same formats and noise.
+    - ``geometry``: "adam" or "muon" for all leaves, a tree of these (or a prefix of one), or a function from parameters
+      to one. A leaf in "muon" has 2 dimensions or more, the last of which are its outputs, and all others its inputs:
+      kernels are [in, out] and [h, w, in, out] here. Other axes, such as those of stacked layers or of heads, are given
+      by ``optax.contrib.MuonDimensionNumbers`` in the place of "muon"; what it does not name counts the matrices.
+    - ``adjust_lr_fn``, ``ns_coefficients``, ``ns_steps`` (None for the class's): of "muon", as in the class; rows are
+      outputs, columns inputs. Matrices of one shape are orthogonalized in one batch, in bfloat16 on GPUs and TPUs, in
+      float32 on CPUs and in float64 for float64 leaves.
 
     An update is the difference between the rule's new parameter and the old one, in the parameter's dtype, so that
     ``optax.apply_updates`` makes the rule's result of it. The state is a :class:`State`. Leaves are counted as
     ``jax.tree.leaves`` counts them; that is their position in the noise.
 
-    Under ``optax.inject_hyperparams`` give ``mask``, ``seed`` and what decides the state's structure (KEMA's ``count``)
-    as ``static_args``. Hyperparameters become float32 there, which is coarse for decays near 1, or what the parameters
+    Under ``optax.inject_hyperparams`` give ``mask``, ``seed``, ``geometry``, ``ns_steps`` and what decides the state's
+    structure (KEMA's ``count``) as ``static_args``. Hyperparameters become float32 there, which is coarse for decays near 1, or what the parameters
     are: for bfloat16 and float16, whose decays near 1 are 1, give ``hyperparam_dtype=jnp.float32``.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed. Of arrays only the
-            dtype is checked, and of schedules nothing.
+            dtype is checked, and of schedules nothing. ``init`` and ``update`` raise it for a leaf that is not for its
+            geometry, by the leaf's path.
     """
     arguments = _arguments(optimizer)
     shown = [q.replace(default=q.empty) if name == "lr" else q for name, q in arguments]

@@ -216,19 +216,25 @@ def orthogonal(
     least: Any,  # norm that a direction is divided by
 ) -> list[Array]:
     """Each direction orthogonalized and scaled; all matrices of a shape at once."""
-    alike: dict[Any, list[int]] = {}
-    for i, (u, seen) in enumerate(zip(directions, matrices, strict=True)):
-        if u.size:
-            alike.setdefault((seen.shape[1:], u.dtype), []).append(i)
-    made = list(directions)
-    for ((inputs, outputs), dtype), members in alike.items():
-        x = jnp.concatenate([matrices[i].seen(directions[i]) for i in members])
-        factor = geometries.scale(scaling, outputs, inputs)
-        y = _orthogonal(x, jnp.asarray(least, dtype), polynomials, factor)
-        ends = np.cumsum([matrices[i].shape[0] for i in members])
-        for i, part in zip(members, jnp.split(y, ends[:-1]), strict=True):
-            made[i] = matrices[i].put_back(part, directions[i].shape)
-    return made
+
+    def of_all(directions: list[Array], least: Any) -> list[Array]:
+        alike: dict[Any, list[int]] = {}
+        for i, (u, seen) in enumerate(zip(directions, matrices, strict=True)):
+            if u.size:
+                alike.setdefault((seen.shape[1:], u.dtype), []).append(i)
+        made = list(directions)
+        for ((inputs, outputs), dtype), members in alike.items():
+            x = jnp.concatenate([matrices[i].seen(directions[i]) for i in members])
+            factor = geometries.scale(scaling, outputs, inputs)
+            y = _orthogonal(x, jnp.asarray(least, dtype), polynomials, factor)
+            ends = np.cumsum([matrices[i].shape[0] for i in members])
+            for i, part in zip(members, jnp.split(y, ends[:-1]), strict=True):
+                made[i] = matrices[i].put_back(part, directions[i].shape)
+        return made
+
+    # Of products of sharded matrices, explicit sharding would have to be told everything.
+    shardings = [jax.typeof(u).sharding for u in directions]
+    return jax.sharding.auto_axes(of_all, out_sharding=shardings)(list(directions), jnp.asarray(least))  # type: ignore[no-any-return]
 
 
 @partial(jax.jit, static_argnums=(2, 3))  # compiled once where the step itself is not
@@ -253,4 +259,5 @@ def _orthogonal(x: Array, least: Array, polynomials: tuple[geometries.Polynomial
 
 
 def _multiply(c: Array, a: Array, b: Array, beta: float, alpha: float) -> Array:
-    return beta * c + alpha * (a @ b)
+    product = jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return (beta * c.astype(product.dtype) + alpha * product).astype(c.dtype)  # bfloat16 would take 3.4375 for 3.4445
