@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # in torch, here, options
 SHAPES = ((64, 96), (96, 64), (64, 96), (5000,), (3,))  # the matrices first: groups of torch have that order
 ARE_MATRICES = [len(s) == 2 for s in SHAPES]
 LR = 0.01
+SHORT = {"ns_steps": 1}  # compiles faster, where the iteration does not matter
 
 
 def by_shape(params: Any) -> Any:
@@ -246,11 +247,11 @@ def test_all_ways_of_saying_it_are_one() -> None:
     prefix = {"dense": {"w": axes, "b": "adam"}, "embedding": "adam", "others": ("muon", Axes(), "adam")}
     outcomes = []
     for geometry in (ONE_BY_ONE, prefix, lambda tree: ONE_BY_ONE):
-        tx = ours.adana(0.1, geometry=geometry, weight_decay=0.1)
+        tx = ours.adana(0.1, geometry=geometry, weight_decay=0.1, **SHORT)
         outcomes.append(jax.jit(stepping(tx))(params, tx.init(params), grads))
     assert same(outcomes[0], outcomes[1])
     assert same(outcomes[0], outcomes[2])
-    whole = ours.adana(0.1, geometry="muon", weight_decay=0.1)
+    whole = ours.adana(0.1, geometry="muon", weight_decay=0.1, **SHORT)
     (alone,), _ = stepping(whole)([params["dense"]["w"]], whole.init([params["dense"]["w"]]), [grads["dense"]["w"]])
     np.testing.assert_allclose(alone, outcomes[0][0]["dense"]["w"], atol=0.1 * update_error((64, 96), 2**-24))
 
@@ -344,12 +345,12 @@ def test_optax_s_wrappers_take_them() -> None:
     params = tree()
     labels = {"dense": {"w": "a", "b": "b"}, "embedding": "b", "others": ("a", "a", "b")}
     parts = optax.multi_transform(
-        {"a": ours.muon(0.1, state="compact"), "b": ours.ademamix(0.1, geometry=by_shape)}, labels
+        {"a": ours.muon(0.1, state="compact", **SHORT), "b": ours.ademamix(0.1, geometry=by_shape, **SHORT)}, labels
     )
     rate = optax.linear_schedule(0.1, 0.01, 10)
-    whole = ours.ademamix(rate, geometry=by_shape, mask=by_mask, weight_decay=rate)
-    injected = optax.inject_hyperparams(ours.ademamix, static_args=("geometry", "mask"))(
-        rate, geometry=by_shape, mask=by_mask, weight_decay=rate, alpha=3.0
+    whole = ours.ademamix(rate, geometry=by_shape, mask=by_mask, weight_decay=rate, **SHORT)
+    injected = optax.inject_hyperparams(ours.ademamix, static_args=("geometry", "mask", "ns_steps"))(
+        rate, geometry=by_shape, mask=by_mask, weight_decay=rate, alpha=3.0, **SHORT
     )
     chained = optax.chain(optax.clip_by_global_norm(1.0), whole)
     grads = jax.tree.map(lambda x: jnp.stack([x] * 3), like(params))
@@ -413,7 +414,7 @@ def test_vmap_is_a_loop() -> None:
 
 
 def test_donated_buffers_are_used_again() -> None:
-    tx, params, grads = ours.adana(0.1, geometry=by_shape), tree(), like(tree())
+    tx, params, grads = ours.adana(0.1, geometry=by_shape, **SHORT), tree(), like(tree())
     state = tx.init(params)
     expected = jax.jit(stepping(tx))(params, state, grads)
     donated = jax.jit(stepping(tx), donate_argnums=(0, 1))(params, state, grads)
@@ -495,7 +496,7 @@ def test_no_direction_is_no_step() -> None:
 
 @pytest.mark.parametrize("state", ["float32", "compact"])
 def test_orbax_checkpoints_resume_exactly(state: str, tmp_path: Path) -> None:
-    tx = ours.ademamix(LR, geometry=by_shape, state=state, **WARM)
+    tx = ours.ademamix(LR, geometry=by_shape, state=state, **WARM, **SHORT)
     params, done = run(tx, [jnp.asarray(v, jnp.bfloat16) for v in numbers(0)], 2)
     saved = {"params": params, "state": done}
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:

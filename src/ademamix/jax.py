@@ -280,8 +280,9 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
     ``jax.tree.leaves`` counts them; that is their position in the noise.
 
     Under ``optax.inject_hyperparams`` give ``mask``, ``seed``, ``geometry``, ``ns_steps`` and what decides the state's
-    structure (KEMA's ``count``) as ``static_args``. Hyperparameters become float32 there, which is coarse for decays near 1, or what the parameters
-    are: for bfloat16 and float16, whose decays near 1 are 1, give ``hyperparam_dtype=jnp.float32``.
+    structure (KEMA's ``count``) as ``static_args``. Hyperparameters become float32 there, which is coarse for decays
+    near 1, or what the parameters are: for bfloat16 and float16, whose decays near 1 are 1, give
+    ``hyperparam_dtype=jnp.float32``.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed. Of arrays only the
