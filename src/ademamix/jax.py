@@ -13,7 +13,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class _Way(NamedTuple):
     slots: tuple[str, ...]
     names: tuple[str, ...]  # of the rule's coefficients
     formats: dict[str, Format]  # of the slots that are stored
+    foreign: set[str]  # slots of the other geometry
 
 
 class _Part(NamedTuple):
@@ -69,6 +70,7 @@ class _Part(NamedTuple):
     matrices: Matrices | None  # in "muon"
 
 
+_BY_LEAF = 'geometry=lambda params: jax.tree.map(lambda p: "muon" if p.ndim >= 2 else "adam", params) is of each leaf'
 _decoupled = bind(DECOUPLED, jnp)
 
 
@@ -92,6 +94,7 @@ class _Transformation:
         self.rounding, self.seed = stochastic_rounding, seed or 0
         check_flags({"stochastic_rounding": stochastic_rounding}, "stochastic_rounding")
         check_seed(self.seed)
+        optimizer.check(known)
         # What a function will say is not known yet: its state has a tree for each slot of either geometry.
         given = optimizer.geometries_of(known) if callable(geometry) else _kinds(geometry)
         groups = {kind: {**known, "geometry": kind} for kind in given}
@@ -103,7 +106,8 @@ class _Transformation:
         for kind, group in groups.items():
             formats = optimizer.formats_of(group, state)
             stored = {name: formats[name] for name in optimizer.stored(group)}
-            self.ways[kind] = _Way(bind(rules[kind], jnp), slots[kind], coefficient_names(rules[kind]), stored)
+            foreign = formats.keys() - {*slots[kind]}
+            self.ways[kind] = _Way(bind(rules[kind], jnp), slots[kind], coefficient_names(rules[kind]), stored, foreign)
         self.iteration = Iteration.of(optimizer, groups["muon"]) if "muon" in groups else None
         passes = chain.from_iterable(map(optimizer.rules_of, groups.values()))
         self.names = tuple(dict.fromkeys(chain.from_iterable(map(coefficient_names, passes))))
@@ -127,7 +131,11 @@ class _Transformation:
             raise ValueError(f"geometry must be one of {tuple(self.ways)}, got {geometry!r} for {path}")
         way, p = self.ways[kind], jnp.asarray(p)
         leaf = Leaf(p, way.formats, stochastic_rounding=self.rounding)
-        return _Part(path, leaf, way, _matrices(path, p.shape, geometry) if kind == "muon" else None)
+        try:
+            matrices = Matrices.of(p.shape, geometry) if kind == "muon" else None
+        except ValueError as error:
+            raise ValueError(f"{error}, got {path} of shape {p.shape}; {_BY_LEAF}") from None
+        return _Part(path, leaf, way, matrices)
 
     def init(self, params: Any) -> State:
         parts, tree = self._parts(params)
@@ -150,6 +158,8 @@ class _Transformation:
             has = {name: column[i] for name, column in columns.items() if not isinstance(column[i], optax.MaskedNode)}
             if missing := sorted(way.formats.keys() - has.keys()):
                 raise ValueError(f"the state has no {missing}, which the rule stores; it has {sorted(has)} for {path}")
+            if foreign := sorted(way.foreign & has.keys()):
+                raise ValueError(f"the state has {foreign} for {path}, whose geometry has no such slot")
             values.append(coefficients[leaf.dtype])
             if self.mask is not None:
                 values[i] = {**values[i], "weight_decay": values[i]["weight_decay"] * decays[i]}
@@ -158,23 +168,20 @@ class _Transformation:
             first, new = leaf.run(way.rule, grads[i], own, way.slots, of_rule, noises[i])
             firsts.append(first)
             news.append(new)
-        for i, u in self._orthogonal(parts, firsts, state.count):
+        which = {i: part.matrices for i, part in enumerate(parts) if part.matrices is not None}
+        made = self._orthogonal([firsts[i] for i in which], [*which.values()], state.count)
+        for i, u in zip(which, made, strict=True):
             rate = {name: values[i][name] for name in ("lr", "weight_decay")}
             (firsts[i],) = _decoupled(parts[i].leaf.numbers, u, **rate)
         moves = [part.leaf.moved(*each) for part, *each in zip(parts, firsts, noises, strict=True)]
         stored = {name: tree.unflatten([new.get(name, Absent()) for new in news]) for name in self.stored}
         return tree.unflatten(moves), State(optax.safe_increment(state.count), stored)
 
-    def _orthogonal(self, parts: Sequence[_Part], directions: Sequence[Array], count: Array) -> Iterable[Any]:
-        """Of the leaves in "muon" their number, and their direction made orthogonal."""
+    def _orthogonal(self, directions: list[Array], matrices: list[Matrices], count: Array) -> list[Array]:
         if self.iteration is None:
-            return ()
-        which = {i: part.matrices for i, part in enumerate(parts) if part.matrices is not None}
+            return []
         least = self._at(count)["eps"]
-        steps, scaling = self.iteration.polynomials, self.iteration.scaling
-        return zip(
-            which, orthogonal([directions[i] for i in which], [*which.values()], steps, scaling, least), strict=True
-        )
+        return orthogonal(directions, matrices, self.iteration.polynomials, self.iteration.scaling, least)
 
     def _decays(self, params: Any) -> Any:
         """For each leaf whether weight decay is for it."""
@@ -206,20 +213,6 @@ def _kind(geometry: Any) -> Any:
 def _kinds(geometry: Any) -> list[Any]:
     """All that there are in a tree, each once."""
     return list(dict.fromkeys(map(_kind, jax.tree.leaves(geometry, is_leaf=_has_axes) or [geometry])))
-
-
-def _matrices(path: str, shape: tuple[int, ...], geometry: Any) -> Matrices:
-    if len(shape) < 2:
-        each = 'lambda params: jax.tree.map(lambda p: "muon" if p.ndim >= 2 else "adam", params)'
-        raise ValueError(
-            f"geometry='muon' takes parameters of at least 2 dimensions, got {path} of shape {shape}; "
-            f"give each its own, as by geometry={each}"
-        )
-    axes = (geometry.reduction_axis, geometry.output_axis) if _has_axes(geometry) else ()
-    try:
-        return Matrices.of(shape, *axes)
-    except ValueError as error:
-        raise ValueError(f"{geometry} is not for {path} of shape {shape}: {error}") from None
 
 
 def _moments(mu_dtype: Any, state: str | Mapping[str, str], slots: Sequence[str]) -> dict[str, str]:

@@ -182,14 +182,19 @@ class Matrices(NamedTuple):
     shape: tuple[int, int, int]  # matrices, inputs, outputs
 
     @classmethod
-    def of(cls, shape: Sequence[int], inputs: Any = None, outputs: Any = -1) -> "Matrices":
-        """By an axis or axes of each; None for all axes but the outputs'. What is neither counts the matrices."""
+    def of(cls, shape: Sequence[int], geometry: Any) -> "Matrices":
+        """ "muon" for outputs on the last axis and inputs on all others; or axis or axes of inputs, and of outputs."""
         n = len(shape)
-        outs = _axes(outputs, n)
-        ins = tuple(a for a in range(n) if a not in outs) if inputs is None else _axes(inputs, n)
-        if not ins or not outs or len({*ins, *outs}) < len(ins) + len(outs):
-            raise ValueError(f"inputs and outputs must be axes of their own, got {ins} and {outs}")
-        others = tuple(a for a in range(n) if a not in (*ins, *outs))
+        if n < 2:
+            raise ValueError("geometry='muon' takes parameters of at least 2 dimensions")
+        given = (range(n - 1), n - 1) if geometry == "muon" else geometry
+        try:
+            ins, outs = (np.arange(n)[np.atleast_1d(axes)].tolist() for axes in given)
+        except IndexError:
+            ins = outs = [0]
+        if len({*ins, *outs}) < len(ins) + len(outs):
+            raise ValueError(f"{geometry} must name axes from {-n} to {n - 1}, each once")
+        others = [a for a in range(n) if a not in (*ins, *outs)]
         first, second, third = (math.prod(shape[a] for a in axes) for axes in (others, ins, outs))
         return cls((*others, *ins, *outs), (first, second, third))
 
@@ -199,13 +204,6 @@ class Matrices(NamedTuple):
     def put_back(self, x: Array, shape: Sequence[int]) -> Array:
         in_order = x.reshape([shape[a] for a in self.order])
         return in_order.transpose(sorted(range(len(shape)), key=self.order.__getitem__))
-
-
-def _axes(given: Any, n: int) -> tuple[int, ...]:
-    axes = (given,) if isinstance(given, int) else tuple(given)
-    if not all(isinstance(a, int) and -n <= a < n for a in axes):
-        raise ValueError(f"axes of {n} dimensions are from {-n} to {n - 1}, got {given}")
-    return tuple(a % n for a in axes)
 
 
 def orthogonal(
