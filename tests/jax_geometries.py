@@ -117,14 +117,15 @@ def test_float64_is_torch_s(kind: str) -> None:
         assert np.abs(np.asarray(p) - q).max() <= allowed < 1e-9  # updates are 2e-3
 
 
-FORMATS = [("float32", "float32"), ("bfloat16", "float32"), ("compact", "float32"), ("compact", "bfloat16")]
-
-
-@pytest.mark.parametrize(("state", "dtype"), FORMATS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_bit_of_the_state_is_that_of_eager(kind: str, state: str, dtype: str) -> None:
-    if dtype == "bfloat16" and kind not in ("AdEMAMix", "Muon"):
-        pytest.skip("two are enough for what does not depend on the memory")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "state"),
+    [
+        *((kind, "float32", "compact") for kind in KINDS),
+        *(("AdEMAMix", "float32", state) for state in ("float32", "bfloat16")),
+        *((kind, "bfloat16", "compact") for kind in ("AdEMAMix", "Muon")),
+    ],
+)
+def test_every_bit_of_the_state_is_that_of_eager(kind: str, dtype: str, state: str) -> None:
     cls, make, options = KINDS[kind]
     optimizer, theirs = torch_run(cls, getattr(torch, dtype), 3, state=state, **options)
     start = [jnp.asarray(v, dtype) for v in numbers(0)]
@@ -311,7 +312,6 @@ def test_leaves_that_do_not_fit_are_named(geometry: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"geometry": {"w": None}}, r"geometry must be one of .*, got \{'w': None\}"),
         ({"geometry": "muno"}, r"geometry must be one of \('adam', 'muon'\), got 'muno'"),
         ({"geometry": {"w": "muon", "b": "adma"}}, r"geometry must be one of .*, got 'adma'"),
         ({"adjust_lr_fn": "none"}, "adjust_lr_fn must be one of .*, got 'none'"),
@@ -336,6 +336,19 @@ def test_a_whole_rule_has_no_geometry_but_its_own() -> None:
     tx = make(0.1, geometry=by_shape)
     with pytest.raises(ValueError, match=r"one of \('adam',\), got 'muon' for params\['dense'\]\['w'\]"):
         tx.init(tree())
+
+
+def test_parts_of_a_model_that_are_none_have_none() -> None:
+    """As equinox.partition and optax.masked make them."""
+    params = {"w": jnp.ones((3, 4)), "static": None, "b": optax.MaskedNode()}
+    for geometry in ({"w": "muon", "static": None, "b": "adam"}, by_shape, "muon"):
+        tx = ours.adana(0.1, geometry=geometry, **SHORT)
+        moved, state = stepping(tx)(params, tx.init(params), params)
+        assert jax.tree.structure(moved) == jax.tree.structure(params)
+        assert state.slots["exp_avg"]["w"].shape == (3, 4)
+    nothing = {"static": None}
+    tx = ours.adana(0.1, geometry=nothing)
+    assert tx.update(nothing, tx.init(nothing), nothing)[0] == nothing
 
 
 def test_state_of_another_geometry_is_refused() -> None:
@@ -455,7 +468,7 @@ def test_sharded_matrices_have_the_updates_of_whole_ones(kind: Any) -> None:
 def test_bfloat16_rounds_numbers_and_no_coefficients() -> None:
     """On CPUs it is nobody's; here it is asked for by itself."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((48, 64)), jnp.bfloat16)[None]
-    for given, lowest, highest in ((geometries.NEWTON_SCHULZ, 0.6, 1.25), ("polar_express", 0.9, 1.1)):
+    for given, lowest, highest in ((geometries.NEWTON_SCHULZ, 0.6, 1.25), ("polar_express", 0.8, 1.2)):
         steps = geometries.polynomials(given, 5)
         norm = lambda y: jnp.linalg.norm(y.astype(jnp.float32), axis=(1, 2), keepdims=True).astype(y.dtype)  # noqa: E731
         made = geometries.orthogonalized(x, steps, 1.0, norm, _multiply)
@@ -472,7 +485,7 @@ def test_matrices_of_a_shape_are_one_batch_in_bfloat16_where_that_is_fast() -> N
     traced = jax.jit(tx.update).trace(params, tx.init(params), params)
     for platform, dtype in (("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        products = re.findall(r"dot_general.*-> tensor<(\w+)>", text)
+        products = re.findall(r"dot_general.*: \(tensor<(\w+)>", text)
         assert len(products) == 2 * 5 * 3  # for each shape five polynomials of three products
         assert {p.split("x")[-1] for p in products} == {dtype}
         assert {p.split("x")[0] for p in products} == {"4", "8"}  # four matrices, and one alone

@@ -212,7 +212,7 @@ def _kind(geometry: Any) -> Any:
 
 def _kinds(geometry: Any) -> list[Any]:
     """All that there are in a tree, each once."""
-    return list(dict.fromkeys(map(_kind, jax.tree.leaves(geometry, is_leaf=_has_axes) or [geometry])))
+    return list(dict.fromkeys(map(_kind, jax.tree.leaves(geometry, is_leaf=_has_axes))))
 
 
 def _moments(mu_dtype: Any, state: str | Mapping[str, str], slots: Sequence[str]) -> dict[str, str]:
