@@ -465,6 +465,21 @@ def test_sharded_matrices_have_the_updates_of_whole_ones(kind: Any) -> None:
             assert parts.sharding.is_equivalent_to(where[name], alone.ndim)
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("axes", [{"x", "y"}, {"x"}], ids=["all axes", "one axis"])
+def test_whole_matrices_step_under_shard_map(axes: set[str], kind: Any) -> None:
+    tx, w = ours.adana(0.1, geometry="muon", **SHORT), tree()["dense"]["w"]
+
+    def update(g: Any, w: Any) -> Any:
+        return tx.update(jax.lax.pmean(g, "x"), tx.init(w), w)[0]
+
+    mesh, everywhere = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind)), jax.sharding.PartitionSpec()
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(update, in_specs=(everywhere, everywhere), out_specs=everywhere, axis_names=axes)
+        found = jax.jit(mapped)(w, w)
+    np.testing.assert_allclose(found, tx.update(w, tx.init(w), w)[0], atol=0.1 * update_error((64, 96), 2**-24))
+
+
 def test_bfloat16_rounds_numbers_and_no_coefficients() -> None:
     """On CPUs it is nobody's; here it is asked for by itself."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((48, 64)), jnp.bfloat16)[None]

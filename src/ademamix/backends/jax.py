@@ -183,7 +183,7 @@ class Matrices(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int], geometry: Any) -> "Matrices":
-        """ "muon" for outputs on the last axis and inputs on all others; or axis or axes of inputs, and of outputs."""
+        """By the axis or axes of inputs, and of outputs; "muon" for outputs on the last axis, inputs on all others."""
         n = len(shape)
         if n < 2:
             raise ValueError("geometry='muon' takes parameters of at least 2 dimensions")
@@ -215,7 +215,7 @@ def orthogonal(
 ) -> list[Array]:
     """Each direction orthogonalized and scaled; all matrices of a shape at once."""
 
-    def of_all(directions: list[Array], least: Any) -> list[Array]:
+    def of_all(directions: list[Array]) -> list[Array]:
         alike: dict[Any, list[int]] = {}
         for i, (u, seen) in enumerate(zip(directions, matrices, strict=True)):
             if u.size:
@@ -230,9 +230,11 @@ def orthogonal(
                 made[i] = matrices[i].put_back(part, directions[i].shape)
         return made
 
-    # Of products of sharded matrices, explicit sharding would have to be told everything.
     shardings = [jax.typeof(u).sharding for u in directions]
-    return jax.sharding.auto_axes(of_all, out_sharding=shardings)(list(directions), jnp.asarray(least))  # type: ignore[no-any-return]
+    explicit = tuple({axis: None for each in shardings for axis in each.mesh.explicit_axes})
+    if explicit:  # it would have to be told how each product is sharded
+        of_all = jax.sharding.auto_axes(of_all, axes=explicit, out_sharding=shardings)
+    return of_all(list(directions))
 
 
 @partial(jax.jit, static_argnums=(2, 3))  # compiled once where the step itself is not
