@@ -309,7 +309,7 @@ def a_process_group_that_cannot_send_is_named_before_anything_changes() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
         with pytest.raises(
-            RuntimeError, match="backend 'cuda:nccl' cannot send them; allowed: a process group for CPUs too"
+            RuntimeError, match="backend 'cuda:nccl' cannot send; allowed: a process group for CPUs too"
         ):
             optimizer.step()
     assert torch.equal(p.to_local(), torch.ones_like(p.to_local()))
