@@ -18,7 +18,7 @@ BYTES = {"int8": 1, "float8": 1, "int16": 2}
 
 
 def test_every_optimizer_has_a_row_in_the_table() -> None:
-    """But for Muon, whose parameters are all matrices (tests/engine/test_muon.py), and GradientMemory (test_filter.py)."""
+    """But for Muon, whose parameters are all matrices (tests/engine/test_muon.py), and GradientMemory."""
     exported = [getattr(ademamix, name) for name in ademamix.__all__]
     kinds = {x for x in exported if isinstance(x, type) and issubclass(x, RuleOptimizer)}
     kinds -= {RuleOptimizer, Muon, GradientMemory}
