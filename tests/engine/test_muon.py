@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import os
 import pickle
@@ -256,23 +257,42 @@ def test_a_geometry_cannot_change_in_the_middle_of_a_run() -> None:
         assert same(old, everything([p], optimizer))
 
 
-def test_files_without_geometries_are_adam_s() -> None:
-    """They are of versions before there were any."""
-    ours, theirs = parameters(shapes=[(6, 4)]), parameters(shapes=[(6, 4)])
-    optimizer = AdEMAMix(ours)
-    train([*ours, *ours], optimizer, range(1))
+NEWER = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps")
+
+
+@pytest.mark.parametrize("default", ["adam", "muon"])
+def test_files_without_geometries_are_adam_s(default: str) -> None:
+    """They are of versions before there were any, whatever new groups are given."""
+    ours, theirs = parameters(shapes=[(6, 4), (5,)]), parameters(shapes=[(6, 4), (5,)])
+    optimizer = AdEMAMix([{"params": ours[:1]}, {"params": ours[1:]}])
+    give_gradients(ours, 0)
+    optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
-    for group in saved["param_groups"]:
-        for name in ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps"):
-            del group[name]
+    for group, name in itertools.product(saved["param_groups"], NEWER):
+        del group[name]
     with torch.no_grad():
-        theirs[0].copy_(ours[0])
-    other = AdEMAMix(theirs)
+        for p, q in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    other = AdEMAMix([{"params": theirs[:1]}, {"params": theirs[1:], "geometry": "adam"}], geometry=default)
     other.load_state_dict(saved)
     for params, its in ((ours, optimizer), (theirs, other)):
         give_gradients(params, 1)
         its.step()
     assert same(everything(ours, optimizer), everything(theirs, other))
+
+
+def test_a_pickled_optimizer_without_geometries_goes_on() -> None:
+    optimizer = AdEMAMix(parameters(shapes=[(6, 4)]))
+    saved = copy.deepcopy(optimizer.__getstate__())
+    for entries, name in itertools.product((saved["defaults"], *saved["param_groups"]), NEWER):
+        del entries[name]
+    other = AdEMAMix.__new__(AdEMAMix)
+    other.__setstate__(saved)
+    other.add_param_group({"params": parameters(shapes=[(5,)])})
+    give_gradients(other._every(), 0)
+    other.step()
+    other.load_state_dict(other.state_dict())
+    assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
 
 
 # --------------------------------------------------------------------------------- clipping, skipping, capturable

@@ -433,7 +433,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        groups = [{**self.defaults, **self.earlier, **group} for group in state_dict["param_groups"]]
         for group in groups:
             self._check_group(group)
         for group, own in zip(groups, self.param_groups, strict=False):
@@ -457,7 +457,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = dict(state.get("defaults") or self.defaults)
+        defaults = {**(state.get("defaults") or self.defaults)}
+        for name, value in OF_GROUPS.items():  # pickles of earlier versions lack the newer ones
+            defaults.setdefault(name, value)
         super().__setstate__({**state, "defaults": {**defaults}})
         self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
         self.rule = traced_once(self.rule_of(self.defaults))
@@ -470,6 +472,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
 
 OPTIONS = [q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY]
+OF_GROUPS = {q.name: q.default for q in OPTIONS if q.name not in WHOLE}
 
 
 def _out_of_inference_mode(params: Sequence[Tensor]) -> AbstractContextManager[Any]:

@@ -89,7 +89,7 @@ class Muon(RuleOptimizer):
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         """torch.optim.Muon counts no steps, and nothing that it keeps needs their number."""
         every = super()._by_parameter(state_dict)
-        return [(p, {"step": 0.0, **saved} if saved.keys() == {"momentum_buffer"} else saved) for p, saved in every]
+        return [(p, {"step": 0.0, **saved} if "momentum_buffer" in saved else saved) for p, saved in every]
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
