@@ -44,7 +44,7 @@ class Exchange:
         self.me, n = places.index(tuple(self.here)), len(places)
         if flat.device.type == "cpu" and n > 1 and "cpu:" not in dist.get_backend_config(self.group):
             raise RuntimeError(
-                "geometry='muon' sends directions between processes, here those on the CPU (as with offload=True), which "
+                "geometry='muon' sends directions between processes, here CPU tensors (as with offload=True), which "
                 f"the process group's backend {dist.get_backend_config(self.group)!r} cannot send; allowed: a process "
                 "group for CPUs too, as of init_process_group('cpu:gloo,cuda:nccl')"
             )
