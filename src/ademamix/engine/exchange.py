@@ -44,9 +44,9 @@ class Exchange:
         self.me, n = places.index(tuple(self.here)), len(places)
         if flat.device.type == "cpu" and n > 1 and "cpu:" not in dist.get_backend_config(self.group):
             raise RuntimeError(
-                "geometry='muon' sends directions between processes, those of offload=True from CPUs; the process group's "
-                f"backend {dist.get_backend_config(self.group)!r} cannot do that; allowed: one for CPUs too, as of "
-                "init_process_group('cpu:gloo,cuda:nccl')"
+                "geometry='muon' sends directions between processes, here CPU tensors (as with offload=True), which "
+                f"the process group's backend {dist.get_backend_config(self.group)!r} cannot send; allowed: a process "
+                "group for CPUs too, as of init_process_group('cpu:gloo,cuda:nccl')"
             )
         cuts = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
         copies = [d for d in range(mesh.ndim) if d not in cuts]
