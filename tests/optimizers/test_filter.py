@@ -377,13 +377,17 @@ UNUSED = [
 ]
 CHANGED: dict[str, Any] = {"omega": 0.5, "peak_lr": 0.5, "beta2": 0.5, "slow_limit": 0.5, "betas": (0.5, 0.5)}
 USED: dict[str, Any] = {
-    "betas": {AdamW: (0.5, 0.9), AdEMAMix: (0.5, 0.9, 0.9), SimplifiedAdEMAMix: (0.5, 0.9)},
     "alpha": 3.0, "alpha_warmup": 9, "beta3_warmup": 9, "beta1_warmup": 9, "delta": 2.0, "kappa": 0.5, "count": 2,
     "power": 0.5, "shortest": 5.0, "longest": 50.0, "warmup": 9, "momentum": 0.5, "nesterov": False, "min_beta1": 0.5,
     "schedule_start": 1, "beta3_schedule": "log-time",
 }  # fmt: skip
-WITH: dict[str, Any] = {"min_beta1": {"beta1_warmup": 9}, "schedule_start": {"alpha_warmup": 9}}
-WITH |= {"delta": {AdEMAMix: {"beta3_schedule": "log-time"}}, "kappa": {AdEMAMix: {"beta3_schedule": "log-time"}}}
+BETAS = {AdamW: (0.5, 0.9), AdEMAMix: (0.5, 0.9, 0.9), SimplifiedAdEMAMix: (0.5, 0.9)}
+WITH: dict[Any, dict[str, Any]] = {  # without which a hyperparameter has no effect
+    (SimplifiedAdEMAMix, "min_beta1"): {"beta1_warmup": 9},
+    (AdEMAMix, "schedule_start"): {"alpha_warmup": 9},
+    (AdEMAMix, "delta"): {"beta3_schedule": "log-time"},
+    (AdEMAMix, "kappa"): {"beta3_schedule": "log-time"},
+}
 
 
 @pytest.mark.parametrize(("kind", "unused"), UNUSED, ids=lambda x: getattr(x, "__name__", ""))
@@ -406,9 +410,8 @@ def test_hyperparameters_without_effect_are_refused_and_all_others_have_one(
     own = GradientMemory(parameters(), memory=kind).defaults.keys() - {*unused, *RuleOptimizer.stepping}
     others = own - {"maximize", "stochastic_rounding", "seed", "capturable"}
     for name in sorted(others - {"geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps"}):
-        value, common = USED[name], WITH.get(name, {})
-        value = value.get(kind, value) if isinstance(value, dict) else value
-        common = common.get(kind, {} if kind in (ADana,) else common) if isinstance(common, dict) else common
+        value = BETAS[kind] if name == "betas" else USED[name]
+        common = WITH.get((kind, name), {})
         assert not same(made(**common), made(**common, **{name: value})), name
 
 
