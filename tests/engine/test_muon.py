@@ -14,6 +14,8 @@ import numpy as np
 import numpy as xp
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -714,9 +716,9 @@ def test_a_vector_or_a_complex_matrix_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"got parameter 0 of shape \(\)"):
         Muon([torch.zeros((), requires_grad=True)])
     optimizer = Muon([p])
-    for given in (v, [v], (x for x in [v])):
+    for group in (v, [v], (x for x in [v])):
         with pytest.raises(ValueError, match=VECTOR.format("Muon", 0)):
-            optimizer.add_param_group({"params": given})
+            optimizer.add_param_group({"params": group})
     assert len(optimizer.param_groups) == 1
 
 
@@ -793,3 +795,67 @@ def test_a_whole_rule_has_no_other_geometry() -> None:
     give_gradients([p], 0)
     with pytest.raises(ValueError, match=message):
         optimizer.step()
+
+
+# --------------------------------------------------------------------------------- any order of events
+
+
+def newton_schulz(u: Any, steps: int, eps: float) -> Any:
+    """In float64, of one matrix."""
+    x = u.T if u.shape[0] > u.shape[1] else u
+    x = x / max(np.sqrt((x * x).sum()), eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if u.shape[0] > u.shape[1] else x
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_life_of_muon_is_that_of_its_equations(data: st.DataObject) -> None:
+    """Matrices of all layouts in two groups, some without a gradient now and then, over checkpoints and changes."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ademamix.engine.launches.CHUNK", data.draw(st.sampled_from([1, 20, 1 << 24])))
+        live(data.draw)
+
+
+def live(draw: Any) -> None:
+    number = st.integers(1, 6)
+    shapes = draw(st.lists(st.tuples(number, number) | st.tuples(number, number, number), min_size=1, max_size=5))
+    params = parameters(torch.float64, shapes=shapes)
+    for i, p in enumerate(params):
+        if draw(st.booleans()):
+            params[i] = p.detach().movedim(0, -1).contiguous().movedim(-1, 0).requires_grad_()
+    cut, offload = draw(st.integers(0, len(params))), draw(st.booleans())
+    groups = [{"params": part} for part in (params[:cut], params[cut:]) if part]
+
+    def made() -> Muon:
+        return Muon(list(map(dict, groups)), backend="eager", offload=offload)  # type: ignore[arg-type]
+
+    optimizer = made()
+    exact = [p.detach().numpy().copy() for p in params]
+    buffers = [np.zeros(p.shape) for p in params]
+    random = np.random.default_rng(0)
+    for _ in range(draw(st.integers(1, 5))):
+        event = draw(st.sampled_from(["nothing", "load", "ns_steps", "lr", "adjust_lr_fn"]))
+        if event == "load":
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = made()
+            optimizer.load_state_dict(saved)
+        elif event != "nothing":
+            values = {"ns_steps": [1, 3], "lr": [0.01, 0.1], "adjust_lr_fn": ["original", "match_rms_adamw"]}
+            optimizer.param_groups[-1][event] = draw(st.sampled_from(values[event]))
+        for p in params:
+            p.grad = torch.tensor(random.standard_normal(p.shape)) if draw(st.integers(0, 3)) else None
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for i in (i for i, p in enumerate(params) if any(p is q for q in group["params"]) and p.grad is not None):
+                g, (rows, *_) = params[i].grad.numpy(), params[i].shape  # type: ignore[union-attr]
+                buffers[i] = 0.95 * buffers[i] + 0.05 * g
+                u = (0.95 * buffers[i] + 0.05 * g).reshape(rows, -1)
+                larger = {"match_rms_adamw": 0.2 * math.sqrt(max(u.shape))}
+                scale = larger.get(group["adjust_lr_fn"], math.sqrt(max(1.0, rows / u.shape[1])))
+                step = scale * newton_schulz(u, group["ns_steps"], 1e-7).reshape(g.shape) + 0.1 * exact[i]
+                exact[i] = exact[i] - group["lr"] * step
+        for p, q in zip(params, exact, strict=True):
+            np.testing.assert_allclose(p.detach().numpy(), q, rtol=0, atol=1e-11)
