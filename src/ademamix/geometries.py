@@ -139,11 +139,11 @@ def orthogonalized(
         norm: of x, [..., 1, 1], and not 0: a matrix of zeros remains one.
         multiply: (c, a, b, beta, alpha) -> beta c + alpha a @ b, of matrices.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the products are of the shorter side
+    tall = x.shape[-2] > x.shape[-1]  # the polynomial is one of the shorter side's Gram matrix
     x = x / norm(x)
     for i, (a, b, c) in enumerate(steps, start=1):
         factor = scale if i == len(steps) else 1.0
-        gram = x @ x.mT
-        x = multiply(x, multiply(gram, gram, gram, factor * b, factor * c), x, factor * a, 1.0)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        inner = multiply(gram, gram, gram, factor * b, factor * c)
+        x = multiply(x, *((x, inner) if tall else (inner, x)), factor * a, 1.0)
+    return x

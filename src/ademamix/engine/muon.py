@@ -148,9 +148,7 @@ def orthogonal(x: Tensor, iteration: Iteration, out: Tensor | None = None) -> Te
     kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # there is none of "meta"
     with torch.autocast(kind, enabled=False):
         if x.device.type != "cpu" or backends.is_fake(x):
-            made = act(x)
-            # Without .contiguous(), which fake tensors of a GPU that is not there do not have.
-            return made if made.is_contiguous() else made.clone(memory_format=torch.contiguous_format)
+            return act(x)
         out = torch.empty_like(x) if out is None else out
         if min(x.shape[1:]) >= SMALL:
             for each, made in zip(x, out, strict=True):
