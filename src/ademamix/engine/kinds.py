@@ -30,6 +30,7 @@ class Kind(ABC):
     rule: backends.Rule  # of the geometry "adam": memory and geometry in one, or a rule of a user's own
     memory: ClassVar[backends.Rule | None] = None  # what other geometries are for; a rule of a user's own has none
     scaling: ClassVar[str] = "match_rms_adamw"  # what adjust_lr_fn=None stands for
+    stepping: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "eps")  # hyperparameters that no direction depends on
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
     # Hyperparameters that older files lack, and what stood for them then.
     earlier: ClassVar[Mapping[str, Any]] = {"geometry": "adam"}

@@ -15,9 +15,10 @@ from torch import Tensor
 from ademamix import backends
 from ademamix.backends import Batch, Rule, sent_to
 from ademamix.engine.coefficients import CountedByNobody, CountedOnDevice, CountedOnHost, Source
+from ademamix.engine.directions import Filter, Workspace
 from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.memory import check_memory
-from ademamix.engine.muon import Iteration, Orthogonal, Workspace, check_matrices, matrix
+from ademamix.engine.muon import Iteration, Orthogonal, check_matrices, matrix
 from ademamix.engine.offload import CHUNK, Trip
 from ademamix.engine.sharding import is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
@@ -37,12 +38,15 @@ class Program(NamedTuple):
     offload: bool
 
 
+Then = Iteration | type[Filter] | None  # in Muon's geometry; where another optimizer steps; nothing, in Adam's
+
+
 @dataclass(frozen=True)
 class GroupSettings:
     """What of a parameter group decides how its tensors are stored and updated."""
 
     rule: Rule  # of the first pass
-    iteration: Iteration | None  # what follows, in Muon's geometry
+    then: Then  # what follows upon it
     formats: dict[str, Format]  # of the slots that are stored
     stochastic_rounding: bool
     seed: int
@@ -71,6 +75,7 @@ class Launches:
         states: theirs from now on.
         fresh: whether the optimizer does not have them yet: it takes them over once a step has succeeded.
         calls: launches of the backends, each with what it updates.
+        filters: whether they change gradients, not parameters.
         backends: names of those in use.
 
     Raises:
@@ -81,7 +86,7 @@ class Launches:
     def __init__(self, program: Program, inputs: Inputs, saved: Sequence[Mapping[str, Any] | None]) -> None:
         for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):
             check_tensors(program, i, p, g)
-            if inputs.settings[i].iteration is not None:
+            if isinstance(inputs.settings[i].then, Iteration):
                 check_matrices(program.name, [p], [f"in group {i}"])
         # Steps that live on an accelerator stay there: reading them would wait for it.
         there = any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
@@ -100,6 +105,7 @@ class Launches:
         self.seen = _Seen(inputs, self.states, formats)
         self.targets = Targets(inputs.params, formats)
         self.calls = _calls(program, inputs, formats, self.targets.tensors, self.states)
+        self.filters = any(isinstance(call.launch, Filter) for call in self.calls)
         self.columns = {
             (call.device, rule): _columns(rule, program.source.names, call.device)
             for call in self.calls
@@ -147,12 +153,13 @@ class Launches:
             trip: brings the gradients of stand-ins, and these back.
         """
         rows, table = self.steps.next(program.source, factor, skip)
-        grads = self.targets.resolved(grads)
+        own, grads = grads, self.targets.resolved(grads)
         if not self.targets.lie_alike(grads):
             if trip is not None:
                 trip.all_arrived()
             grads = self.targets.laid_out(grads)
-        self.targets.read()
+        if not self.filters:
+            self.targets.read()
         # Each device's own tables and flag, all of them before anything is written.
         tables = {d: table(d) for d in dict.fromkeys(call.device for call in self.calls)}
         flags = {d: None if skip is None else sent_to(d, skip) for d in tables}
@@ -165,9 +172,12 @@ class Launches:
                 trip.arrived(n)
             of_rules = [given[call.device, rule] for rule in call.rules]
             call.launch(theirs, [rows[m] for m in call.members], *of_rules, flags[call.device])
+            if isinstance(call.launch, Filter):
+                call.launch.replace([own[m] for m in dict.fromkeys(call.members)], flags[call.device])
             if trip is not None:
                 trip.send(n)
-        self.targets.write()
+        if not self.filters:
+            self.targets.write()
         self.steps.taken()
 
 
@@ -285,7 +295,7 @@ Slices = list["slice | None"]  # parts of their flat memory, where noise makes a
 class Call:
     """A launch, with all that it is called with but for numbers."""
 
-    launch: Any  # a backends.Launch, or an Orthogonal
+    launch: Any  # a backends.Launch, an Orthogonal or a Filter
     rules: tuple[Rule, ...]  # whose coefficients it gets
     members: Members
     slices: Slices
@@ -307,25 +317,22 @@ def _calls(
         return sum(inputs.params[m].numel() for m in set(members))
 
     # The largest first: the others' directions find room where its were.
-    for batch, members, slices, iteration in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
+    for batch, members, slices, then in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
         device = batch.parameters[0].device
-        if iteration is None:
+        if then is None:
             launch = backends.launch(program.backend, batch)
             calls.append(Call(launch, (batch.rule,), members, slices, device, frozenset((backends.name_of(launch),))))
             continue
-        once = list(dict.fromkeys(members))
-        made = Orthogonal(
-            program.backend,
-            batch,
-            [once.index(m) for m in members],
-            slices,
-            [targets[m] for m in once],
-            [inputs.params[m] for m in once],
-            iteration,
-            workspace,
-        )
-        used = frozenset(map(backends.name_of, (made.memory, made.step)))
-        calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
+        once = {m: n for n, m in enumerate(dict.fromkeys(members))}
+        parts = (program.backend, batch, [once[m] for m in members], slices, [targets[m] for m in once])
+        if isinstance(then, Iteration):
+            made = Orthogonal(*parts, [inputs.params[m] for m in once], then, workspace)
+            used = frozenset(map(backends.name_of, (made.directions.launch, made.step)))
+            calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
+        else:
+            filter = then(*parts, torch.float64 if batch.double else torch.float32, workspace)
+            used = frozenset((backends.name_of(filter.launch),))
+            calls.append(Call(filter, (batch.rule,), members, slices, device, used))
     return calls
 
 
@@ -335,10 +342,10 @@ def _batches(
     formats: Sequence[Mapping[str, Format]],
     targets: Sequence[Tensor],
     states: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[Batch, Members, Slices, Iteration | None]]:
+) -> Iterator[tuple[Batch, Members, Slices, Then]]:
     """Parameters that one launch can update: of one device, with the same formats, and with offloading of one chunk.
 
-    In Muon's geometry, matrices of one shape, and not more of them than one chunk has room for.
+    Where directions are written, not more of them than one chunk has room for; in Muon's geometry, of one shape.
     """
     settings = inputs.settings
     every = chain.from_iterable(group["params"] for group in program.source.groups)
@@ -347,16 +354,18 @@ def _batches(
     alike: dict[tuple[Any, ...], Members] = defaultdict(list)
     before, of_shape = 0, defaultdict[Any, int](int)  # elements
     for m, (i, g, target, f) in enumerate(zip(inputs.of_group, inputs.grads, targets, formats, strict=True)):
-        grad = number_format(real(local(g)), stochastic=False)
+        grad = number_format(local(g).real, stochastic=False)  # which may be lazily conjugated
         own = number_format(target, stochastic=settings[i].stochastic_rounding)
-        rule, iteration = settings[i].rule, settings[i].iteration
+        rule, then = settings[i].rule, settings[i].then
         kept = tuple(f.get(name) for name in backends.slot_names(rule))
         chunk: Any = before // CHUNK if program.offload else 0
-        shape = None
+        shape: tuple[Any, ...] | None = None
         kind = (target.device, backends.is_fake(target), rule, own, grad, kept)
-        if iteration is not None:
+        if then is not None:
             p: Any = inputs.params[m]
-            shape = (iteration, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
+            shape = (then,)
+            if isinstance(then, Iteration):
+                shape = (then, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
             chunk = (chunk, (of_shape[kind, shape] + p.numel()) // CHUNK)
             of_shape[kind, shape] += p.numel()
         alike[kind, shape, chunk].append(m)

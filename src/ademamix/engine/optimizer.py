@@ -288,6 +288,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if skip is not None and (not params or skip.device.type == "cpu"):
             self._count(skip)
             if not params or skip:  # other processes may have gradients, and waited for this one's part in their norm
+                self._left_out(own)
                 return
             skip = None
         if not params:
@@ -305,6 +306,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         run = self._run_on_host if self._on_host(params[0]) else self._run
         with backends.mode_of(grads) if fake else _out_of_inference_mode(params):
             run(inputs, factor, skip, captured)
+
+    def _left_out(self, own: Sequence[Tensor]) -> None:
+        """What becomes of gradients whose step is skipped."""
 
     def _on_host(self, p: Tensor) -> bool:
         """Whether the parameter is stepped on the host: one that has numbers to send there."""
@@ -346,7 +350,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if launches.fresh:
             self.state.update(zip(params, launches.states, strict=True))
             launches.taken_over(self.state)
-        increment_version(params)  # state is in nobody's graph
+        if not launches.filters:
+            increment_version(params)  # state is in nobody's graph
 
     def _program(self, offload: bool) -> Program:
         rules = dict.fromkeys(chain.from_iterable(map(self.rules_of, self.param_groups)))
@@ -452,9 +457,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = {**(state.get("defaults") or self.defaults)}
-        for name, value in OF_GROUPS.items():  # pickles of earlier versions lack the newer ones
-            defaults.setdefault(name, value)
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__({**state, "defaults": {**defaults}})
         self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
         self.rule = traced_once(self.rule_of(self.defaults))
@@ -467,7 +470,6 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
 
 OPTIONS = [q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY]
-OF_GROUPS = {q.name: q.default for q in OPTIONS if q.name not in WHOLE}
 
 
 def _out_of_inference_mode(params: Sequence[Tensor]) -> AbstractContextManager[Any]:

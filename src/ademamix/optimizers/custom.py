@@ -74,6 +74,7 @@ def optimizer_from(
     }
     if is_memory:
         body["memory"] = staticmethod(rule)
+        body["stepping"] = tuple(q.name for q in ADAM if q.name not in own + [a.name for a in asked])
         composed(rule, geometries.direction)  # kept as it is now
     base = _FromMemory if is_memory else _FromRule
     return type("".join(word.capitalize() for word in rule.__name__.split("_")), (base,), body)

@@ -64,6 +64,7 @@ class Muon(RuleOptimizer):
     memory = staticmethod(memories.momentum)
     rule = staticmethod(composed(memories.adamw, geometries.adam))
     scaling = "original"
+    stepping = (*RuleOptimizer.stepping, "betas")
     compact: ClassVar[Mapping[str, str]] = {"momentum_buffer": "int8", "exp_avg": "int8", "exp_avg_sq": "float8"}
     earlier: ClassVar[Mapping[str, Any]] = {}
 
