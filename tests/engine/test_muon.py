@@ -283,20 +283,6 @@ def test_files_without_geometries_are_adam_s(default: str) -> None:
     assert same(everything(ours, optimizer), everything(theirs, other))
 
 
-def test_a_pickled_optimizer_without_geometries_goes_on() -> None:
-    optimizer = AdEMAMix(parameters(shapes=[(6, 4)]))
-    saved = copy.deepcopy(optimizer.__getstate__())
-    for entries, name in itertools.product((saved["defaults"], *saved["param_groups"]), NEWER):
-        del entries[name]
-    other = AdEMAMix.__new__(AdEMAMix)
-    other.__setstate__(saved)
-    other.add_param_group({"params": parameters(shapes=[(5,)])})
-    give_gradients(other._every(), 0)
-    other.step()
-    other.load_state_dict(other.state_dict())
-    assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
-
-
 # --------------------------------------------------------------------------------- clipping, skipping, capturable
 
 

@@ -457,9 +457,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = {**(state.get("defaults") or self.defaults)}
-        for name, value in OF_GROUPS.items():  # pickles of earlier versions lack the newer ones
-            defaults.setdefault(name, value)
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__({**state, "defaults": {**defaults}})
         self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
         self.rule = traced_once(self.rule_of(self.defaults))
@@ -472,7 +470,6 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
 
 OPTIONS = [q for q in inspect.signature(RuleOptimizer).parameters.values() if q.kind is q.KEYWORD_ONLY]
-OF_GROUPS = {q.name: q.default for q in OPTIONS if q.name not in WHOLE}
 
 
 def _out_of_inference_mode(params: Sequence[Tensor]) -> AbstractContextManager[Any]:
