@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -102,11 +102,11 @@ class Geometry(Settings):
     """Batch sizes, in those of the recipe, growing."""
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25)
     """Steps of a run at each batch size, in those of the recipe."""
-    lrs: tuple[float, ...] = (1.0, 1.0, 1.4)
+    lrs: tuple[float, ...] = (1.0, 1.4, 2.0)
     """What the learning rates to try are multiplied by, at each batch size."""
     budgets: tuple[float, ...] = (1.25, 1.5, 2.0)
     """Further budgets of AdamW and Muon, in those of the others, growing."""
-    budget_seeds: int = 4
+    budget_seeds: int = 3
     """How many of the seeds, the first ones, train with these."""
     entries: dict[str, Entry] = field(default_factory=dict)
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -143,10 +143,10 @@ class Geometry(Settings):
             )
         return {recipe.units_per_step: recipe for recipe in recipes}
 
-    def base(self, size: int, key: str) -> Recipe:
-        """The recipe of a cell, before it is tuned."""
+    def base(self, size: int, key: str, **more: Any) -> Recipe:
+        """The recipe of a cell, before it is tuned, with more settings of its geometry."""
         entry, recipe = self.entries[key], self.sizes()[size]
-        recipe = dataclasses.replace(recipe, settings={"geometry": key.partition("-")[0]})
+        recipe = dataclasses.replace(recipe, settings={"geometry": key.partition("-")[0], **more})
         if entry.optimizer == "ademamix":  # as `suggest` has it; the fast average is never the longer one
             recipe = changed(recipe, "ademamix", beta3=max(0.9, 1.0 - 8.0 / recipe.steps))
         return changed(recipe, entry.optimizer, **entry.settings)
@@ -159,7 +159,7 @@ class Geometry(Settings):
 
 def _on_cpu() -> Recipe:
     """The demo's Llama with one layer, so that minutes are enough steps for a memory."""
-    return dataclasses.replace(small(1200), layers=1, batch=2, eval_every=1200)
+    return dataclasses.replace(small(1000), layers=1, batch=2, eval_every=1000)
 
 
 PRESETS = {
@@ -167,14 +167,12 @@ PRESETS = {
     "gpu": Geometry(
         "gpu",
         seeds=SEEDS[:5],
-        budget_seeds=3,
         entries=entries(2e-3, 0.99),
         recipe=dataclasses.replace(on_gpu(6000), batch=16, eval_every=6000),
     ),
     "paper": Geometry(
         "paper",
         seeds=SEEDS[:3],
-        budget_seeds=3,
         entries=entries(1e-3, 0.99),
         recipe=dataclasses.replace(RECIPES["110m"], batch=16, eval_every=256_000),
     ),
@@ -213,20 +211,21 @@ def run(settings: Geometry, trials: Trials) -> Report:
 def _tuned(settings: Geometry, trials: Trials, size: int) -> tuple[dict[str, Recipe], Rows]:
     """The recipes at one batch size with the best learning rates, and the trials as a table."""
     recipes: dict[str, Recipe] = {}
+    rest: dict[str, Values] = {}  # by memory: what Adam's geometry, which comes first, gives Muon's
     rows: list[tuple[str, ...]] = []
-    for geometry in GEOMETRIES:  # Adam's first, which gives Muon's the learning rate of all but the hidden matrices
-        candidates = {}
-        for key in (f"{geometry}-{memory}" for memory in MEMORIES):
-            entry, base = settings.entries[key], settings.base(size, key)
-            if geometry == "muon":
-                adam = key.replace("muon", "adam")
-                rest = peak(settings.entries[adam].optimizer, recipes[adam])
-                base = dataclasses.replace(base, settings={**base.settings, REST_LR: rest})
-            candidates[f"{size}-{key}"] = Candidate(name(key), entry.optimizer, base, {"lr": settings.tried(size, key)})
+    for geometry in GEOMETRIES:
+        bases = {(key := f"{geometry}-{m}"): settings.base(size, key, **rest.get(m, {})) for m in MEMORIES}
+        candidates = {
+            f"{size}-{key}": Candidate(
+                name(key), settings.entries[key].optimizer, base, {"lr": settings.tried(size, key)}
+            )
+            for key, base in bases.items()
+        }
         best, tables = common.search(trials, candidates)
-        for (key, c), ((_, *tried)) in zip(candidates.items(), tables, strict=True):
-            recipes[key.removeprefix(f"{size}-")] = changed(c.recipe, c.optimizer, **best[key])
-            rows.append((c.title, *(f"{lr:g}: {loss}" for lr, loss in tried)))
+        for (key, base), chosen, (_, *tried) in zip(bases.items(), best.values(), tables, strict=True):
+            recipes[key] = changed(base, settings.entries[key].optimizer, **chosen)
+            rest[key.removeprefix("adam-")] = {REST_LR: chosen["lr"]}
+            rows.append((name(key), *(f"{lr:g}: {loss}" for lr, loss in tried)))
     count = len(rows[0]) - 1
     return recipes, [(f"{size:,} {settings.recipe.unit} per step", *("lr: loss, tuning",) * count), *rows]
 
