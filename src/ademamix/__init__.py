@@ -1,8 +1,10 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
 from ademamix.engine.optimizer import RuleOptimizer
+from ademamix.groups import split_parameters
 from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.custom import optimizer_from
+from ademamix.optimizers.muon import Muon
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.schedules import suggest
 
@@ -12,8 +14,10 @@ __all__ = [
     "ADana",
     "AdEMAMix",
     "AdamW",
+    "Muon",
     "RuleOptimizer",
     "SimplifiedAdEMAMix",
     "optimizer_from",
+    "split_parameters",
     "suggest",
 ]

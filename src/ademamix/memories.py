@@ -84,6 +84,20 @@ def adana(
     return g + alpha * exp_avg, exp_avg
 
 
+def momentum(
+    g: Any,
+    momentum_buffer: Any,
+    *,
+    w_m: Any,  # 1 - momentum
+    stay_m: Any,
+    pull_m: Any,
+    fresh: Any,  # what the gradient itself weighs: 1 - momentum (Nesterov) or 0
+) -> tuple[Any, Any]:
+    """One EMA without bias correction (Muon: Jordan et al., https://kellerjordan.github.io/posts/muon/)."""
+    momentum_buffer = stay_m * momentum_buffer + w_m * (g - pull_m * momentum_buffer)
+    return momentum_buffer + fresh * (g - momentum_buffer), momentum_buffer
+
+
 @cache
 def kema(count: int) -> Callable[..., tuple[Any, ...]]:
     """A weighted sum of ``count`` EMAs ``exp_avg_1``, ``exp_avg_2``, ...

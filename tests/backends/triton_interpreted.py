@@ -242,7 +242,7 @@ def test_one_launch_for_aligned_tensors_and_one_for_the_others() -> None:
             t.grad = torch.ones_like(t)
         optimizer.step()
         assert optimizer.state[members[0]]["exp_avg_fast_scale"].all()
-        ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
+        launch = optimizer._launches.calls[0].launch  # type: ignore[union-attr]
         started: list[bool] = []
         launch.kernel = Counted(started)
         optimizer.step()
@@ -258,7 +258,7 @@ def test_an_empty_tensor_starts_nothing() -> None:
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton")
     optimizer.step()
-    ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
+    launch = optimizer._launches.calls[0].launch  # type: ignore[union-attr]
     assert launch.launches == []
     assert optimizer.state[p]["step"] == 1.0
 
@@ -287,7 +287,7 @@ def test_graphs_and_other_steps_have_tables_of_their_own(monkeypatch: pytest.Mon
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
-    ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
+    launch = optimizer._launches.calls[0].launch  # type: ignore[union-attr]
     tables = [launch.table]
 
     def step(captured: bool) -> None:
@@ -319,7 +319,7 @@ def test_captures_allocate_no_host_memory_and_say_how_many_there_may_be(monkeypa
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)
     optimizer.step()
-    ((launch, *_),) = optimizer._launches.calls  # type: ignore[union-attr]
+    launch = optimizer._launches.calls[0].launch  # type: ignore[union-attr]
     monkeypatch.setattr(triton, "capturing", lambda device: True)
     monkeypatch.setattr(launch, "_stage", None)
     for _ in range(2 * triton.STAGED):

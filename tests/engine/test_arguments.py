@@ -20,6 +20,7 @@ def plain(p: Any, g: Any, m: Any, *, lr: Any = 0.1) -> Any:
 
 
 Plain = optimizer_from(plain)
+GEOMETRY = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps")
 KINDS = [AdEMAMix, AdamW, SimplifiedAdEMAMix, ADana, KEMA, Plain]
 
 
@@ -65,7 +66,7 @@ def test_unknown_arguments_are_refused(kind: Any) -> None:
 def test_hyperparameters_come_first_and_options_last_in_the_defaults(kind: Any) -> None:
     optimizer = kind(one(), maximize=True, seed=3)
     own = [name for name in inspect.signature(kind).parameters if name not in ("params", *(q.name for q in OPTIONS))]
-    assert list(optimizer.defaults) == [*own, "maximize", "stochastic_rounding", "seed", "capturable"]
+    assert list(optimizer.defaults) == [*own, "maximize", "stochastic_rounding", "seed", "capturable", *GEOMETRY]
     assert optimizer.param_groups[0]["maximize"] is True
     assert optimizer.defaults["seed"] == 3
 

@@ -42,7 +42,10 @@ def test_defaults_are_torch_s_and_the_authors() -> None:
     p = [nn.Parameter(torch.zeros(2))]
     theirs = torch.optim.AdamW(p).defaults
     ours = AdamW(p).defaults
-    assert set(ours) - set(theirs) == {"stochastic_rounding", "seed"}
+    assert set(ours) - set(theirs) == {
+        *("stochastic_rounding", "seed"),
+        *("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps"),
+    }
     assert all(theirs[name] == ours[name] for name in set(ours) & set(theirs))
     group = AdEMAMix(p, 0.5, (0.8, 0.9, 0.99), 3.0, 10, 20, 1e-6, 0.1).param_groups[0]
     names = ("lr", "betas", "alpha", "beta3_warmup", "alpha_warmup", "eps", "weight_decay")

@@ -12,8 +12,8 @@ from torch import Tensor
 NUMBERS = (int, float, np.integer, np.floating)
 
 
-class Options(TypedDict, total=False):
-    """What every optimizer takes beside its hyperparameters, as ``**options: Unpack[Options]``.
+class Common(TypedDict, total=False):
+    """What every optimizer takes beside its hyperparameters and what it says of geometries.
 
     :class:`ademamix.AdEMAMix` says at length what they mean, :class:`ademamix.RuleOptimizer` has their defaults.
     """
@@ -28,6 +28,15 @@ class Options(TypedDict, total=False):
     offload: bool  # keep state in host memory and step there
 
 
+class Options(Common, total=False):
+    """What every optimizer takes beside its hyperparameters, as ``**options: Unpack[Options]``."""
+
+    geometry: str  # "adam" (each element divided by its root mean square) or "muon" (matrices, orthogonalized)
+    adjust_lr_fn: str | None  # of "muon": "match_rms_adamw" or "original"
+    ns_coefficients: tuple[float, float, float] | str  # of "muon": of its iteration, or "polar_express"
+    ns_steps: int  # of "muon"
+
+
 def show_options(function: Any, options: Iterable[inspect.Parameter]) -> None:
     """Give a function that takes ``**options: Unpack[Options]`` a signature with each of them."""
     signature = inspect.signature(function)
@@ -40,8 +49,8 @@ def show_options(function: Any, options: Iterable[inspect.Parameter]) -> None:
 def _are_options(annotation: Any) -> bool:
     """Whether it is ``Unpack[Options]``, or its text, which ``from __future__ import annotations`` leaves."""
     if isinstance(annotation, str):
-        return re.fullmatch(r"(\w+\.)*Unpack\[(\w+\.)*Options\]", annotation) is not None
-    return get_args(annotation) == (Options,)
+        return re.fullmatch(r"(\w+\.)*Unpack\[(\w+\.)*(Options|Common)\]", annotation) is not None
+    return get_args(annotation) in ((Options,), (Common,))
 
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from ademamix import backends
 from ademamix.backends import Batch, Rule, sent_to
 from ademamix.engine.coefficients import CountedByNobody, CountedOnDevice, CountedOnHost, Source
+from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.memory import check_memory
+from ademamix.engine.muon import Iteration, Orthogonal, Workspace, matrix
 from ademamix.engine.offload import CHUNK, Trip
 from ademamix.engine.sharding import is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
@@ -29,17 +31,18 @@ class Program(NamedTuple):
     """What launches need to know of an optimizer."""
 
     name: str  # of its class, for errors
-    rule: Rule
-    source: Source  # of the rule's coefficients
-    formats: Mapping[str, Format]  # of all the rule's slots
+    source: Source  # of the coefficients of all its rules
+    formats: Mapping[str, Format]  # of all their slots
     backend: str
     offload: bool
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What of a parameter group decides how its tensors are stored."""
+    """What of a parameter group decides how its tensors are stored and updated."""
 
+    rule: Rule  # of the first pass
+    iteration: Iteration | None  # what follows, in Muon's geometry
     formats: dict[str, Format]  # of the slots that are stored
     stochastic_rounding: bool
     seed: int
@@ -67,7 +70,7 @@ class Launches:
     Attributes:
         states: theirs from now on.
         fresh: whether the optimizer does not have them yet: it takes them over once a step has succeeded.
-        calls: launches of the backends, each with the parameters that it updates, by number, and parts of them.
+        calls: launches of the backends, each with what it updates.
         backends: names of those in use.
 
     Raises:
@@ -84,7 +87,7 @@ class Launches:
         if not program.offload:
             check_memory(program.name, inputs.params)
         formats = [
-            slot_formats(p, _kept(program, i, inputs.settings[i].formats, s))
+            slot_formats(p, _kept(program, i, inputs.settings[i], s))
             for i, p, s in zip(inputs.of_group, inputs.params, saved, strict=True)
         ]
         self.states = [
@@ -94,14 +97,16 @@ class Launches:
         self.fresh = True
         self.seen = _Seen(inputs, self.states, formats)
         self.targets = Targets(inputs.params, formats)
-        self.calls = [
-            (backends.launch(program.backend, batch), members, slices if any(slices) else None)
-            for batch, members, slices in _batches(program, inputs, formats, self.targets.tensors, self.states)
-        ]
-        self.chunks = [list(dict.fromkeys(members)) for _, members, _ in self.calls]
+        self.calls = _calls(program, inputs, formats, self.targets.tensors, self.states)
+        self.columns = {
+            (call.device, rule): _columns(rule, program.source.names, call.device)
+            for call in self.calls
+            for rule in call.rules
+        }
+        self.chunks = [list(dict.fromkeys(call.members)) for call in self.calls]
         used: dict[torch.device, set[str]] = defaultdict(set)
-        for launch, members, _ in self.calls:
-            used[self.targets.tensors[members[0]].device].add(backends.name_of(launch))
+        for call in self.calls:
+            used[call.device] |= call.backends
         self.backends = tuple(sorted(set().union(*used.values())))
         steps = [state["step"] for state in self.states]
         self.steps: CountedOnDevice | CountedOnHost | CountedByNobody
@@ -146,42 +151,64 @@ class Launches:
                 trip.all_arrived()
             grads = self.targets.laid_out(grads)
         self.targets.read()
-        devices = [self.targets.tensors[members[0]].device for _, members, _ in self.calls]
-        given = {  # each device's own table and flag, all of them before anything is written
-            d: (table(d), None if skip is None else sent_to(d, skip)) for d in dict.fromkeys(devices)
-        }
-        for n, (launch, members, slices) in enumerate(self.calls):
-            theirs = [grads[m] for m in members]
-            if slices is not None:
-                theirs = list(map(_cut, theirs, slices))
+        # Each device's own tables and flag, all of them before anything is written.
+        tables = {d: table(d) for d in dict.fromkeys(call.device for call in self.calls)}
+        flags = {d: None if skip is None else sent_to(d, skip) for d in tables}
+        given = {key: _columns_of(tables[key[0]], key[1], columns) for key, columns in self.columns.items()}
+        for n, call in enumerate(self.calls):
+            theirs = [grads[m] for m in call.members]
+            if any(call.slices):
+                theirs = list(map(_cut, theirs, call.slices))
             if trip is not None:
                 trip.arrived(n)
-            launch(theirs, [rows[m] for m in members], *given[devices[n]])
+            of_rules = [given[call.device, rule] for rule in call.rules]
+            call.launch(theirs, [rows[m] for m in call.members], *of_rules, flags[call.device])
             if trip is not None:
                 trip.send(n)
         self.targets.write()
         self.steps.taken()
 
 
-def _kept(
-    program: Program, group: int, stored: Mapping[str, Format], saved: Mapping[str, Any] | None
-) -> dict[str, Format]:
+def _columns(rule: Rule, names: Sequence[str], device: torch.device) -> Tensor | None:
+    """Where in a table of all coefficients those of the rule are; None where they are all of it."""
+    own = backends.coefficient_names(rule)
+    return None if own == names else torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=device)
+
+
+def _columns_of(table: Tensor, rule: Rule, columns: Tensor | None) -> Tensor:
+    if columns is None:
+        return table
+    own = table.index_select(1, columns)
+    if rule is DECOUPLED:
+        own[:, 0] = 1.0  # what it gets for a gradient has had its factor
+    return own
+
+
+def _kept(program: Program, group: int, settings: GroupSettings, saved: Mapping[str, Any] | None) -> dict[str, Format]:
     """The formats of a parameter's slots: of those that its group stores, and of those that it has had before.
 
     These go on as the equations say, also where a hyperparameter makes them needless for some time.
 
     Raises:
-        ValueError: a slot is stored from now on whose past nobody has kept.
+        ValueError: a slot is stored from now on whose past nobody has kept, or no longer.
     """
+    stored = settings.formats
     if saved is None:
         return dict(stored)
+    slots = backends.slot_names(settings.rule)
+    had = [name for name in program.formats if name not in slots and saved.get(name) is not None]
+    if had and float(saved.get("step", 0.0)) > 0.0:
+        raise ValueError(
+            f"{program.name}: a parameter in group {group} has a state of {float(saved['step']):.0f} steps with {had}, "
+            f"which another geometry has kept; allowed: the geometry that it had"
+        )
     lost = [name for name in stored if saved.get(name) is None]
     if lost and float(saved.get("step", 0.0)) > 0.0:
         raise ValueError(
             f"{program.name}: a parameter in group {group} has a state of {float(saved['step']):.0f} steps without "
             f"{lost}, which the group's hyperparameters have needed from the first step on; allowed: those that it had"
         )
-    return {name: format for name, format in program.formats.items() if name in stored or saved.get(name) is not None}
+    return {name: program.formats[name] for name in slots if name in stored or saved.get(name) is not None}
 
 
 class _Seen:
@@ -245,28 +272,87 @@ Members = list[int]  # numbers of parameters
 Slices = list["slice | None"]  # parts of their flat memory, where noise makes a tensor several
 
 
+@dataclass(frozen=True)
+class Call:
+    """A launch, with all that it is called with but for numbers."""
+
+    launch: Any  # a backends.Launch, or an Orthogonal
+    rules: tuple[Rule, ...]  # whose coefficients it gets
+    members: Members
+    slices: Slices
+    device: torch.device
+    backends: frozenset[str]
+
+
+def _calls(
+    program: Program,
+    inputs: Inputs,
+    formats: Sequence[Mapping[str, Format]],
+    targets: Sequence[Tensor],
+    states: Sequence[Mapping[str, Any]],
+) -> list[Call]:
+    workspace, calls = Workspace(), []
+    batches = list(_batches(program, inputs, formats, targets, states))
+
+    def size(members: Members) -> int:
+        return sum(inputs.params[m].numel() for m in set(members))
+
+    # The largest first: the others' directions find room where its were.
+    for batch, members, slices, iteration in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
+        device = batch.parameters[0].device
+        if iteration is None:
+            launch = backends.launch(program.backend, batch)
+            calls.append(Call(launch, (batch.rule,), members, slices, device, frozenset((backends.name_of(launch),))))
+            continue
+        once = list(dict.fromkeys(members))
+        made = Orthogonal(
+            program.backend,
+            batch,
+            [once.index(m) for m in members],
+            slices,
+            [targets[m] for m in once],
+            [inputs.params[m] for m in once],
+            iteration,
+            workspace,
+        )
+        used = frozenset(map(backends.name_of, (made.memory, made.step)))
+        calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
+    return calls
+
+
 def _batches(
     program: Program,
     inputs: Inputs,
     formats: Sequence[Mapping[str, Format]],
     targets: Sequence[Tensor],
     states: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[Batch, Members, Slices]]:
-    """Parameters that one launch can update: of one device, with the same formats, and with offloading of one chunk."""
-    names, settings = backends.slot_names(program.rule), inputs.settings
+) -> Iterator[tuple[Batch, Members, Slices, Iteration | None]]:
+    """Parameters that one launch can update: of one device, with the same formats, and with offloading of one chunk.
+
+    In Muon's geometry, matrices of one shape, and not more of them than one chunk has room for.
+    """
+    settings = inputs.settings
     every = chain.from_iterable(group["params"] for group in program.source.groups)
     positions = [n for n, p in enumerate(every) if p.grad is not None]
     random = keys([settings[i].seed for i in inputs.of_group], positions)
     alike: dict[tuple[Any, ...], Members] = defaultdict(list)
-    before = 0
+    before, of_shape = 0, defaultdict[Any, int](int)  # elements
     for m, (i, g, target, f) in enumerate(zip(inputs.of_group, inputs.grads, targets, formats, strict=True)):
         grad = number_format(real(local(g)), stochastic=False)
         own = number_format(target, stochastic=settings[i].stochastic_rounding)
-        chunk = before // CHUNK if program.offload else 0
-        kept = tuple(f.get(name) for name in names)
-        alike[target.device, backends.is_fake(target), own, grad, kept, chunk].append(m)
+        rule, iteration = settings[i].rule, settings[i].iteration
+        kept = tuple(f.get(name) for name in backends.slot_names(rule))
+        chunk: Any = before // CHUNK if program.offload else 0
+        shape = None
+        kind = (target.device, backends.is_fake(target), rule, own, grad, kept)
+        if iteration is not None:
+            p: Any = inputs.params[m]
+            shape = (iteration, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
+            chunk = (chunk, (of_shape[kind, shape] + p.numel()) // CHUNK)
+            of_shape[kind, shape] += p.numel()
+        alike[kind, shape, chunk].append(m)
         before += target.numel()
-    for (_, _, own, grad, kept, _), bucket in alike.items():
+    for ((_, _, rule, own, grad, kept), shape, _), bucket in alike.items():
         blocked = any(f is not None and f.scale is not None for f in kept)
         noisy = any(f is not None and f.stochastic for f in (own, *kept))
         cuts = [
@@ -277,11 +363,12 @@ def _batches(
                 rows_of(inputs.params[m], blocked) if noisy else [(None, backends.whole(targets[m], blocked))]
             )
         ]
+        names = backends.slot_names(rule)
         stored = [(n, f is not None, f is not None and f.scale is not None) for n, f in zip(names, kept, strict=True)]
         members, slices = [m for m, _, _ in cuts], [cut for _, cut, _ in cuts]
         yield (
             Batch(
-                program.rule,
+                rule,
                 own,
                 grad,
                 kept,
@@ -293,6 +380,7 @@ def _batches(
             ),
             members,
             slices,
+            None if shape is None else shape[0],
         )
 
 

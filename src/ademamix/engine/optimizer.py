@@ -22,10 +22,12 @@ from ademamix.engine.coefficients import Source
 from ademamix.engine.interrupts import uninterrupted, without_gradients
 from ademamix.engine.kinds import Kind, traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
+from ademamix.engine.muon import Iteration, check_matrices
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
 from ademamix.engine.state import CPU, MASTER, check_state, renewed, scalar, slot_formats, state_of
 from ademamix.formats import Format
+from ademamix.geometries import NEWTON_SCHULZ
 
 WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
 
@@ -41,10 +43,12 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         defaults: hyperparameters, each a param-group entry.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: what every optimizer
-            takes; see :class:`AdEMAMix`. A subclass takes them as ``**options: Unpack[Options]``, which its signature
-            shows one by one, and hands them on. ``state`` may map slots to formats by their names in
-            ``ademamix.formats.FORMATS``; slots not in it are float32, "compact" is the class's ``compact``.
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry,
+        adjust_lr_fn, ns_coefficients, ns_steps: what every optimizer takes; see :class:`AdEMAMix`. A subclass takes
+            them as ``**options: Unpack[Options]``, which its signature shows one by one, and hands them on. ``state``
+            may map slots to formats by their names in ``ademamix.formats.FORMATS``; slots not in it are float32,
+            "compact" is the class's ``compact``. A subclass that has a ``memory`` has all geometries; one with nothing
+            but a ``rule`` has "adam".
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
@@ -65,6 +69,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         capturable: bool = False,
         skip_nonfinite: bool | None = None,
         offload: bool = False,
+        geometry: str = "adam",
+        adjust_lr_fn: str | None = None,
+        ns_coefficients: tuple[float, float, float] | str = NEWTON_SCHULZ,
+        ns_steps: int = 5,
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
@@ -75,8 +83,13 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
             "capturable": capturable,
+            "geometry": defaults.get("geometry", geometry),
+            "adjust_lr_fn": defaults.get("adjust_lr_fn", adjust_lr_fn),
+            "ns_coefficients": defaults.get("ns_coefficients", ns_coefficients),
+            "ns_steps": defaults.get("ns_steps", ns_steps),
         }
         defaults = with_floats(defaults, defaults)
+        self.defaults = defaults
         self.rule = self.checked_rule(defaults)
         self.state_format = state
         self._formats = self.formats_of(defaults, state)
@@ -101,7 +114,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             cls.__init__ = _disable_dynamo(cls.__init__)  # type: ignore[method-assign]
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
-        return GroupSettings(self.formats(group), group["stochastic_rounding"], group["seed"])
+        rule, *_ = self.rules_of(group)
+        iteration = Iteration.of(type(self), group)
+        return GroupSettings(rule, iteration, self.formats(group), group["stochastic_rounding"], group["seed"])
 
     def formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         """The format of each slot that parameters of ``group`` store, unless they are among those in full precision."""
@@ -109,8 +124,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.check(group)
-        if traced_once(self.rule_of(group)) is not self.rule:
-            slots, own = (backends.slot_names(rule) for rule in (self.rule_of(group), self.rule))
+        self.check_geometry(group)
+        rule, first = self.rule_of(group), self.rule_of({**self.defaults, "geometry": group["geometry"]})
+        if traced_once(rule) is not traced_once(first):
+            slots, own = map(backends.slot_names, (rule, first))
             raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
         check_seed(group["seed"])
         check_flags(group, "maximize", "stochastic_rounding", "capturable")
@@ -137,6 +154,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         for p in params:
             if isinstance(p, Tensor):
                 backends.choose(self.backend, CPU if self.offload else p.device)
+        if {**self.defaults, **param_group}["geometry"] == "muon":
+            names = [repr(entry[0]) if isinstance(entry, tuple) else str(i) for i, entry in enumerate(entries)]
+            check_matrices(type(self).__name__, params, names)
         super().add_param_group({**param_group, "params": given})
 
     @property
@@ -327,8 +347,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         increment_version(params)  # state is in nobody's graph
 
     def _program(self, offload: bool) -> Program:
-        source = Source(self.coefficients, backends.coefficient_names(self.rule), self.param_groups)
-        return Program(type(self).__name__, self.rule, source, self._formats, self.backend, offload)
+        rules = dict.fromkeys(chain.from_iterable(map(self.rules_of, self.param_groups)))
+        names = tuple(dict.fromkeys(chain.from_iterable(map(backends.coefficient_names, rules))))
+        source = Source(self.coefficients, names, self.param_groups)
+        return Program(type(self).__name__, source, self._formats, self.backend, offload)
 
     def _launches_for(self, program: Program, params: Sequence[Tensor], inputs: Inputs, captured: bool) -> Launches:
         """The last step's, or new ones if they no longer serve.
@@ -407,6 +429,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         for group in groups:
             self._check_group(group)
+        for group, own in zip(groups, self.param_groups, strict=False):
+            if group["geometry"] == "muon":
+                check_matrices(name, own["params"], own.get("param_names") or range(len(own["params"])))
         known = {"step", MASTER, *chain.from_iterable((slot, f"{slot}_scale") for slot in self._formats)}
         needed = set(self._formats).intersection(*map(self.stored, groups))
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):

@@ -24,6 +24,7 @@ from ademamix.backends import Rule, bind, coefficient_names
 from ademamix.engine.state import MASTER
 
 FUNCTIONS = ("sqrt", "abs", "exp", "log", "minimum", "maximum", "where")
+PARTS = ("fast", "slow")  # of a direction, which a memory with a slow average returns after it
 SMALLEST, LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # of float32's normal numbers
 
 _order = count()
@@ -172,8 +173,9 @@ def composed(memory: Rule, geometry: Rule) -> Rule:
 
     Args:
         memory: ``(g, *slots, *, coefficients) -> (u, *slots)``: how gradients become a direction.
+            One with a slow part returns ``(u, fast, slow, *slots)``.
         geometry: ``(p, u, g, *slots, *, coefficients) -> (p, *slots)``: how the direction becomes a step. One that
-            takes several arguments between p and g gets them from the memory, which returns them in the place of ``u``.
+            takes ``fast`` and ``slow`` between u and g is for memories that return them.
 
     Returns:
         ``(p, g, *memory's slots, *geometry's slots, *, geometry's coefficients, memory's) -> (p, *slots)`` as
@@ -192,8 +194,9 @@ def composed(memory: Rule, geometry: Rule) -> Rule:
     numbers = {name: Number(name) for name in coefficients}
     p, g, *slots = map(Array, positional)
     memories, others = slots[: len(remembered)], slots[len(remembered) :]
-    results = _results(memory, "a memory", (*directions, *remembered), (g, *memories), numbers)
-    found, memories = results[: len(directions)], list(results[len(directions) :])
+    also = PARTS if len(directions) == 1 else ()  # what the geometry does not ask for
+    results = _results(memory, "a memory", (*directions, *remembered), (g, *memories), numbers, also)
+    found, memories = results[: len(directions)], list(results[len(results) - len(remembered) :])
     p, *others = _results(geometry, "a geometry", ("p", *kept), (p, *found, g, *others), numbers)
     # Slots first, and each operation when it is needed: u does not wait while slots are computed, so that eager holds
     # no more at a time than it would for the rule in one piece.
@@ -224,15 +227,22 @@ def _arguments(function: Rule, kind: str, *first: str) -> tuple[str, ...]:
 
 
 def _results(
-    function: Rule, kind: str, wanted: Sequence[str], given: Iterable[Array], coefficients: Mapping[str, Number]
+    function: Rule,
+    kind: str,
+    wanted: Sequence[str],
+    given: Iterable[Array],
+    coefficients: Mapping[str, Number],
+    also: Sequence[str] = (),
 ) -> tuple[Array, ...]:
-    """What the function makes of stand-ins: arrays by the names ``wanted``."""
+    """What the function makes of stand-ins: arrays by the names ``wanted``, or with ``also`` after the first."""
     xp = _Namespace()
     try:
         results = bind(function, xp)(*given, **{name: coefficients[name] for name in coefficient_names(function)})
     except Exception as error:
         message = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
         _blame(function, message, error, xp)
+    if isinstance(results, tuple) and len(results) == len(wanted) + len(also):
+        wanted = (wanted[0], *also, *wanted[1:])
     if not isinstance(results, tuple) or len(results) != len(wanted):
         tuple_of = f"({', '.join(wanted)}{',' if len(wanted) == 1 else ''})"
         got = f"one of {len(results)}" if isinstance(results, tuple) else "no tuple"

@@ -99,6 +99,7 @@ class AdEMAMix(RuleOptimizer):
         ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
     """
 
+    memory = staticmethod(memories.ademamix)
     rule = staticmethod(composed(memories.ademamix, geometries.adam_limited))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
     earlier = UNLIMITED
@@ -180,6 +181,7 @@ class AdamW(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
+    memory = staticmethod(memories.adamw)
     rule = staticmethod(composed(memories.adamw, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int8", "exp_avg_sq": "float8"}
 

@@ -1,4 +1,4 @@
-"""An optimizer from nothing but a rule."""
+"""An optimizer from nothing but a memory of past gradients, or a whole rule."""
 
 import inspect
 import types
@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as xp
 
+from ademamix import geometries
 from ademamix.backends import Rule, bind, coefficient_names, slot_names
 from ademamix.engine.arguments import check_number
 from ademamix.engine.optimizer import OPTIONS, RuleOptimizer
-from ademamix.engine.tracing import traced
+from ademamix.engine.tracing import composed, traced
+from ademamix.optimizers.hyperparameters import adam_coefficients, check_beta, check_common
 
 
 def optimizer_from(
@@ -19,13 +21,14 @@ def optimizer_from(
     *,
     compact: Mapping[str, str] | None = None,
 ) -> type[RuleOptimizer]:
-    """An optimizer class, of the same shape as :class:`AdEMAMix`, made from a rule.
+    """An optimizer class, of the same shape as :class:`AdEMAMix`, made from a memory of past gradients, or a rule.
 
     Args:
-        rule: ``(p, g, *slots, *, coefficients) -> (p, *slots)``, elementwise, written against a global ``xp`` (import
-            numpy as xp) with arithmetic, comparisons and ``xp.sqrt``, ``abs``, ``exp``, ``log``, ``minimum``,
-            ``maximum`` and ``where``. Coefficients with defaults are hyperparameters. It is run now, on stand-ins, and
-            never again: what it finds by name (numbers, helpers) is in the class as it is now.
+        rule: a memory ``(g, *slots, *, coefficients) -> (u, *slots)``, where u is the direction of the step in any
+            geometry; or a whole rule ``(p, g, *slots, *, coefficients) -> (p, *slots)``. Elementwise, written against a
+            global ``xp`` (import numpy as xp) with arithmetic, comparisons and ``xp.sqrt``, ``abs``, ``exp``, ``log``,
+            ``minimum``, ``maximum`` and ``where``. Coefficients with defaults are hyperparameters. It is run now, on
+            stand-ins, and never again: what it finds by name (numbers, helpers) is in the class as it is now.
         coefficients: ``(step, *, hyperparameters) -> {name: value}``, those that change over time, of the step from 1
             on, written against ``xp`` too. What it takes beside the rule's hyperparameters, with defaults, is one too.
             What a plain function finds by name is kept as it is now.
@@ -34,15 +37,19 @@ def optimizer_from(
 
     Returns:
         A class named like the rule, in camel case (assign it to that name, and its instances can be pickled). It takes
-        ``(params, hyperparameters, *, maximize, state, backend, ...)``; every hyperparameter is a finite number.
+        ``(params, hyperparameters, *, maximize, state, backend, ...)``; every hyperparameter is a finite number. One of
+        a memory has, before the memory's own, lr=1e-3, beta2=0.999 (of the geometry "adam", as AdamW's), eps=1e-8 and
+        weight_decay=0.0; "muon" is there for it too.
 
     Raises:
         ValueError: the rule cannot be run by all backends; the message names its file, line and text.
     """
-    frozen = traced(rule)
+    is_memory = next(iter(inspect.signature(rule).parameters), None) == "g" if callable(rule) else False
+    frozen = composed(rule, geometries.adam) if is_memory else traced(rule)
     over_time = coefficients or _constant
     asked = list(inspect.signature(over_time).parameters.values())[1:]  # after the step
-    with_defaults = [q for q in (*inspect.signature(rule).parameters.values(), *asked) if q.default is not q.empty]
+    given = (*(ADAM if is_memory else ()), *inspect.signature(rule).parameters.values(), *asked)
+    with_defaults = [q for q in given if q.default is not q.empty]
     hyperparameters = {q.name: q.replace(kind=q.POSITIONAL_OR_KEYWORD, annotation=q.empty) for q in with_defaults}
     unknown = [q.name for q in asked if q.name not in hyperparameters]
     if unknown:
@@ -51,19 +58,23 @@ def optimizer_from(
         )
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
     kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
-    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept}
+    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept, "adam_coefficients": adam_coefficients}
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(rule)}
+    default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(frozen)}
     body = {
         "rule": staticmethod(frozen),
-        "coefficients": staticmethod(types.FunctionType(_coefficients.__code__, scope)),
+        "coefficients": staticmethod(types.FunctionType((_of_memory if is_memory else _coefficients).__code__, scope)),
         "compact": default if compact is None else compact,
         "hyperparameters": tuple(hyperparameters),
         "__signature__": inspect.Signature([params, *hyperparameters.values(), *OPTIONS]),
         "__doc__": rule.__doc__,
         "__module__": rule.__module__,
     }
-    return type("".join(word.capitalize() for word in rule.__name__.split("_")), (_FromRule,), body)
+    if is_memory:
+        body["memory"] = staticmethod(rule)
+        composed(rule, geometries.direction)  # kept as it is now
+    base = _FromMemory if is_memory else _FromRule
+    return type("".join(word.capitalize() for word in rule.__name__.split("_")), (base,), body)
 
 
 class _FromRule(RuleOptimizer):
@@ -81,6 +92,20 @@ class _FromRule(RuleOptimizer):
             check_number(name, group[name], "a finite number", lambda x: True)
 
 
+class _FromMemory(_FromRule):
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        super().check(group)
+        check_common(group)
+        check_beta("beta2", group["beta2"])
+
+
+ADAM = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+    for name, default in (("lr", 1e-3), ("beta2", 0.999), ("eps", 1e-8), ("weight_decay", 0.0))
+]
+
+
 def _constant(step: Any) -> dict[str, Any]:
     return {}
 
@@ -88,5 +113,13 @@ def _constant(step: Any) -> dict[str, Any]:
 def _coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Given its globals anew for each class: among them a backend finds what it calls, and binds its ``xp``."""
     values = {name: group[name] for name in own}  # type: ignore[name-defined]  # noqa: F821
+    values.update(over_time(step, **{name: group[name] for name in asked}))  # type: ignore[name-defined]  # noqa: F821
+    return values
+
+
+def _of_memory(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`_coefficients`, with those of the geometry "adam"."""
+    values = adam_coefficients(step, group, group["beta2"])
+    values.update({name: group[name] for name in own})  # type: ignore[name-defined]  # noqa: F821
     values.update(over_time(step, **{name: group[name] for name in asked}))  # type: ignore[name-defined]  # noqa: F821
     return values

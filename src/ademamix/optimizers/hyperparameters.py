@@ -6,6 +6,7 @@ from typing import Any
 import numpy as xp
 
 from ademamix.engine.arguments import check_number
+from ademamix.engine.kinds import Kind
 
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -13,7 +14,7 @@ def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in arguments.items() if name not in ("self", "params", "options", "__class__")}
 
 
-UNLIMITED = {"slow_limit": None}  # what optimizers were before they had it
+UNLIMITED = {**Kind.earlier, "slow_limit": None}  # what optimizers were before they had it
 
 # --------------------------------------------------------------------------------- ranges
 

@@ -64,6 +64,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
+    memory = staticmethod(memories.simplified_ademamix)
     rule = staticmethod(composed(memories.simplified_ademamix, geometries.adam_limited))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
     earlier = UNLIMITED
@@ -140,6 +141,7 @@ class ADana(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
+    memory = staticmethod(memories.adana)
     rule = staticmethod(composed(memories.adana, geometries.adam))
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
@@ -263,8 +265,12 @@ class KEMA(RuleOptimizer):
         check_slow_limit(group)
 
     @classmethod
-    def rule_of(cls, group: Mapping[str, Any]) -> Rule:
-        return composed(memories.kema(int(group["count"])), geometries.adam_limited)
+    def memory_of(cls, group: Mapping[str, Any]) -> Rule:
+        return memories.kema(int(group["count"]))
+
+    @classmethod
+    def adam_rule_of(cls, group: Mapping[str, Any]) -> Rule:
+        return composed(cls.memory_of(group), geometries.adam_limited)
 
     @classmethod
     def stored(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
