@@ -84,8 +84,8 @@ def entries(lr: float, beta2: float) -> dict[str, Entry]:
     }
     adam = {f"adam-{key}": Entry(name, times(factor), s) for key, (name, factor, s) in memories.items()}
     # Here the size of a memory's direction drops out.
-    ours = {f"muon-{key}": Entry(name, times(4.0), s) for key, (name, _, s) in memories.items()}
-    one = {"adam-ema": Entry("adamw", times(1.0), {"beta2": beta2}), "muon-ema": Entry("muon", times(4.0), muon)}
+    ours = {f"muon-{key}": Entry(name, times(6.0), s) for key, (name, _, s) in memories.items()}
+    one = {"adam-ema": Entry("adamw", times(1.0), {"beta2": beta2}), "muon-ema": Entry("muon", times(6.0), muon)}
     every = {**one, **adam, **ours}
     return {f"{geometry}-{key}": every[f"{geometry}-{key}"] for geometry in GEOMETRIES for key in MEMORIES}
 
