@@ -125,7 +125,10 @@ def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer]
     if "lr" not in defaults:
         raise BadInputError(f"{kind.__name__} has no lr, which the schedule of the learning rate would set")
     if REST_LR in recipe.settings and defaults.get("geometry") == "muon":
-        _defaults(kind, {**given, "lr": recipe.settings[REST_LR]})
+        try:
+            _defaults(kind, {**given, "lr": recipe.settings[REST_LR]})
+        except BadInputError as error:
+            raise BadInputError(f"rest_{error}") from error
     elif REST_LR in recipe.settings and not section:
         raise BadInputError(f"{REST_LR} is for geometry=muon, where it is the lr of all but the hidden matrices")
     return kind, given
