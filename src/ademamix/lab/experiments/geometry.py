@@ -47,9 +47,9 @@ GEOMETRIES = {"adam": "Adam's geometry", "muon": "Muon's geometry"}
 MEMORIES = {
     "ema": "one EMA",
     "ademamix": "AdEMAMix",
-    "beta1-zero": "AdEMAMix, beta1 = 0",
-    "adana": "log-time (ADana)",
-    "kema": "KEMA, K = 3",
+    "beta1-zero": "AdEMAMix with beta1 = 0",
+    "adana": "ADana",
+    "kema": "KEMA",
 }
 OTHERS = tuple(MEMORIES)[1:]
 BASELINES = {"adam-ema": "AdamW", "muon-ema": "Muon"}
@@ -270,34 +270,31 @@ class Found:
         return [self._memory_at(size) for size in self.sizes]
 
     def _memory_at(self, size: int) -> str:
-        keys = [f"muon-{memory}" for memory in OTHERS]
-        best = min(keys, key=lambda key: mean_and_error(self.losses[size, key, 1.0])[0])
-        level = 1 - 0.05 / len(keys)
-        of_best = self.pair(size, best, "muon-ema", level)
-        said = f"At {self.at(size)} {_decided('memory', of_best)} in Muon's geometry"
-        if math.isfinite(of_best.half):
-            said += (
-                f": the best, {name(best)}, is {of_best} seeds lower ({100 * level:g} % interval, as the best of four)"
-            )
-        each = {key: self.pair(size, key, "muon-ema") for key in keys}
-        return f"{said}; one by one, against Muon: {_grouped(each)}"
+        best = min(OTHERS, key=lambda m: mean_and_error(self.losses[size, f"muon-{m}", 1.0])[0])
+        level = 1 - 0.05 / len(OTHERS)
+        pair = self.pair(size, f"muon-{best}", "muon-ema", level)
+        decided = f"memory {pair.verdict}" if pair.helps or pair.hurts else "whether memory helps is undecided"
+        best_of = f"{MEMORIES[best]}, the best of {len(OTHERS)}, {_against('Muon', pair, level)}"
+        each = {MEMORIES[m]: self.pair(size, f"muon-{m}", "muon-ema") for m in OTHERS}
+        return f"At {self.at(size)} {decided} in Muon's geometry: {best_of}. One by one: {_grouped(each)}"
 
     def raw_gradient(self) -> list[str]:
         """Whether the gradient itself is better than a fast average of it: a sentence for each geometry."""
         return [
-            f"The raw gradient in place of AdEMAMix's fast average, in {text}: "
+            f"In {text} the raw gradient in place of AdEMAMix's fast average (beta1 = 0): "
             + "; ".join(
-                f"{_verdict(self.pair(n, f'{geometry}-beta1-zero', f'{geometry}-ademamix'))} at {self.at(n)}"
+                f"{pair.verdict} at {self.at(n)} ({pair.interval})"
                 for n in self.sizes
+                for pair in [self.pair(n, f"{g}-beta1-zero", f"{g}-ademamix")]
             )
-            for geometry, text in GEOMETRIES.items()
+            for g, text in GEOMETRIES.items()
         ]
 
     def geometry(self) -> list[str]:
-        """Which memories are better in Muon's geometry than in Adam's."""
+        """Which memories are better in Muon's geometry than in Adam's: a sentence for each batch size."""
         return [
-            f"Muon's geometry against Adam's at {self.at(size)}: "
-            + _grouped({f"muon-{m}": self.pair(size, f"muon-{m}", f"adam-{m}") for m in MEMORIES})
+            f"At {self.at(size)} Muon's geometry in place of Adam's, by memory: "
+            + _grouped({text: self.pair(size, f"muon-{m}", f"adam-{m}") for m, text in MEMORIES.items()})
             for size in self.sizes
         ]
 
@@ -319,11 +316,11 @@ class Found:
         tables = {
             "loss above that of one EMA in the same geometry": memories,
             "Muon's geometry above Adam's": geometries,
-            "AdEMAMix, beta1 = 0 above AdEMAMix": raw,
+            "AdEMAMix with beta1 = 0 above AdEMAMix": raw,
         }
         heads = [self.at(size) for size in self.sizes]
         return [
-            [(title, *heads), *((row, *(_shown(self.pair(n, *of)) for n in self.sizes)) for row, of in rows.items())]
+            [(title, *heads), *((row, *(str(self.pair(n, *of)) for n in self.sizes)) for row, of in rows.items())]
             for title, rows in tables.items()
         ]
 
@@ -386,26 +383,23 @@ def matrix_bytes(optimizer: Optimizer, recipe: Recipe) -> float:
     return float(sum(slot.nbytes for slot in slots if slot.is_meta) / p.numel())
 
 
-def _decided(what: str, pair: Paired) -> str:
-    return f"{what} {pair.verdict}" if pair.helps or pair.hurts else f"whether {what} helps is undecided"
-
-
-def _verdict(pair: Paired) -> str:
-    return f"{pair.verdict} ({pair})"
-
-
-def _shown(pair: Paired) -> str:
-    return f"{pair.verdict}: {pair}"
+def _against(other: str, pair: Paired, level: float) -> str:
+    """How far a loss is from another, for people."""
+    if math.isinf(pair.half):
+        return f"is not known ({pair.interval})"
+    side = "below" if pair.mean < 0 else "above"
+    seeds = f"lower in {pair.below} of {pair.count} seeds"
+    return f"is {abs(pair.mean):.4f} nats {side} {other} ({100 * level:g} % interval {pair.interval}, {seeds})"
 
 
 def _grouped(pairs: Mapping[str, Paired]) -> str:
-    """Which cells help, hurt, or are undecided, with their intervals where they are."""
+    """What helps, hurts, or is undecided, with the interval where it is."""
     said = []
     for verdict in ("helps", "hurts", "undecided"):
-        cells = [
-            name(key) + (f" ({pair})" if verdict == "undecided" else "")
-            for key, pair in pairs.items()
+        names = [
+            text + (f" ({pair.interval})" if verdict == "undecided" else "")
+            for text, pair in pairs.items()
             if pair.verdict == verdict
         ]
-        said += [f"{verdict}: {'; '.join(cells)}"] if cells else []
-    return ". ".join(said)
+        said += [f"{verdict}: {', '.join(names)}"] if names else []
+    return "; ".join(said)

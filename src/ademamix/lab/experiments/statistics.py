@@ -62,26 +62,29 @@ class Paired:
 
     @property
     def helps(self) -> bool:
-        """Whether all of the interval is below zero."""
+        """Whether the whole interval is below zero."""
         return self.mean + self.half < 0
 
     @property
     def hurts(self) -> bool:
-        return self.mean - self.half > 0 and math.isfinite(self.mean)
-
-    @property
-    def interval(self) -> str:
-        return f"{self.mean - self.half:+.4f} to {self.mean + self.half:+.4f}"
-
-    def __str__(self) -> str:
-        if math.isinf(self.mean):
-            return "diverged in some seed"
-        inside = "" if math.isinf(self.half) else f" ({self.interval})"
-        return f"{self.mean:+.4f}{inside}, {self.below} of {self.count}"
+        """Whether the whole interval is above zero."""
+        return math.isfinite(self.mean) and self.mean - self.half > 0
 
     @property
     def verdict(self) -> str:
+        """Helps, hurts or undecided."""
         return "helps" if self.helps else "hurts" if self.hurts else "undecided"
+
+    @property
+    def interval(self) -> str:
+        """The interval for people, or why there is none."""
+        if math.isinf(self.mean):
+            return "diverged in some seed"
+        return "one seed" if math.isinf(self.half) else f"{self.mean - self.half:+.4f} to {self.mean + self.half:+.4f}"
+
+    def __str__(self) -> str:
+        known = "" if math.isinf(self.mean) else f"{self.mean:+.4f} "
+        return f"{self.verdict}: {known}({self.interval}), {self.below} of {self.count}"
 
 
 def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
