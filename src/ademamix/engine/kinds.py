@@ -14,11 +14,14 @@ from ademamix.formats import FORMATS, Format
 
 STATES = ("float32", "bfloat16", "compact")
 SLOT_FORMATS = ("float32", "bfloat16", "int8", "int16", "float8")
-GEOMETRIES = ("adam", "muon")
 SCALINGS = (None, "original", "match_rms_adamw")
 
 traced_once = cache(traced)  # a class's rule stays what it was for the first of its instances
 DECOUPLED = traced(geometries.decoupled)
+GEOMETRIES: Mapping[str, tuple[backends.Rule, ...]] = {  # the passes of each; a memory is composed with the first
+    "adam": (geometries.adam,),
+    "muon": (geometries.direction, DECOUPLED),
+}
 
 
 class Kind(ABC):
@@ -28,9 +31,8 @@ class Kind(ABC):
     memory: ClassVar[backends.Rule | None] = None  # what other geometries are for; a rule of a user's own has none
     scaling: ClassVar[str] = "match_rms_adamw"  # what adjust_lr_fn=None stands for
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
-    earlier: ClassVar[Mapping[str, Any]] = {
-        "geometry": "adam"
-    }  # hyperparameters that older files lack, and what stood for them then
+    # Hyperparameters that older files lack, and what stood for them then.
+    earlier: ClassVar[Mapping[str, Any]] = {"geometry": "adam"}
 
     @staticmethod
     @abstractmethod
@@ -45,25 +47,25 @@ class Kind(ABC):
     @classmethod
     def rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
         """The rule of the first fused pass over parameters of ``group``; all groups of one geometry share it."""
-        if group.get("geometry") != "muon":
+        geometry, memory = group.get("geometry", "adam"), cls.memory_of(group)
+        if geometry == "adam" or memory is None:
             return cls.adam_rule_of(group)
-        memory = cls.memory_of(group)
-        assert memory is not None
-        return composed(memory, geometries.direction)
+        return composed(memory, GEOMETRIES[geometry][0])
 
     @classmethod
     def adam_rule_of(cls, group: Mapping[str, Any]) -> backends.Rule:
+        """That rule in the geometry "adam", where it depends on hyperparameters."""
         return cls.rule
 
     @classmethod
     def memory_of(cls, group: Mapping[str, Any]) -> backends.Rule | None:
+        """The memory, where it depends on hyperparameters."""
         return cls.memory
 
     @classmethod
     def rules_of(cls, group: Mapping[str, Any]) -> tuple[backends.Rule, ...]:
         """The rules of all fused passes, as backends compile them."""
-        first = traced_once(cls.rule_of(group))
-        return (first, DECOUPLED) if group["geometry"] == "muon" else (first,)
+        return (traced_once(cls.rule_of(group)), *GEOMETRIES[group["geometry"]][1:])
 
     @classmethod
     def checked_rule(cls, group: Mapping[str, Any]) -> backends.Rule:
@@ -79,13 +81,13 @@ class Kind(ABC):
     @classmethod
     def geometries_of(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The geometries that there are for these hyperparameters."""
-        return GEOMETRIES if cls.memory_of(group) is not None else GEOMETRIES[:1]
+        return tuple(GEOMETRIES) if cls.memory_of(group) is not None else ("adam",)
 
     @classmethod
     def check_geometry(cls, group: Mapping[str, Any]) -> None:
         """Raise ValueError for a geometry that is none, or settings of it out of their range."""
         if group["geometry"] not in (known := cls.geometries_of(group)):
-            why = "" if known == GEOMETRIES else f" for {cls.__name__}, which is made of a whole rule and not a memory"
+            why = "" if len(known) > 1 else f" for {cls.__name__}, which is made of a whole rule and not a memory"
             raise ValueError(f"geometry must be one of {known}{why}, got {group['geometry']!r}")
         if group["adjust_lr_fn"] not in SCALINGS:
             raise ValueError(f"adjust_lr_fn must be one of {SCALINGS}, got {group['adjust_lr_fn']!r}")

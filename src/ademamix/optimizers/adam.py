@@ -88,6 +88,14 @@ class AdEMAMix(RuleOptimizer):
             GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
         offload: keep state, and float32 master weights of low-precision parameters, in the host's memory: gradients
             are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
+        geometry: how the numerator above becomes a step. "adam": as above. "muon", for parameters of 2 dimensions or
+            more: it is orthogonalized as a matrix (what lies behind the first dimension is one), exp_avg_sq and
+            ``slow_limit`` are not there, and eps is the least norm that it is divided by. :class:`Muon` says more.
+        adjust_lr_fn: of "muon": "match_rms_adamw" or None: updates are scaled by 0.2 sqrt(max(rows, columns)), so that
+            lr and weight_decay are as large as in "adam"; "original": by sqrt(max(1, rows / columns)).
+        ns_coefficients: of "muon": (a, b, c) of the polynomial a s + b s^3 + c s^5 of singular values s that is applied
+            again and again (Newton-Schulz), or "polar_express" (arXiv 2505.16932) for better ones.
+        ns_steps: of "muon": how many times, an integer from 1 to 99.
 
     State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
 
@@ -174,7 +182,7 @@ class AdamW(RuleOptimizer):
         betas: decays (b1, b2) of the EMAs of the gradient and of its square, each in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
             :class:`AdEMAMix`. state="compact" takes about 2.0 bytes a parameter.
 
     Raises:

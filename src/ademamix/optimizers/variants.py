@@ -55,7 +55,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         min_beta1: where b1_t starts, in [0, 1).
         slow_limit: as in :class:`AdEMAMix`, of m_t.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
             :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg`` (m_t), ``exp_avg_sq``. Arguments and keys are the authors'.
@@ -132,7 +132,7 @@ class ADana(RuleOptimizer):
         omega: the paper's weight decay, >= 0: omega / t, multiplied by lr's schedule but not by its peak. The paper's
             value is 4; more than 1 wants an lr that warms up, or the first steps would turn the parameters' sign.
         peak_lr: what ``lr`` is divided by to get its schedule, > 0; needed if ``omega`` is not 0.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
             :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq``.
@@ -219,7 +219,7 @@ class KEMA(RuleOptimizer):
         warmup: steps over which the weights of all EMAs but the first grow linearly from 0, and their horizons from
             ``shortest`` (linearly in the half-life), as AdEMAMix's alpha and beta3 do; None for both at once.
         slow_limit: as in :class:`AdEMAMix`, of the sum of all EMAs but the first.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
             :class:`AdEMAMix`. state="compact" takes about 2 K bytes a parameter.
 
     State of a parameter: ``step``, ``exp_avg_1`` (absent with shortest = 1) to ``exp_avg_K``, ``exp_avg_sq``.
