@@ -178,7 +178,8 @@ def test_geometries_are_compared_for_each_memory() -> None:
     said = found({"adam-ema": near(2.0), "muon-ema": near(1.8), "adam-adana": near(1.5), "muon-adana": near(1.6)})
     assert said.geometry()[2] == (
         "At 2,048 tokens per step Muon's geometry in place of Adam's, by memory: helps: one EMA; hurts: ADana; "
-        "undecided: AdEMAMix (+0.0000 to +0.0000), AdEMAMix with beta1 = 0 (+0.0000 to +0.0000), KEMA (+0.0000 to +0.0000)"
+        "undecided: AdEMAMix (+0.0000 to +0.0000), AdEMAMix with beta1 = 0 (+0.0000 to +0.0000), "
+        "KEMA (+0.0000 to +0.0000)"
     )
 
 
