@@ -63,7 +63,7 @@ def optimizer_of(name: Optimizer, recipe: Training, model: torch.nn.Module) -> R
     is ``rest_lr``, by default the same. Weight decay is the same for both.
     """
     kind, arguments = arguments_of(name, recipe)
-    if _defaults(kind, arguments).get("geometry") != "muon":
+    if _defaults(kind, arguments)["geometry"] != "muon":
         return kind(model.parameters(), **arguments)
     split = {group["geometry"]: [p for _, p in group["params"]] for group in split_parameters(model)}
     rest = {"lr": recipe.settings[REST_LR]} if REST_LR in recipe.settings else {}
@@ -124,7 +124,7 @@ def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer]
     defaults = _defaults(kind, given)
     if "lr" not in defaults:
         raise BadInputError(f"{kind.__name__} has no lr, which the schedule of the learning rate would set")
-    if REST_LR in recipe.settings and defaults.get("geometry") == "muon":
+    if REST_LR in recipe.settings and defaults["geometry"] == "muon":
         try:
             _defaults(kind, {**given, "lr": recipe.settings[REST_LR]})
         except BadInputError as error:
@@ -213,5 +213,8 @@ def _digest(kind: type[RuleOptimizer]) -> str:
 
     coefficients: Any = kind.coefficients
     defaults = _defaults(kind, {})
-    computed = fingerprint(kind.checked_rule(defaults)) + fingerprint(coefficients) + repr(defaults)
+    # Adam's geometry has none of these settings, and digests from before there were others are without them.
+    dropped = GEOMETRY if defaults["geometry"] == "adam" else ()
+    counted = {key: value for key, value in defaults.items() if key not in dropped}
+    computed = fingerprint(kind.checked_rule(defaults)) + fingerprint(coefficients) + repr(counted)
     return hashlib.sha256(computed.encode()).hexdigest()[:8]
