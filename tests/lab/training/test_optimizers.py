@@ -337,7 +337,9 @@ REFUSED = {
     "rest_lr must be a finite number >= 0, got -1": refused("adana", "--settings", "geometry=muon", "rest_lr=-1"),
     "rest_lr is for geometry=muon": refused("adana", "--settings", "rest_lr=1"),
     "rest_lr=1 is for": refused("ademamix", "--settings", "rest_lr=1"),
-    "Mine has no setting geometry": refused("mine.py:mine", "--settings", "geometry=muon"),
+    "for Mine, which is made of a whole rule and not a memory, got 'muon'": refused(
+        "mine.py:mine", "--settings", "geometry=muon"
+    ),
     "no such file: nowhere.py": refused("nowhere.py:mine"),
     "mine.py has no rule or optimizer LEAK; it defines helped, mine, Mine": refused("mine.py:LEAK"),
     "mine.py has no rule or optimizer yours; it defines": refused("mine.py:yours"),
