@@ -186,18 +186,9 @@ def run(settings: Geometry, trials: Trials) -> Report:
     for size in settings.sizes():
         recipes, rows = _tuned(settings, trials, size)
         tables.append(rows)
-
-        def made(entry: str, budget: float, seed: int, recipes: Mapping[str, Recipe] = recipes) -> tuple[str, Recipe]:
-            steps = round(budget * recipes[entry].steps)
-            recipe = dataclasses.replace(recipes[entry], steps=steps, eval_every=steps, seed=seed)
-            return settings.entries[entry].optimizer, recipe
-
-        few = settings.seeds[: settings.budget_seeds]
-        final = Grid(f"final-{size}", {"entry": tuple(recipes), "budget": (1.0,), "seed": settings.seeds}, made)
-        longer = Grid(f"longer-{size}", {"entry": tuple(BASELINES), "budget": settings.budgets, "seed": few}, made)
-        for of_grid in trials.run(final, longer):
-            results |= {(size, *point): result for point, result in of_grid.items()}
         chosen |= {(size, key): recipe for key, recipe in recipes.items()}
+        for of_grid in trials.run(*_grids(settings, size, recipes)):
+            results |= {(size, *point): result for point, result in of_grid.items()}
     found = Found(settings, chosen, results)
     return Report(
         "Any memory in any geometry",
@@ -228,6 +219,21 @@ def _tuned(settings: Geometry, trials: Trials, size: int) -> tuple[dict[str, Rec
             rows.append((name(key), *(f"{lr:g}: {loss}" for lr, loss in tried)))
     count = len(rows[0]) - 1
     return recipes, [(f"{size:,} {settings.recipe.unit} per step", *("lr: loss, tuning",) * count), *rows]
+
+
+def _grids(settings: Geometry, size: int, recipes: Mapping[str, Recipe]) -> tuple[Grid, Grid]:
+    """The runs that count at one batch size: of all cells, and the longer ones of AdamW and Muon."""
+
+    def made(entry: str, budget: float, seed: int) -> tuple[Optimizer, Recipe]:
+        steps = round(budget * recipes[entry].steps)
+        recipe = dataclasses.replace(recipes[entry], steps=steps, eval_every=steps, seed=seed)
+        return settings.entries[entry].optimizer, recipe
+
+    few = settings.seeds[: settings.budget_seeds]
+    return (
+        Grid(f"final-{size}", {"entry": tuple(recipes), "budget": (1.0,), "seed": settings.seeds}, made),
+        Grid(f"longer-{size}", {"entry": tuple(BASELINES), "budget": settings.budgets, "seed": few}, made),
+    )
 
 
 def peak(optimizer: Optimizer, recipe: Recipe) -> float:
