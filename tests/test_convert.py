@@ -91,6 +91,34 @@ def test_a_training_switched_from_adamw_follows_the_equations(source: Any, captu
         torch.testing.assert_close(optimizer.state[p]["exp_avg_slow"], exact.m2, rtol=1e-12, atol=1e-12)
 
 
+@BACKENDS
+def test_a_training_in_muons_geometry_goes_on_as_it_was_with_nothing_of_the_slow_average(backend: str) -> None:
+    (a, b), (c, d) = parameters(), parameters()
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.2, "backend": backend}
+    adamw = ademamix.AdamW([{"params": [a], "geometry": "muon"}, {"params": [b]}], betas=(0.8, 0.95), **options)
+    mixed = AdEMAMix([{"params": [c], "geometry": "muon"}, {"params": [d]}], alpha=0.0, **options)
+    train([a, b], adamw, range(1, 8))
+    for p, q in ((a, c), (b, d)):
+        q.data.copy_(p.data)
+    mixed.load_state_dict(from_adamw(copy.deepcopy(adamw.state_dict()), mixed))
+    assert set(mixed.state[c]) == {"step", "exp_avg_fast", "exp_avg_slow"}
+    train([a, b], adamw, range(8, 15))
+    train([c, d], mixed, range(8, 15))
+    # 7 steps in float64, whose roundings the polynomials make larger by 3.4 each of 5 times.
+    torch.testing.assert_close(c, a, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(d, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_second_moment_has_no_place_in_muons_geometry() -> None:
+    p, _ = parameters()
+    adamw = torch.optim.AdamW([p])
+    train([p], adamw, range(1, 3))
+    mixed = AdEMAMix([{"params": [p], "geometry": "muon"}])
+    mixed.load_state_dict(from_adamw(copy.deepcopy(adamw.state_dict()), mixed))
+    train([p], mixed, range(3, 4))
+    assert set(mixed.state[p]) == {"step", "exp_avg_fast", "exp_avg_slow"}
+
+
 def test_a_schedule_that_has_not_begun_stands_at_its_start() -> None:
     """A parameter that fell behind the others of its group has not reached the switch: its step is AdamW's."""
     (p, q), (r, s) = parameters(), parameters()

@@ -61,9 +61,14 @@ def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> State
         _refuse(source, old, "amsgrad", False)
         if old["weight_decay"]:
             _refuse(source, old, "decoupled_weight_decay", True)
+        names = {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq"}
+        dropped: tuple[str, ...] = ()
+        if {**new, **old}["geometry"] == "muon":  # which has no second moment
+            dropped = ("exp_avg_sq", "exp_avg_sq_scale")
+            del names["exp_avg_sq"]
         members = {}
         for i, saved in _saved(source, state_dict, old):
-            slots = _renamed(source, i, saved, {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq"})
+            slots = _renamed(source, i, _without(saved, dropped), names)
             fast = slots["exp_avg_fast"]
             number = fast.dtype if fast.is_floating_point() or fast.is_complex() else torch.float32
             slow = torch.zeros_like(fast, dtype=number)

@@ -277,11 +277,14 @@ def _pinned(settings: P) -> P:
 def _refuse_unused(recipe: "Training", optimizer: str) -> None:
     """Raise BadInputError for settings that are not this optimizer's."""
     from ademamix.lab.config import BadInputError
-    from ademamix.lab.training.optimizers import SECTIONS
+    from ademamix.lab.training.optimizers import REST_LR, SECTIONS, of_geometry
     from ademamix.lab.values import typed
 
-    if recipe.settings and optimizer in SECTIONS:
-        given = typed(recipe.settings)
+    others = {key: value for key, value in recipe.settings.items() if key not in of_geometry(recipe)}
+    if recipe.settings.get("geometry") != "muon" and REST_LR in recipe.settings:
+        others[REST_LR] = recipe.settings[REST_LR]
+    if others and optimizer in SECTIONS:
+        given = typed(others)
         raise BadInputError(f"AdamW and AdEMAMix have sections of their own: {given} is for other optimizers")
     if recipe.switch_at and optimizer != "ademamix":
         raise BadInputError(f"switch_at is for AdEMAMix, which takes over from AdamW: {optimizer} does not")

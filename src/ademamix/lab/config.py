@@ -114,7 +114,9 @@ class Training:
     adamw: AdamWSettings = AdamWSettings(lr=8e-3, beta2=0.99)
     ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=2e-3, beta2=0.99, beta3=0.998)
     settings: Values = field(default_factory=dict)
-    """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps."""
+    """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps.
+    geometry=muon is for adamw and ademamix too, as are adjust_lr_fn, ns_coefficients and ns_steps: hidden matrices take
+    Muon's geometry. All other parameters take Adam's, with the learning rate rest_lr if it is given."""
 
     def __post_init__(self) -> None:
         _at_least_1(self, "batch", "accumulate", "steps", "eval_every")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ademamix.lab.config import Job
-from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, horizon, lm, sweep, trials, valley
+from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, geometry, horizon, lm, sweep, trials, valley
 from ademamix.lab.experiments.common import Tuning
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.claims import CLAIMS
@@ -40,6 +40,11 @@ TINY = {  # of each experiment its settings, after those of a tiny language mode
         *(word for key in beyond.PRESETS["cpu"].entries for word in (f"--entries.{key}.tried", "lr=1e-3")),
         *("--entries.kema.settings", "longest=1T", "warmup=1T"),
         *("--fractions", "0.5", "1", "--budgets", "1.5"),
+    ),
+    "geometry": (
+        *(word for key in geometry.PRESETS["cpu"].entries for word in (f"--entries.{key}.lr", "1e-3")),
+        *("--batches", "1", "--lengths", "1", "--lrs", "1", "--budgets", "1.5", "--budget-seeds", "1"),
+        *("--entries.adam-kema.settings", "longest=1T", "--entries.muon-kema.settings", "longest=1T"),
     ),
 }
 
@@ -121,7 +126,7 @@ def diverge(inline, monkeypatch):
 
     def of(lost):
         def fake(optimizer, recipe, out):
-            counts = out.parent.name == "final"
+            counts = out.parent.name.startswith("final")
             return math.inf if counts and lost(optimizer, recipe) else real(optimizer, recipe, out)
 
         monkeypatch.setattr("ademamix.lab.experiments.trials._train", fake)
@@ -237,6 +242,18 @@ BAD = {
     ),
     "no such file: nowhere.py": ("beyond", "--own", "nowhere.py:mine"),
     "is for other optimizers": ("lm", "--settings", "kappa=0.5"),
+    "batches must be growing numbers above 0, got (4, 1)": ("geometry", "--batches", "4", "1"),
+    "budgets must be growing numbers above 1, got (1.0,)": ("geometry", "--budgets", "1"),
+    "lengths must be 3 positive numbers, as batches, got (1.0, 0.5)": ("geometry", "--lengths", "1", "0.5"),
+    "lrs must be 3 positive numbers, as batches, got (1.0, 0.0, 1.0)": ("geometry", "--lrs", "1", "0", "1"),
+    "budget_seeds must be in [1, 2], got 3": ("geometry", "--seeds", "101", "102", "--budget-seeds", "3"),
+    "settings are those of the entries here": ("geometry", "--settings", "geometry=muon"),
+    "all must have as many learning rates: 2 of adam-ema, 4 of adam-ademamix": (
+        *("geometry", "--entries.adam-ema.lr", "0.1", "0.2"),
+    ),
+    "muon-adana: kappa must be a number in (0, 1], got 1.5": (
+        *("geometry", "--entries.muon-adana.settings", "kappa=1.5"),
+    ),
     "out already exists": ("valley", "--out", "out"),
     "nothing to resume in nowhere": ("lm", "--resume", "nowhere"),
     "holds no reports": (),

@@ -46,6 +46,7 @@ def leaky(p: Any, g: Any, m: Any, *, lr: Any = 0.1, leak: Any = 0.25, decay: Any
     [
         (AdamW, {"weight_decay": 0.3}, adamw),
         (AdEMAMix, {"betas": (0.9, 0.999, 0.98), "alpha": 5.0}, lambda age: adamw(age) + 5.0 * ema(0.98, age)),
+        (AdamW, {"geometry": "muon"}, adamw),
         (AdEMAMix, {"betas": (0.0, 0.999, 0.98), "alpha": 5.0}, lambda age: (age == 0) + 5.0 * ema(0.98, age)),
         (
             AdEMAMix,

@@ -12,11 +12,19 @@ import pytest
 import torch
 
 import ademamix
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, Muon, RuleOptimizer, SimplifiedAdEMAMix, split_parameters
 from ademamix.lab.config import AdEMAMixSettings, BadInputError, Job, Recipe
 from ademamix.lab.training.checkpoints import FOLDER, complete, weights
-from ademamix.lab.training.loop import train
-from ademamix.lab.training.optimizers import arguments_of, buffers_of, kind_of, pinned, settings_of, title
+from ademamix.lab.training.loop import _Run, train
+from ademamix.lab.training.optimizers import (
+    arguments_of,
+    buffers_of,
+    kind_of,
+    optimizer_of,
+    pinned,
+    settings_of,
+    title,
+)
 from ademamix.lab.training.schedule import lr_factor
 from ademamix.lab.training.tasks import task_of
 
@@ -46,13 +54,18 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path / "mine.py"
 
 
-def by_hand(recipe: Recipe, optimizer_of: Any, peak: float) -> dict[str, torch.Tensor]:
-    """The weights after a run, by a loop of the test's own."""
+def by_hand(recipe: Recipe, optimizer_of: Any, *peaks: float, split: bool = False) -> dict[str, torch.Tensor]:
+    """The weights after a run, by a loop of the test's own; split: hidden matrices and all others apart."""
     task = task_of(recipe)
     model = task.model()
-    optimizer = optimizer_of(model.parameters())
+    parts = [list(model.parameters())]
+    if split:
+        named = dict(model.named_parameters())
+        hidden = [name for name in named if re.search(r"(attn|mlp)\..*_proj\.weight$", name)]
+        parts = [[named.pop(name) for name in hidden], list(named.values())]
+    optimizer = optimizer_of(*parts)
     for step in range(1, recipe.steps + 1):
-        for group in optimizer.param_groups:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_factor(step, recipe.steps, recipe.warmup, recipe.schedule)
         task.loss(model, task.batch(step)).backward()
         optimizer.clip_grad_norm_(recipe.clip)
@@ -85,6 +98,79 @@ def test_a_run_has_the_settings_of_its_recipe(name: str, recipe: Recipe, tmp_pat
     stored = weights(complete(tmp_path / FOLDER)[-1])
     assert all(torch.equal(stored[key], expected[key]) for key in expected)
     assert result.optimizer == pinned(name)
+
+
+def in_muons(kind: Any, **settings: Any) -> Any:
+    return lambda hidden, others: kind(
+        [{"params": hidden, "geometry": "muon"}, {"params": others, "geometry": "adam"}], **settings
+    )
+
+
+MUONS: dict[str, tuple[dict[str, Any], Any, tuple[float, float]]] = {  # settings, what they mean, the peaks of lr
+    "muon": (
+        {"lr": 4e-3, "rest_lr": 1e-3, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.2},
+        in_muons(Muon, adjust_lr_fn="match_rms_adamw", weight_decay=0.2),
+        (4e-3, 1e-3),
+    ),
+    "adana": ({"lr": 4e-3, "geometry": "muon", "ns_steps": 3}, in_muons(ADana, ns_steps=3), (4e-3, 4e-3)),
+    "ademamix": (
+        {"geometry": "muon", "rest_lr": 1e-3},  # all else is the section's
+        in_muons(AdEMAMix, betas=(0.9, 0.99, 0.8), alpha=8.0, alpha_warmup=20, beta3_warmup=20, weight_decay=0.1),
+        (2e-3, 1e-3),
+    ),
+    "adamw": ({"geometry": "muon"}, in_muons(AdamW, betas=(0.9, 0.99), weight_decay=0.1), (8e-3, 8e-3)),
+}
+
+
+@pytest.fixture
+def short(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, ademamix=dataclasses.replace(recipe.ademamix, beta3=0.8))
+
+
+@pytest.mark.parametrize("name", MUONS)
+def test_in_muons_geometry_hidden_matrices_are_a_group_of_their_own(name: str, short: Recipe, tmp_path: Path) -> None:
+    settings, optimizer_of, peaks = MUONS[name]
+    short = dataclasses.replace(short, settings=settings)
+    train(name, short, Job(device="cpu"), tmp_path)
+    expected = by_hand(short, optimizer_of, *peaks, split=True)
+    stored = weights(complete(tmp_path / FOLDER)[-1])
+    assert all(torch.equal(stored[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["muon", "ademamix"])
+def test_a_run_in_muons_geometry_is_resumed_to_the_same_bits(
+    name: str, short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = dataclasses.replace(short, settings=MUONS[name][0])
+    whole = train(name, short, Job(device="cpu"), tmp_path / "whole")
+    advance = _Run.advance
+    monkeypatch.setattr(_Run, "advance", lambda run: 1 / 0 if run.step == 12 else advance(run))
+    with pytest.raises(ZeroDivisionError):
+        train(name, short, Job(device="cpu", save_every=5), tmp_path / "cut")
+    monkeypatch.undo()
+    assert train(name, short, Job(device="cpu"), tmp_path / "cut").valid_loss == whole.valid_loss
+    both = [weights(complete(tmp_path / run / FOLDER)[-1]) for run in ("whole", "cut")]
+    assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
+
+
+def test_a_run_switched_from_adamw_keeps_its_two_groups(short: Recipe, tmp_path: Path) -> None:
+    short = dataclasses.replace(short, switch_at=10, settings={"geometry": "muon", "rest_lr": 1e-3})
+    still = dataclasses.replace(short.ademamix, alpha=0.0, lr=8e-3)  # AdamW's own steps
+    train("ademamix", dataclasses.replace(short, ademamix=still), Job(device="cpu"), tmp_path)
+    expected = by_hand(short, in_muons(AdamW, betas=(0.9, 0.99), weight_decay=0.1), 8e-3, 1e-3, split=True)
+    stored = weights(complete(tmp_path / FOLDER)[-1])
+    # 20 steps in float32, whose roundings Adam's quotient and the polynomials make larger.
+    assert all(torch.allclose(stored[key], expected[key], rtol=1e-3, atol=1e-4) for key in expected)
+
+
+def test_the_groups_of_the_lab_are_those_of_split_parameters_with_decay_everywhere(recipe: Recipe) -> None:
+    model = task_of(recipe).model()
+    optimizer = optimizer_of("muon", dataclasses.replace(recipe, settings={"weight_decay": 0.3}), model)
+    split = split_parameters(model)
+    assert [group["geometry"] for group in optimizer.param_groups] == ["muon", "adam"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3]
+    for group, of_split in zip(optimizer.param_groups, split, strict=True):
+        assert list(map(id, group["params"])) == [id(p) for _, p in of_split["params"]]
 
 
 def test_a_rule_of_the_users_trains_like_its_class(recipe: Recipe, mine: Path, tmp_path: Path) -> None:
@@ -136,6 +222,10 @@ def test_settings_and_buffers_are_those_of_the_optimizer(recipe: Recipe) -> None
     assert settings_of("adamw", recipe) == dataclasses.asdict(recipe.adamw)
     assert buffers_of("kema", recipe) == ("exp_avg_2", "exp_avg_3", "exp_avg_4", "exp_avg_sq")
     assert buffers_of("adamw", recipe) == ("exp_avg", "exp_avg_sq")
+    muon = dataclasses.replace(recipe, settings={"geometry": "muon", "ns_steps": 3, "rest_lr": 1e-3})
+    assert settings_of("adamw", muon) == dataclasses.asdict(recipe.adamw) | dict(muon.settings)
+    assert settings_of("adana", muon)["rest_lr"] == 1e-3
+    assert buffers_of("adamw", muon) == ("exp_avg",)
 
 
 # --------------------------------------------------------------------------------- the digest of a rule
@@ -241,7 +331,15 @@ REFUSED = {
     "count must be an integer from 2 to 8, got 'x'": refused("kema", "--settings", "count=x"),
     "kappa must be a number in (0, 1], got 2": refused("adana", "--settings", "kappa=2"),
     "leak must be a finite number, got (1, 2)": refused("mine.py:mine", "--settings", "leak=1,2"),
-    "AdamW and AdEMAMix have sections of their own: lr=1": refused("ademamix", "--settings", "lr=1"),
+    "AdamW and AdEMAMix have sections of their own: lr=1 is": refused("ademamix", "--settings", "lr=1", "ns_steps=3"),
+    "geometry must be one of ('adam', 'muon'), got 'moon'": refused("ademamix", "--settings", "geometry=moon"),
+    "ns_steps must be an integer": refused("ademamix", "--settings", "geometry=muon", "ns_steps=0"),
+    "rest_lr must be a finite number >= 0, got -1": refused("adana", "--settings", "geometry=muon", "rest_lr=-1"),
+    "rest_lr is for geometry=muon": refused("adana", "--settings", "rest_lr=1"),
+    "rest_lr=1 is for": refused("ademamix", "--settings", "rest_lr=1"),
+    "for Mine, which is made of a whole rule and not a memory, got 'muon'": refused(
+        "mine.py:mine", "--settings", "geometry=muon"
+    ),
     "no such file: nowhere.py": refused("nowhere.py:mine"),
     "mine.py has no rule or optimizer LEAK; it defines helped, mine, Mine": refused("mine.py:LEAK"),
     "mine.py has no rule or optimizer yours; it defines": refused("mine.py:yours"),

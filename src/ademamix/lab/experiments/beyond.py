@@ -14,7 +14,7 @@ from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Candidate, Settings, changed
-from ademamix.lab.experiments.compare import crossing
+from ademamix.lab.experiments.compare import more_tokens
 from ademamix.lab.experiments.kernels import ages, memory
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.experiments.statistics import by_seed, clearly_below, difference, mean_and_error, plus_minus, shown
@@ -248,14 +248,7 @@ class Found:
         if mean_and_error(self.final(key))[0] > mean_and_error(self.final("adamw"))[0]:
             return "its loss is above AdamW's"
         lengths = sorted(x for k, x in self.losses if k == "adamw")
-        needed = [
-            crossing([(x, self.losses["adamw", x][i]) for x in lengths], loss) for i, loss in enumerate(self.final(key))
-        ]
-        if None in needed:
-            return f"> {100 * (lengths[-1] - 1):+.0f} %"
-        factor, error = mean_and_error([float(x) for x in needed if x is not None])
-        spread = "" if math.isinf(error) else f" ± {100 * error:.0f}"
-        return f"{100 * (factor - 1):+.0f} %{spread}"
+        return more_tokens({x: self.losses["adamw", x] for x in lengths}, self.final(key))
 
     def table(self) -> Rows:
         heads = ("loss after T steps", "by seed", "AdamW's tokens", "bytes a parameter", "optimizer, ms", "buffers")

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json
+from ademamix.lab.experiments.statistics import mean_and_error
 from ademamix.lab.reports.pictures import Chart, Line, Picture, around
 from ademamix.lab.reports.report import Report, Rows
 from ademamix.lab.training.loop import Result, train
@@ -98,6 +99,21 @@ def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float | None
             return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
         x0, y0 = x1, y1
     return None
+
+
+def more_tokens(losses: Mapping[float, Sequence[float]], goal: Sequence[float]) -> str:
+    """How many more tokens an optimizer needs for losses of the same seeds, for people: their mean and its error.
+
+    Args:
+        losses: its own losses, seed by seed, after budgets in growing order; 1 is that of the others.
+        goal: the losses to reach, seed by seed.
+    """
+    needed = [crossing([(x, of_seed[i]) for x, of_seed in losses.items()], loss) for i, loss in enumerate(goal)]
+    if None in needed:
+        return f"> {100 * (max(losses) - 1):+.0f} %"
+    factor, error = mean_and_error([float(x) for x in needed if x is not None])
+    spread = "" if math.isinf(error) else f" ± {100 * error:.0f}"
+    return f"{100 * (factor - 1):+.0f} %{spread}"
 
 
 def reached_at(run: Result, loss: float) -> float | None:

@@ -27,8 +27,10 @@ def memory(kind: type[RuleOptimizer], arguments: Mapping[str, Any], step: int, a
         ages: steps since the gradient, each below `step`.
     """
     p = torch.zeros(len(ages) + 1, dtype=torch.float64, requires_grad=True)
+    # A memory is the same in any geometry, and Adam's is elementwise.
+    elementwise = {"geometry": "adam"} if "geometry" in arguments else {}
     # A few elements: compiling the rule for float64 would take longer than running it.
-    optimizer = kind([p], **{**arguments, "lr": 1.0, "backend": "eager"})
+    optimizer = kind([p], **{**arguments, **elementwise, "lr": 1.0, "backend": "eager"})
     p.grad = torch.ones_like(p)
     flipped = {step - age: i for i, age in enumerate(ages)}
     for t in range(1, step + 1):

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -23,6 +24,77 @@ def clearly_below(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether the mean of `a` is below that of `b` by more than twice the joint standard error."""
     gap, error = difference(a, b)
     return gap > 2 * error
+
+
+def students_t(freedom: int, level: float = 0.95) -> float:
+    """The t with that share of Student's distribution within [-t, t].
+
+    Args:
+        freedom: degrees of freedom, from 1 on.
+        level: the share, in (0, 1).
+    """
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(60):  # each halves the range
+        angle = (low + high) / 2
+        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """The share within [-t, t]: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+@dataclass(frozen=True)
+class Paired:
+    """By how much losses lie above others of the same seeds: the mean, and its interval by Student's t."""
+
+    mean: float  # infinite if a run of a pair diverged
+    half: float  # of the interval's width; infinite for one pair
+    below: int  # pairs in which the first loss is the lower one
+    count: int
+
+    @property
+    def helps(self) -> bool:
+        """Whether the whole interval is below zero."""
+        return self.mean + self.half < 0
+
+    @property
+    def hurts(self) -> bool:
+        """Whether the whole interval is above zero."""
+        return math.isfinite(self.mean) and self.mean - self.half > 0
+
+    @property
+    def verdict(self) -> str:
+        """Helps, hurts or undecided."""
+        return "helps" if self.helps else "hurts" if self.hurts else "undecided"
+
+    @property
+    def interval(self) -> str:
+        """The interval for people, or why there is none."""
+        if math.isinf(self.mean):
+            return "diverged in some seed"
+        return "one seed" if math.isinf(self.half) else f"{self.mean - self.half:+.4f} to {self.mean + self.half:+.4f}"
+
+    def __str__(self) -> str:
+        known = "" if math.isinf(self.mean) else f"{self.mean:+.4f} "
+        return f"{self.verdict}: {known}({self.interval}), {self.below} of {self.count}"
+
+
+def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
+    """By how much `a` lies above `b`, seed by seed, with the interval that covers the mean at this level."""
+    below = sum(x < y for x, y in zip(a, b, strict=True))
+    if any(map(math.isinf, (*a, *b))):
+        return Paired(math.inf, math.inf, below, len(a))
+    mean, error = mean_and_error([x - y for x, y in zip(a, b, strict=True)])
+    half = error * students_t(len(a) - 1, level) if len(a) > 1 else math.inf
+    return Paired(mean, half, below, len(a))
 
 
 def plus_minus(mean: float, error: float, form: str = ".4f") -> str:

@@ -37,7 +37,7 @@ from ademamix.lab.config import (
 from ademamix.lab.console import Show
 from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.training.model import checksum
-from ademamix.lab.training.optimizers import arguments_of, pinned, title
+from ademamix.lab.training.optimizers import arguments_of, optimizer_of, pinned, title
 from ademamix.lab.training.processes import Processes, backward_of, launched, put_away, spread
 from ademamix.lab.training.schedule import lr_factor
 from ademamix.lab.training.tasks import Batch, task_of
@@ -227,8 +227,9 @@ class _Run:
 
     def _optimizer_of(self, step: int) -> RuleOptimizer:
         """A new optimizer of the kind that takes this step."""
-        kind, arguments = arguments_of("adamw" if step <= self.switch_at else self.name, self.recipe)
-        return kind(self.model.parameters(), **arguments)
+        optimizer = optimizer_of("adamw" if step <= self.switch_at else self.name, self.recipe, self.model)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
 
     def advance(self) -> Tensor:
         """Take one training step; return its loss over all processes, still on the device."""
@@ -240,8 +241,8 @@ class _Run:
             self.optimizer.load_state_dict(from_adamw(before.state_dict(), self.optimizer))
         factor = lr_factor(self.step, recipe.steps, recipe.warmup, recipe.schedule, recipe.final_lr)
         self.lr = self.optimizer.defaults["lr"] * factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
         if recipe.insert and self.step in recipe.held_out:
             batch = self.held_out[recipe.held_out.index(self.step)]
         else:

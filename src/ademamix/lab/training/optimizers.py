@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 import ademamix
-from ademamix import RuleOptimizer, optimizer_from
+from ademamix import RuleOptimizer, optimizer_from, split_parameters
 from ademamix.lab.config import BadInputError, Optimizer, Training
 
 SECTIONS = ("adamw", "ademamix")  # whose settings are a section of their own in a recipe; all others share `settings`
+GEOMETRY = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps")  # in `settings`, of these two as well
+REST_LR = "rest_lr"
 
 
 def pinned(name: Optimizer) -> Optimizer:
@@ -44,9 +46,29 @@ def folder_of(name: Optimizer) -> str:
 def settings_of(name: Optimizer, recipe: Training) -> dict[str, Any]:
     """All settings that the recipe gives the optimizer, as people know them."""
     if name in SECTIONS:
-        return dataclasses.asdict(getattr(recipe, name))
+        return dataclasses.asdict(getattr(recipe, name)) | of_geometry(recipe)
     kind, given = arguments_of(name, recipe)
-    return _defaults(kind, given) | given
+    return _defaults(kind, given) | given | of_geometry(recipe)
+
+
+def of_geometry(recipe: Training) -> dict[str, Any]:
+    """The settings that decide the geometry of any optimizer of the recipe's."""
+    return {key: value for key, value in recipe.settings.items() if key in (*GEOMETRY, REST_LR)}
+
+
+def optimizer_of(name: Optimizer, recipe: Training, model: torch.nn.Module) -> RuleOptimizer:
+    """The recipe's optimizer of a model's parameters.
+
+    In Muon's geometry these are two groups: the hidden matrices, and in Adam's geometry all others, whose learning rate
+    is ``rest_lr``, by default the same. Weight decay is the same for both.
+    """
+    kind, arguments = arguments_of(name, recipe)
+    if _defaults(kind, arguments)["geometry"] != "muon":
+        return kind(model.parameters(), **arguments)
+    split = {group["geometry"]: [p for _, p in group["params"]] for group in split_parameters(model)}
+    rest = {"lr": recipe.settings[REST_LR]} if REST_LR in recipe.settings else {}
+    own: dict[str, dict[str, Any]] = {"muon": {}, "adam": rest}
+    return kind([{"params": params, "geometry": key, **own[key]} for key, params in split.items()], **arguments)
 
 
 def buffers_of(name: Optimizer, recipe: Training) -> tuple[str, ...]:
@@ -85,28 +107,39 @@ def arguments_of(name: Optimizer, recipe: Training) -> tuple[type[RuleOptimizer]
     """
     kind, planned = kind_of(name), recipe.horizon
     given: dict[str, Any]
-    s, m = recipe.adamw, recipe.ademamix
+    s, m, section = recipe.adamw, recipe.ademamix, _folded(name) in SECTIONS
+    shared = {key: value for key, value in of_geometry(recipe).items() if key != REST_LR}
     if _folded(name) == "adamw":
         given = {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay}
-        given |= {"state": s.state}
+        given |= {"state": s.state, **shared}
     elif _folded(name) == "ademamix":
         over_run = m.warmup and m.beta3_schedule != "log-time"
         warmup = max(1.0, m.warmup * (planned - recipe.switch_at)) if over_run else None
         given = {"lr": m.lr, "betas": (m.beta1, m.beta2, m.beta3), "eps": m.eps, "weight_decay": m.weight_decay}
         given |= {"alpha": m.alpha, "alpha_warmup": warmup, "beta3_warmup": warmup, "state": m.state}
-        given |= {"beta3_schedule": m.beta3_schedule, "delta": m.delta, "kappa": m.kappa}
+        given |= {"beta3_schedule": m.beta3_schedule, "delta": m.delta, "kappa": m.kappa, **shared}
     else:
-        given = {key: _in_steps(value, planned) for key, value in recipe.settings.items()}
+        given = {key: _in_steps(value, planned) for key, value in recipe.settings.items() if key != REST_LR}
         _check_names(kind, given)
-    if "lr" not in _defaults(kind, given):
+    defaults = _defaults(kind, given)
+    if "lr" not in defaults:
         raise BadInputError(f"{kind.__name__} has no lr, which the schedule of the learning rate would set")
+    if REST_LR in recipe.settings and defaults["geometry"] == "muon":
+        try:
+            _defaults(kind, {**given, "lr": recipe.settings[REST_LR]})
+        except BadInputError as error:
+            raise BadInputError(f"rest_{error}") from error
+    elif REST_LR in recipe.settings and not section:
+        raise BadInputError(f"{REST_LR} is for geometry=muon, where it is the lr of all but the hidden matrices")
     return kind, given
 
 
 def _defaults(kind: type[RuleOptimizer], given: dict[str, Any]) -> dict[str, Any]:
     """What the class makes of its arguments, unless it refuses them."""
     try:
-        defaults: dict[str, Any] = kind([torch.zeros(())], **given).defaults
+        defaults: dict[str, Any] = kind(
+            [torch.zeros(1, 1)], **given
+        ).defaults  # a matrix: Muon's geometry takes no other
     except (TypeError, ValueError) as error:
         raise BadInputError(str(error)) from error
     return defaults
@@ -180,5 +213,8 @@ def _digest(kind: type[RuleOptimizer]) -> str:
 
     coefficients: Any = kind.coefficients
     defaults = _defaults(kind, {})
-    computed = fingerprint(kind.checked_rule(defaults)) + fingerprint(coefficients) + repr(defaults)
+    # Adam's geometry has none of these settings, and digests from before there were others are without them.
+    dropped = GEOMETRY if defaults["geometry"] == "adam" else ()
+    counted = {key: value for key, value in defaults.items() if key not in dropped}
+    computed = fingerprint(kind.checked_rule(defaults)) + fingerprint(coefficients) + repr(counted)
     return hashlib.sha256(computed.encode()).hexdigest()[:8]
