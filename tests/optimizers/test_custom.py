@@ -457,7 +457,9 @@ def test_what_is_no_rule_is_refused() -> None:
         optimizer_from(endless)
 
 
-@pytest.mark.parametrize("other", [dict, print, np.sqrt, 3, lambda g: (g,)], ids=repr)
+@pytest.mark.parametrize(
+    "other", [dict, print, np.sqrt, 3, lambda g: (g,)], ids=["type", "built-in", "ufunc", "number", "lambda"]
+)
 def test_what_is_no_function_has_no_arguments_to_be_asked_for(other: Any) -> None:
     with pytest.raises(ValueError, match=r"a (rule|memory) is a function that a def gives its name, got "):
         optimizer_from(other)
