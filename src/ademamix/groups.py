@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -53,8 +53,13 @@ class ParameterGroups(list[dict[str, Any]]):
             tensors = "1 tensor" if len(placed) == 1 else f"{len(placed)} tensors"
             lines.append(f"{geometry or 'left out'}: {tensors}, {numbers:,} parameters")
             # Layers that differ in their number only share a row.
-            rows = Counter((re.sub(r"(?<![^.])\d+(?![^.])", "*", q.name), q.shape, q.reason) for q in placed)
-            cells = [(name, f"{n} x {list(shape)}", reason) for (name, shape, reason), n in rows.items()]
+            rows = defaultdict[Any, list[str]](list)
+            for q in placed:
+                rows[re.sub(r"(?<![^.])\d+(?![^.])", "*", q.name), q.shape, q.reason].append(q.name)
+            cells = [
+                (name if len(names) > 1 else names[0], f"{len(names)} x {list(shape)}", reason)
+                for (name, shape, reason), names in rows.items()
+            ]
             first, second = (max(len(cell[i]) for cell in cells) for i in range(2))
             lines += [f"  {name:{first}}  {shapes:{second}}  {reason}" for name, shapes, reason in cells]
         return "\n".join(lines)

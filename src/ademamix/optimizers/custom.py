@@ -59,7 +59,17 @@ def optimizer_from(
     if taken := [name for name in hyperparameters if name in ("params", *(q.name for q in OPTIONS))]:
         raise ValueError(f"{rule.__name__}: every optimizer takes {taken}, so no hyperparameter has such a name")
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
+    if is_memory and (twice := [q.name for q in ADAM if q.name in coefficient_names(rule)]):
+        raise ValueError(f"{rule.__name__}: {twice} are the step's, which the class adds; a memory has other names")
     kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
+    given_now = kept(1.0, **{q.name: hyperparameters[q.name].default for q in asked})
+    if foreign := sorted(set(given_now) - set(coefficient_names(rule))):
+        raise ValueError(
+            f"{getattr(over_time, '__name__', over_time)} gives {foreign}, which {rule.__name__} does not take; it takes "
+            f"{list(coefficient_names(rule))}"
+        )
+    if unknown_slots := sorted((compact or {}).keys() - set(slot_names(frozen))):
+        raise ValueError(f"compact must map slots {slot_names(frozen)} to formats, got {unknown_slots}")
     scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept, "adam_coefficients": adam_coefficients}
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(frozen)}

@@ -49,8 +49,8 @@ class GradientMemory(RuleOptimizer):
     Norms and skipped steps: :meth:`clip_grad_norm_` clips the gradients that enter the memory, within the step;
     ``torch.nn.utils.clip_grad_norm_`` after the step clips u. A step that is skipped, since a gradient is not finite,
     leaves the memory as it is and sets all gradients to zero, so that the other optimizer decays at most. With a
-    GradScaler, call ``scaler.step`` for both, the memory first, and ``scaler.unscale_`` for neither or for the other
-    optimizer alone::
+    GradScaler, call ``scaler.step`` for both, the memory first, and ``scaler.unscale_`` for neither, or only for the
+    other optimizer::
 
         scaler.scale(loss).backward()
         scaler.step(memory)         # leaves u scaled, or NaN if a gradient is not finite

@@ -35,12 +35,12 @@ class Muon(RuleOptimizer):
     Arguments, defaults and ``momentum_buffer`` are those of torch.optim.Muon. Its iteration is in bfloat16 everywhere;
     here it is in bfloat16 on GPUs, in float32 on CPUs, and in float64 for float64 parameters.
 
-    Groups with geometry="adam" are AdamW's, with ``betas``: vectors, embeddings and output heads need no optimizer of
-    their own (:func:`ademamix.split_parameters`).
+    Groups with geometry="adam" are AdamW's, with ``betas``: no separate optimizer is needed for vectors,
+    embeddings and output heads (:func:`ademamix.split_parameters`).
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Those of groups in the
-            geometry "muon" have 2 dimensions or more; what lies behind the first is one.
+            geometry "muon" have 2 dimensions or more; all after the first are flattened.
         lr: learning rate, a number or a tensor of one element.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         momentum: decay of the EMA, in [0, 1).
@@ -51,7 +51,7 @@ class Muon(RuleOptimizer):
         adjust_lr_fn: "original" or None: scale is sqrt(max(1, r / c)); "match_rms_adamw": 0.2 sqrt(max(r, c)), with
             which lr and weight_decay are as large as AdamW's.
         betas: of groups in the geometry "adam": decays of the EMAs of the gradient and of its square, each in [0, 1).
-        geometry: "muon" or "adam", for groups that do not say.
+        geometry: "muon" or "adam", the default for groups that do not set it.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload: as in
             :class:`AdEMAMix`. state="compact" takes about 1.0 byte a parameter.
 
