@@ -475,7 +475,7 @@ def test_a_memory_of_your_own_has_compact_state_in_jax() -> None:
     assert {name: leaf.codes.dtype for name, leaf in state.slots.items()} == {
         "short": jnp.int16,
         "long": jnp.int16,
-        "mean_sq": jnp.uint8,
+        "exp_avg_sq": jnp.uint8,
     }
 
 

@@ -18,7 +18,16 @@ from gpu.driver import Driver, Part
 from gpu.summary import summary
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("summary.md", "step-gpu.md", "gpu-correct.md", "lm-gpu.md", "sweep.md", "tests.txt", "log.txt")
+PAGES = (
+    "summary.md",
+    "step-gpu.md",
+    "muon-step-gpu.md",
+    "gpu-correct.md",
+    "lm-gpu.md",
+    "sweep.md",
+    "tests.txt",
+    "log.txt",
+)
 KEPT = 0.4  # the share of the time that is kept for what is timed
 COMPILING = 6  # processes that compile in the background
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats")
@@ -77,6 +86,8 @@ def run(driver: Driver, out: Path, work: Path, wheels: Path, device: str) -> Non
 
     step = [python, "benchmarks/step.py", "--device", device, "--out", os.path.relpath(out / "step-gpu.md", ROOT)]
     driver.run(Part("step", [*step, *([] if cuda else ["--tiny", "--rounds", "1"])], 130 * scale))
+    muon = [python, "benchmarks/muon.py", "--device", device, "--out", os.path.relpath(out / "muon-step-gpu.md", ROOT)]
+    driver.run(Part("muon", [*muon, *([] if cuda else ["--tiny", "--rounds", "1"])], 30 * scale))
     if cuda or importlib.util.find_spec("triton"):
         driver.run(Part("sweep", module("sweep"), 70 * scale))
     else:

@@ -60,6 +60,7 @@ def summary(out: Path, outcomes: Sequence[Outcome], environment: Path) -> str:
         "Tests": tests(out / "tests.txt"),
         "The host's time": section(step, "The host's time"),
         "Launches": section(step, "Clipped, moving"),
+        "Muon's geometry": section(out / "muon-step-gpu.md", "12 of GPT-2's"),
         "The kernel": section(out / "sweep.md", "Best"),
         "Training": section(out / "lm-gpu.md", "Tokens per second"),
         "Environment": environment.read_text().splitlines() if environment.exists() else [],

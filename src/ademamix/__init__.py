@@ -4,6 +4,7 @@ from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.groups import split_parameters
 from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.custom import optimizer_from
+from ademamix.optimizers.filter import GradientMemory
 from ademamix.optimizers.muon import Muon
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 from ademamix.schedules import suggest
@@ -14,6 +15,7 @@ __all__ = [
     "ADana",
     "AdEMAMix",
     "AdamW",
+    "GradientMemory",
     "Muon",
     "RuleOptimizer",
     "SimplifiedAdEMAMix",

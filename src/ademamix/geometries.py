@@ -120,7 +120,7 @@ def scale(adjust_lr_fn: str, rows: int, columns: int) -> float:
     """How large an update of orthogonal directions is: "original" (Keller Jordan's Muon) or "match_rms_adamw", whose
     elements have AdamW's typical root mean square of 0.2 (Liu et al., arXiv 2502.16982)."""
     if adjust_lr_fn == "original":
-        return math.sqrt(max(1.0, rows / columns))
+        return math.sqrt(max(1.0, rows / max(1, columns)))
     return 0.2 * math.sqrt(max(rows, columns))
 
 
@@ -139,11 +139,11 @@ def orthogonalized(
         norm: of x, [..., 1, 1], and not 0: a matrix of zeros remains one.
         multiply: (c, a, b, beta, alpha) -> beta c + alpha a @ b, of matrices.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the products are of the shorter side
+    tall = x.shape[-2] > x.shape[-1]  # the polynomial is one of the shorter side's Gram matrix
     x = x / norm(x)
     for i, (a, b, c) in enumerate(steps, start=1):
         factor = scale if i == len(steps) else 1.0
-        gram = x @ x.mT
-        x = multiply(x, multiply(gram, gram, gram, factor * b, factor * c), x, factor * a, 1.0)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        inner = multiply(gram, gram, gram, factor * b, factor * c)
+        x = multiply(x, *((x, inner) if tall else (inner, x)), factor * a, 1.0)
+    return x

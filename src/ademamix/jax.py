@@ -8,12 +8,13 @@
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
 
-:data:`ademamix`, :data:`adamw`, :data:`simplified_ademamix`, :data:`adana` and :data:`kema` are made by
+:data:`ademamix`, :data:`adamw`, :data:`simplified_ademamix`, :data:`adana`, :data:`kema` and :data:`muon` are made by
 :func:`transformation`, which takes any optimizer class of this library, also one of yours.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +23,18 @@ import numpy as np
 import optax
 import torch
 from jax import Array
+from jax.tree_util import keystr
 
 from ademamix.backends import bind, coefficient_names, slot_names
-from ademamix.backends.jax import Blocks, Leaf, Stored
+from ademamix.backends.jax import Blocks, Leaf, Matrices, Stored, orthogonal
 from ademamix.engine.arguments import check_flags, check_seed
+from ademamix.engine.kinds import DECOUPLED
+from ademamix.engine.muon import Iteration
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.state import MASTER
-from ademamix.formats import keys
+from ademamix.formats import Format, keys
 from ademamix.optimizers.adam import AdamW, AdEMAMix
+from ademamix.optimizers.muon import Muon
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
 
 
@@ -37,9 +42,36 @@ class State(NamedTuple):
     """The state of a transformation."""
 
     count: Array  # [], int32: steps done
-    slots: dict[
-        str, Any
-    ]  # by the slot's name, a tree like the parameters whose leaves have their shapes, or are Blocks
+    # By the slot's name, a tree like the parameters whose leaves have their shapes, or are Blocks; or Absent, where the
+    # leaf's geometry has no such slot.
+    slots: dict[str, Any]
+
+
+class Absent(optax.MaskedNode):  # type: ignore[misc]
+    """In a slot's tree, in the place of a parameter that does not have the slot."""
+
+
+class _Way(NamedTuple):
+    """How a step is taken in one geometry."""
+
+    rule: Any  # bound to jax.numpy; gives the new parameter, or in "muon" the direction
+    slots: tuple[str, ...]
+    names: tuple[str, ...]  # of the rule's coefficients
+    formats: dict[str, Format]  # of the slots that are stored
+    foreign: set[str]  # slots of the other geometry
+
+
+class _Part(NamedTuple):
+    """A leaf of the parameters, and how its steps are taken."""
+
+    path: str
+    leaf: Leaf
+    way: _Way
+    matrices: Matrices | None  # in "muon"
+
+
+_BY_LEAF = 'geometry=lambda params: jax.tree.map(lambda p: "muon" if p.ndim >= 2 else "adam", params) is of each leaf'
+_decoupled = bind(DECOUPLED, jnp)
 
 
 class _Transformation:
@@ -51,64 +83,136 @@ class _Transformation:
         group: dict[str, Any],  # hyperparameters by torch's names
         known: dict[str, Any],  # the same, with the class's defaults for arrays and schedules
         *,
+        geometry: Any,
         mask: Any,
         mu_dtype: Any,
         state: str | Mapping[str, str],
         stochastic_rounding: bool,
         seed: int | None,
     ) -> None:
-        rule = optimizer.checked_rule(known)
-        self.slots, self.names = slot_names(rule), coefficient_names(rule)
-        if mask is not None and "weight_decay" not in self.names:
-            raise ValueError(f"mask must be None: the rule {rule.__name__} has no weight_decay, got {mask!r}")
-        formats = optimizer.formats_of(known, state if mu_dtype is None else _moments(mu_dtype, state, self.slots))
-        self.formats = {name: formats[name] for name in optimizer.stored(known)}
-        self.group, self.mask, self.rounding, self.seed = group, mask, stochastic_rounding, seed or 0
+        self.group, self.geometry, self.mask = group, geometry, mask
+        self.rounding, self.seed = stochastic_rounding, seed or 0
         check_flags({"stochastic_rounding": stochastic_rounding}, "stochastic_rounding")
         check_seed(self.seed)
-        self.rule, self.coefficients = bind(rule, jnp), bind(optimizer.coefficients, jnp)
+        optimizer.check(known)
+        # What a function will say is not known yet: its state has a tree for each slot of either geometry.
+        given = optimizer.geometries_of(known) if callable(geometry) else _kinds(geometry)
+        groups = {kind: {**known, "geometry": kind} for kind in given}
+        rules = {kind: optimizer.checked_rule(group) for kind, group in groups.items()}
+        slots = {kind: slot_names(rule) for kind, rule in rules.items()}
+        if mu_dtype is not None:
+            state = _moments(mu_dtype, state, [name for names in slots.values() for name in names])
+        self.ways: dict[Any, _Way] = {}
+        for kind, group in groups.items():
+            formats = optimizer.formats_of(group, state)
+            stored = {name: formats[name] for name in optimizer.stored(group)}
+            foreign = formats.keys() - {*slots[kind]}
+            self.ways[kind] = _Way(bind(rules[kind], jnp), slots[kind], coefficient_names(rules[kind]), stored, foreign)
+        self.iteration = Iteration.of(optimizer, groups["muon"]) if "muon" in groups else None
+        passes = chain.from_iterable(map(optimizer.rules_of, groups.values()))
+        self.names = tuple(dict.fromkeys(chain.from_iterable(map(coefficient_names, passes))))
+        if mask is not None and "weight_decay" not in self.names:
+            raise ValueError(f"mask must be None: {optimizer.__name__} has no weight_decay, got {mask!r}")
+        self.stored = tuple(dict.fromkeys(chain.from_iterable(way.formats for way in self.ways.values())))
+        self.coefficients = bind(optimizer.coefficients, jnp)
 
-    def _leaf(self, p: Any) -> Leaf:
-        return Leaf(jnp.asarray(p), self.formats, stochastic_rounding=self.rounding)
+    def _parts(self, params: Any) -> tuple[list[_Part], Any]:
+        """Of each leaf, and the structure of the tree."""
+        every, tree = jax.tree_util.tree_flatten_with_path(params)
+        if not every:  # so optax asks for the structure of states
+            return [], tree
+        given = self.geometry(params) if callable(self.geometry) else self.geometry
+        geometries = tree.flatten_up_to(jax.tree.broadcast(given, params, is_leaf=_has_axes))
+        return [self._part(f"params{keystr(path)}", p, x) for (path, p), x in zip(every, geometries, strict=True)], tree
+
+    def _part(self, path: str, p: Any, geometry: Any) -> _Part:
+        kind = _kind(geometry)
+        if kind not in self.ways:
+            raise ValueError(f"geometry must be one of {tuple(self.ways)}, got {geometry!r} for {path}")
+        way, p = self.ways[kind], jnp.asarray(p)
+        leaf = Leaf(p, way.formats, stochastic_rounding=self.rounding)
+        try:
+            matrices = Matrices.of(p.shape, geometry) if kind == "muon" else None
+        except ValueError as error:
+            raise ValueError(f"{error}, got {path} of shape {p.shape}; {_BY_LEAF}") from None
+        return _Part(path, leaf, way, matrices)
 
     def init(self, params: Any) -> State:
-        slots = {name: jax.tree.map(lambda p: self._leaf(p).empty(name), params) for name in self.formats}  # noqa: B023
-        return State(jnp.zeros((), jnp.int32), slots)
+        parts, tree = self._parts(params)
+
+        def empty(name: str) -> Any:
+            return tree.unflatten([leaf.empty(name) if name in way.formats else Absent() for _, leaf, way, _ in parts])
+
+        return State(jnp.zeros((), jnp.int32), {name: empty(name) for name in self.stored})
 
     def update(self, updates: Any, state: State, params: Any = None, **extra_args: Any) -> tuple[Any, State]:
         if params is None:
             raise ValueError("the rule needs the parameters: call update(grads, state, params)")
-        if missing := self.formats.keys() - state.slots.keys():
-            raise ValueError(f"the state has no {sorted(missing)}, which the rule stores; it has {sorted(state.slots)}")
-        every, tree = jax.tree.flatten(params)
-        leaves = [self._leaf(p) for p in every]
-        coefficients = self._coefficients(state.count, {leaf.dtype for leaf in leaves})
-        key = keys([self.seed] * len(leaves), range(len(leaves)))
+        parts, tree = self._parts(params)
+        coefficients = self._coefficients(state.count, {leaf.dtype for _, leaf, _, _ in parts})
+        key = keys([self.seed] * len(parts), range(len(parts)))
         grads, decays = tree.flatten_up_to(updates), tree.flatten_up_to(self._decays(params))
-        slots = {name: tree.flatten_up_to(state.slots[name]) for name in self.formats}
-        moves, news = [], []
-        for i, leaf in enumerate(leaves):
-            values, own = coefficients[leaf.dtype], {name: slots[name][i] for name in slots}
+        columns = {name: tree.flatten_up_to(column) for name, column in state.slots.items()}
+        noises, values, firsts, news = [], [], [], []
+        for i, (path, leaf, way, _) in enumerate(parts):
+            has = {name: column[i] for name, column in columns.items() if not isinstance(column[i], optax.MaskedNode)}
+            if missing := sorted(way.formats.keys() - has.keys()):
+                raise ValueError(f"the state has no {missing}, which the rule stores; it has {sorted(has)} for {path}")
+            if foreign := sorted(way.foreign & has.keys()):
+                raise ValueError(f"the state has {foreign} for {path}, whose geometry has no such slot")
+            values.append(coefficients[leaf.dtype])
             if self.mask is not None:
-                values = {**values, "weight_decay": values["weight_decay"] * decays[i]}
-            move, new = leaf.update(self.rule, grads[i], own, self.slots, values, key[i], state.count)
-            moves.append(move)
+                values[i] = {**values[i], "weight_decay": values[i]["weight_decay"] * decays[i]}
+            noises.append(leaf.noise(key[i], state.count))
+            own, of_rule = {name: has[name] for name in way.formats}, {name: values[i][name] for name in way.names}
+            first, new = leaf.run(way.rule, grads[i], own, way.slots, of_rule, noises[i])
+            firsts.append(first)
             news.append(new)
-        stored = {name: tree.unflatten([new[name] for new in news]) for name in self.formats}
+        which = {i: part.matrices for i, part in enumerate(parts) if part.matrices is not None}
+        made = self._orthogonal([firsts[i] for i in which], [*which.values()], state.count)
+        for i, u in zip(which, made, strict=True):
+            rate = {name: values[i][name] for name in ("lr", "weight_decay")}
+            (firsts[i],) = _decoupled(parts[i].leaf.numbers, u, **rate)
+        moves = [part.leaf.moved(*each) for part, *each in zip(parts, firsts, noises, strict=True)]
+        stored = {name: tree.unflatten([new.get(name, Absent()) for new in news]) for name in self.stored}
         return tree.unflatten(moves), State(optax.safe_increment(state.count), stored)
+
+    def _orthogonal(self, directions: list[Array], matrices: list[Matrices], count: Array) -> list[Array]:
+        if self.iteration is None:
+            return []
+        least = self._at(count)["eps"]
+        return orthogonal(directions, matrices, self.iteration.polynomials, self.iteration.scaling, least)
 
     def _decays(self, params: Any) -> Any:
         """For each leaf whether weight decay is for it."""
         mask = self.mask(params) if callable(self.mask) else self.mask
         return jax.tree.broadcast(True if mask is None else mask, params)
 
+    def _at(self, count: Array) -> Any:
+        """The hyperparameters after so many steps."""
+        return jax.tree.map(lambda x: x(count) if callable(x) else x, self.group)
+
     def _coefficients(self, count: Array, dtypes: set[Any]) -> dict[Any, dict[str, Array]]:
         """By dtype and name. In float64, even where JAX is to do without: 1 - 0.9999 would be off by 3e-4 of itself."""
-        group = jax.tree.map(lambda x: x(count) if callable(x) else x, self.group)
+        group = self._at(count)
         with jax.enable_x64(True):
             group = jax.tree.map(lambda x: x.astype(jnp.float64) if isinstance(x, Array) else x, group)
             values = self.coefficients(count.astype(jnp.float64) + 1.0, group)
             return {d: {name: jnp.asarray(values[name], d) for name in self.names} for d in dtypes}
+
+
+def _has_axes(geometry: Any) -> bool:
+    """Whether it is optax's MuonDimensionNumbers, which not all its versions have."""
+    return hasattr(geometry, "reduction_axis")
+
+
+def _kind(geometry: Any) -> Any:
+    return "muon" if _has_axes(geometry) else geometry
+
+
+def _kinds(geometry: Any) -> list[Any]:
+    """All that there are in a tree, each once."""
+    return list(dict.fromkeys(map(_kind, jax.tree.leaves(geometry, is_leaf=_has_axes))))
 
 
 def _moments(mu_dtype: Any, state: str | Mapping[str, str], slots: Sequence[str]) -> dict[str, str]:
@@ -126,6 +230,7 @@ _SETTINGS = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     for name, default in (("mu_dtype", None), ("state", "float32"), ("stochastic_rounding", True), ("seed", None))
 ]
+_GEOMETRIC = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps")
 
 
 def _arguments(optimizer: type[RuleOptimizer]) -> list[tuple[str, inspect.Parameter]]:
@@ -155,22 +260,36 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
     - ``mask``: a tree of booleans, or a function from parameters to one: the leaves that weight decay is for.
     - ``mu_dtype``: float32 or bfloat16, for all slots but those of squares.
     - ``state``, ``stochastic_rounding``, ``seed`` (None for 0): as in the class, with the same formats and noise.
+    - ``geometry``: "adam" or "muon" for all leaves, a tree of these (or a prefix of one), or a function from parameters
+      to one. A leaf in "muon" has 2 dimensions or more, the last of which are its outputs, and all others its inputs:
+      kernels are [in, out] and [h, w, in, out] here. Other axes, such as those of stacked layers or of heads, are given
+      by ``optax.contrib.MuonDimensionNumbers`` in the place of "muon"; what it does not name counts the matrices.
+    - ``adjust_lr_fn``, ``ns_coefficients``, ``ns_steps`` (None for the class's): of "muon", as in the class; rows are
+      outputs, columns inputs. Matrices of one shape are orthogonalized in one batch, in bfloat16 on GPUs and TPUs, in
+      float32 on CPUs and in float64 for float64 leaves.
 
     An update is the difference between the rule's new parameter and the old one, in the parameter's dtype, so that
     ``optax.apply_updates`` makes the rule's result of it. The state is a :class:`State`. Leaves are counted as
     ``jax.tree.leaves`` counts them; that is their position in the noise.
 
-    Under ``optax.inject_hyperparams`` give ``mask``, ``seed`` and what decides the state's structure (KEMA's ``count``)
-    as ``static_args``. Hyperparameters become float32 there, which is coarse for decays near 1, or what the parameters
-    are: for bfloat16 and float16, whose decays near 1 are 1, give ``hyperparam_dtype=jnp.float32``.
+    Under ``optax.inject_hyperparams`` give ``mask``, ``seed``, ``geometry``, ``ns_steps`` and what decides the state's
+    structure (KEMA's ``count``) as ``static_args``. Hyperparameters become float32 there, which is coarse for decays
+    near 1, or what the parameters are: for bfloat16 and float16, whose decays near 1 are 1, give
+    ``hyperparam_dtype=jnp.float32``.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed. Of arrays only the
-            dtype is checked, and of schedules nothing.
+            dtype is checked, and of schedules nothing. ``init`` and ``update`` raise it for a leaf that is not for its
+            geometry, by the leaf's path.
     """
     arguments = _arguments(optimizer)
     shown = [q.replace(default=q.empty) if name == "lr" else q for name, q in arguments]
-    signature = inspect.Signature(sorted([*shown, _MASK, *_SETTINGS], key=lambda q: q.kind))
+    asked = {**inspect.signature(RuleOptimizer).parameters, **inspect.signature(optimizer).parameters}
+    of_class = {name: asked[name].default for name in _GEOMETRIC}
+    # inject_hyperparams takes a number for a hyperparameter that may change.
+    default = {name: None if type(x) is int else x for name, x in of_class.items()}
+    geometric = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default[name]) for name in _GEOMETRIC]
+    signature = inspect.Signature(sorted([*shown, _MASK, *_SETTINGS, *geometric], key=lambda q: q.kind))
 
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         bound = signature.bind(*args, **kwargs)
@@ -184,8 +303,10 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
             return values
 
         settings = {q.name: given[q.name] for q in (_MASK, *_SETTINGS)}
+        chosen = {name: x if given[name] is None else given[name] for name, x in of_class.items()}
+        settings["geometry"] = chosen.pop("geometry")
         every, known = group(lambda q: given[q.name]), group(lambda q: _known(q, given[q.name]))
-        made = _Transformation(optimizer, every, known, **settings)
+        made = _Transformation(optimizer, every, {**known, **chosen}, **settings)
         return optax.GradientTransformationExtraArgs(made.init, made.update)
 
     make.__signature__ = signature  # type: ignore[attr-defined]
@@ -213,6 +334,7 @@ adamw = transformation(AdamW)
 simplified_ademamix = transformation(SimplifiedAdEMAMix)
 adana = transformation(ADana)
 kema = transformation(KEMA)
+muon = transformation(Muon)
 
 
 # --------------------------------------------------------------------------------- from torch and to it
@@ -237,18 +359,28 @@ def state_from_torch(state_dict: Mapping[str, Any], params: Any) -> State:
     steps = sorted({float(s.get("step", 0.0)) for s in states})
     if len(steps) > 1:
         raise ValueError(f"all parameters must have done the same number of steps, got {steps}")
-    # Master weights have no place here.
-    names = [n for n, t in (states[0] if states else {}).items() if n not in ("step", MASTER) and t is not None]
-    if leaves and not names:
+    # All parameters of a geometry have the slots of its first.
+    of_each = [group.get("geometry", "adam") for group in state_dict["param_groups"] for _ in group["params"]]
+    names = {geometry: _names(states[of_each.index(geometry)]) for geometry in of_each}
+    every = dict.fromkeys(chain.from_iterable(names.values()))
+    if leaves and not every:
         raise ValueError("the state dict has no state of its parameters: the optimizer has done no step")
-    slots = {}
-    for name in (n for n in names if not n.endswith("_scale")):
-        for i, (s, p) in enumerate(zip(states, leaves, strict=True)):
-            if name not in s or tuple(s[name].shape) != p.shape:
+    slots: dict[str, list[Any]] = {name: [] for name in every}
+    for name, column in slots.items():
+        for i, (s, p, geometry) in enumerate(zip(states, leaves, of_each, strict=True)):
+            stored = name in names[geometry]
+            if stored and (name not in s or tuple(s[name].shape) != p.shape):
                 found = tuple(s[name].shape) if name in s else "none"
                 raise ValueError(f"{name!r} of parameter {i} must have shape {p.shape}, got {found}")
-        slots[name] = tree.unflatten([_leaf_from_torch(s[name], s.get(f"{name}_scale")) for s in states])
-    return State(jnp.asarray(int(steps[0]) if steps else 0, jnp.int32), slots)
+            column.append(_leaf_from_torch(s[name], s.get(f"{name}_scale")) if stored else Absent())
+    count = jnp.asarray(int(steps[0]) if steps else 0, jnp.int32)
+    return State(count, {name: tree.unflatten(column) for name, column in slots.items()})
+
+
+def _names(state: Mapping[str, Any]) -> list[str]:
+    """The slots in the state of one parameter. Master weights have no place here."""
+    other = ("step", MASTER)
+    return [n for n, t in state.items() if n not in other and not n.endswith("_scale") and t is not None]
 
 
 def _leaf_from_torch(t: torch.Tensor, scale: torch.Tensor | None) -> Stored:
@@ -266,7 +398,8 @@ def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
     Its parameters must be in the order of ``jax.tree.leaves``, and have those shapes.
     """
     columns = {
-        name: jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Blocks)) for name, tree in state.slots.items()
+        name: jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Blocks | Absent))
+        for name, tree in state.slots.items()
     }
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, leaves in columns.items():
@@ -274,6 +407,8 @@ def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
             tensors = states.setdefault(
                 i, {"step": torch.tensor(float(state.count), dtype=torch.float32, device="cpu")}
             )
+            if isinstance(leaf, Absent):
+                continue
             codes, scale = leaf if isinstance(leaf, Blocks) else (leaf, None)
             tensors[name] = _tensor(codes)
             if scale is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix, backends, optimizer_from
+from ademamix import KEMA, AdamW, ADana, AdEMAMix, Muon, RuleOptimizer, SimplifiedAdEMAMix, backends, optimizer_from
 from ademamix.backends import Rows, cpu, eager, triton
 from ademamix.backends.triton import xp
 from ademamix.engine import triton_coefficients
@@ -126,6 +126,31 @@ def assert_same(one: Any, other: Any, steps: int = 2) -> None:
 )
 def test_same_bits_as_eager(kind: Any, state: str, dtype: torch.dtype) -> None:
     assert_same(*(trained(kind, which, dtype, state=state) for which in ("triton", "eager")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "dtype"),
+    [(Muon, "compact", torch.float32), (Muon, "float32", torch.bfloat16), (ADana, "bfloat16", torch.float64)],
+    ids=str,
+)
+def test_steps_in_muon_s_geometry_as_eager(kind: Any, state: str, dtype: torch.dtype) -> None:
+    """With a group of each geometry, clipped; their passes have no square root but in the geometry "adam"."""
+    runs = []
+    for which in ("triton", "eager"):
+        params = parameters(dtype, [(8, 512), (9, 5), (5, 9), (3, 2, 2), (2, 0), (7,)])
+        groups = [
+            {"params": params[:2], "lr": 0.03},
+            {"params": params[2:5]},
+            {"params": params[5:], "geometry": "adam"},
+        ]
+        optimizer = kind(groups, lr=0.1, geometry="muon", state=state, backend=which)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.clip_grad_norm_(5.0)
+            optimizer.step()
+        runs.append((params, [optimizer.state[p] for p in params]))
+    assert_same(*([part[:5] for part in run] for run in runs), steps=0)
+    assert_same(*([part[5:] for part in run] for run in runs), steps=3)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_nothing_runs_beside_what_is_timed(device: str, tmp_path: Path, monkeypa
     at = recorder.calls.index(("wait", ""))
     before, after = [{name for _, name in calls} for calls in (recorder.calls[:at], recorder.calls[at:])]
     assert {"smoke", "tests", "correct: exact", "lm"} <= before
-    assert {"step", "sweep", "train"} <= after
+    assert {"step", "muon", "sweep", "train"} <= after
     assert all(kind != "start" for kind, _ in recorder.calls[at:])
 
 

@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from ademamix import AdEMAMix
+from ademamix import AdEMAMix, GradientMemory
 from ademamix.convert import to_adamw
 
 WORLD = 4
@@ -563,6 +563,27 @@ def zero_redundancy_optimizer_takes_every_argument() -> None:
         assert state["exp_avg_slow"].dtype == (torch.int16 if p.numel() >= 4096 else torch.float32)
     with pytest.raises(ValueError, match="state is given to the optimizer, for all groups, got a group with"):
         zero.optim.add_param_group({"params": nn.Parameter(torch.ones(3)), "state": "float32"})
+
+
+@check
+def a_memory_filters_gradients_in_parts_and_sums_still_to_be_made() -> None:
+    both = meshes()
+
+    def make(params: Any, lr: float, state: str) -> GradientMemory:
+        return GradientMemory(params, memory=AdEMAMix, state=state)
+
+    for state, cases in (("bfloat16", WHOLE_BLOCKS + CUT_BLOCKS), ("compact", WHOLE_BLOCKS)):
+        whole, _ = trained(cases, torch.float32, None, make, state=state)
+        params, _ = trained(cases, torch.float32, both, make, state=state)
+        for p, q, case in zip(params, whole, cases, strict=True):
+            assert (p.grad.placements, p.grad.device_mesh) == (p.placements, p.device_mesh)
+            assert_equal(p.grad, q.grad, case, state)
+
+    p = nn.Parameter(distribute_tensor(torch.zeros(4, 6), both[0], [Replicate()]))
+    p.grad = DTensor.from_local(torch.ones(4, 6), both[0], [Partial()])
+    GradientMemory([p], memory=AdEMAMix, alpha=0.0, betas=(0.0, 0.9, 0.9)).step()
+    assert p.grad.placements == (Replicate(),)
+    assert torch.equal(p.grad.to_local(), torch.full((4, 6), float(both[0].size())))
 
 
 def main(*wanted: str) -> None:

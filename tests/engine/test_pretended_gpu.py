@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ademamix import AdEMAMix, RuleOptimizer, backends
+from ademamix import AdEMAMix, Muon, RuleOptimizer, backends
 from ademamix.backends import sent_to
 from ademamix.engine.coefficients import on_host
 from ademamix.engine.offload import Host, Trip
@@ -146,11 +146,11 @@ def step_thrice(
     and_cpu: bool = False,
     dtype: torch.dtype,
     make: Any = AdEMAMix,
+    shapes: Any = ((64, 96), (5,)),
     **options: Any,
 ) -> RuleOptimizer:
     names = [f"cuda:{device}" for device in range(devices)] + ["cpu"] * and_cpu
-    shapes = [(name, shape) for name in names for shape in ((64, 96), (5,))]
-    params = [torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for device, shape in shapes]
+    params = [torch.nn.Parameter(torch.empty(s, device=name, dtype=dtype)) for name in names for s in shapes]
     optimizer = make(params, backend=backend, state="compact", **options)
     if late_lr:
         optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda:0")
@@ -204,6 +204,37 @@ def test_no_optimizer_s_step_waits_for_anything(pretended: pytest.MonkeyPatch, m
     """A GPU computes the coefficients of each."""
     with FakeTensorMode():
         optimizer = step_thrice("eager", dtype=torch.float32, clip=True, capturable=True, make=make)
+    assert all(t.is_cuda for state in optimizer.state.values() for t in state.values())
+
+
+def in_both_geometries(kind: Any) -> Any:
+    def make(params: Any, **options: Any) -> RuleOptimizer:
+        groups = [
+            {"params": [p for p in params if p.ndim > 1], "geometry": "muon"},
+            {"params": [p for p in params if p.ndim < 2], "geometry": "adam"},
+        ]
+        return kind(groups, **options)  # type: ignore[no-any-return]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "kind"),
+    [*((case, "eager", Muon) for case in CASES), *((case, "triton", AdEMAMix) for case in FEW)],
+)
+def test_a_step_in_muon_s_geometry_waits_for_nothing_and_mixes_no_devices(
+    pretended: pytest.MonkeyPatch, case: str, backend: str, kind: Any
+) -> None:
+    """Also where a matrix has more rows than columns, or more dimensions."""
+    kernel = Kernel()
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pretended.setattr("ademamix.backends.triton.kernel", lambda *_: kernel)
+        pretended.setattr("ademamix.engine.triton_coefficients.kernel", lambda *_: kernel)
+    shapes = ((64, 96), (96, 64), (64, 8, 2, 2), (64, 96), (5,))
+    with FakeTensorMode():
+        make = in_both_geometries(kind)
+        optimizer = step_thrice(backend, dtype=torch.float32, make=make, shapes=shapes, **CASES[case])
     assert all(t.is_cuda for state in optimizer.state.values() for t in state.values())
 
 

@@ -457,6 +457,43 @@ def test_what_is_no_rule_is_refused() -> None:
         optimizer_from(endless)
 
 
+@pytest.mark.parametrize("other", [dict, print, np.sqrt, 3, lambda g: (g,)], ids=repr)
+def test_what_is_no_function_has_no_arguments_to_be_asked_for(other: Any) -> None:
+    with pytest.raises(ValueError, match=r"a (rule|memory) is a function that a def gives its name, got "):
+        optimizer_from(other)
+
+
+@pytest.mark.parametrize("name", ["geometry", "ns_steps", "seed", "params"])
+@pytest.mark.parametrize("first", ["g", "p, g"])
+def test_a_hyperparameter_has_no_option_s_name(name: str, first: str) -> None:
+    text = f"def mine({first}, m, *, {name}=0.1): return {first[0]} + {name} * m, m"
+    with pytest.raises(ValueError, match=rf"mine: every optimizer takes \['{name}'\], so no hyperparameter has such a"):
+        optimizer_from(exec_(text, "mine"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("return m", r"a memory returns a tuple of 2, the new \(u, m\), got no tuple"),
+        ("return m,", r"a memory returns a tuple of 2, the new \(u, m\), got one of 1"),
+        ("return w, m", "the new u must have p's shape, got a coefficient"),
+        ("return g.mean(), m", "an array has no .mean"),
+        ("return xp.sign(m), m", "xp.sign is not there on all backends"),
+    ],
+)
+def test_a_mistake_in_a_memory_is_reported_by_its_own_line(line: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"import numpy as xp\ndef mine(g, m, *, w=0.1):\n    m = m + w * (g - m)\n    {line}\n")
+    scope: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    with pytest.raises(ValueError, match=message) as caught:
+        optimizer_from(scope["mine"])
+    where, *_, text = str(caught.value).splitlines()
+    number = int(where.removeprefix(f"{file}:").split(",")[0])
+    assert number in (2, 4)  # the line, or the function's where it is what it returns
+    assert text.strip() == file.read_text().splitlines()[number - 1].strip()
+
+
 def test_a_class_whose_rule_is_wrong_is_refused_before_anything_is_made() -> None:
     class Wrong(RuleOptimizer):
         rule = staticmethod(exec_("def wrong(p, g, *, lr): return p - lr * g.sum()", "wrong"))

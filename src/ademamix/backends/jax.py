@@ -1,15 +1,20 @@
 """The JAX backend: the update of one leaf of the parameters, as a pure function that XLA fuses.
 
-JAX's arrays are not written to, so there is no ``Launch`` here: :mod:`ademamix.jax` calls :class:`Leaf`.
+JAX's arrays are not written to, so there is no ``Launch`` here: :mod:`ademamix.jax` calls :class:`Leaf`, and
+:func:`orthogonal` for directions in Muon's geometry.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ademamix import geometries
 from ademamix.backends import bind, row_length
 from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, as_saved, hashed, turned
 
@@ -131,28 +136,128 @@ class Leaf:
             return zeros
         return Blocks(zeros, jnp.zeros_like(_blocked(self.p)[:, :, 0], dtype=jnp.float32))
 
-    def update(
+    def noise(self, key: Any, steps: Array) -> Array | None:
+        """That of a step after so many, with ``key`` of :func:`ademamix.formats.keys`; None where nothing needs it."""
+        every = self.formats.values()
+        if not any(format.stochastic for format in (self.own, *every)):
+            return None
+        return noise(key, steps, self.p.shape, any(format.scale is not None for format in every))
+
+    def run(
         self,
         rule: Any,  # bound to jax.numpy
         g: Array,
         slots: Mapping[str, Stored],  # those that are stored
         names: Sequence[str],  # of all slots of the rule
         coefficients: Mapping[str, Any],
-        key: Any,  # of the noise (formats.keys)
-        steps: Array,  # done before this one
+        random: Array | None,
     ) -> tuple[Array, dict[str, Stored]]:
-        """The difference between the new parameter and this one, in its dtype, and the new slots."""
-        before = self.p.astype(self.dtype)
+        """What the rule returns in the parameter's place, and the new slots."""
         numbers = [decode(slots[name], self.dtype) if name in slots else 0.0 for name in names]
-        after, *results = rule(before, g.astype(self.dtype), *numbers, **coefficients)
-        stochastic = self.own.stochastic or any(self.formats[name].stochastic for name in slots)
-        blocked = any(self.formats[name].scale is not None for name in slots)
-        random = noise(key, steps, self.p.shape, blocked) if stochastic else None
+        first, *results = rule(self.numbers, g.astype(self.dtype), *numbers, **coefficients)
         new = {}
         for k, (name, x) in enumerate(zip(names, results, strict=True), start=1):
             if name in slots:
                 places = 8 * k % 32  # each slot takes its bits from another place
                 turned_noise = random if random is None or not places else _turned(random, places)
                 new[name] = encode(self.formats[name], x, turned_noise)
-        after = decode(encode(self.own, after, random), self.dtype)
-        return (after - before).astype(self.p.dtype), new
+        return first, new
+
+    @property
+    def numbers(self) -> Array:
+        return self.p.astype(self.dtype)
+
+    def moved(self, after: Array, random: Array | None) -> Array:
+        """The difference between a new parameter, as it is stored, and this one, in its dtype."""
+        return (decode(encode(self.own, after, random), self.dtype) - self.numbers).astype(self.p.dtype)
+
+
+# --------------------------------------------------------------------------------- matrices
+
+
+class Matrices(NamedTuple):
+    """How an array is seen as matrices: its axes are brought into an order, and then it is of a shape."""
+
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]  # matrices, inputs, outputs
+
+    @classmethod
+    def of(cls, shape: Sequence[int], geometry: Any) -> "Matrices":
+        """By the axis or axes of inputs, and of outputs; "muon" for outputs on the last axis, inputs on all others."""
+        n = len(shape)
+        if n < 2:
+            raise ValueError("geometry='muon' takes parameters of at least 2 dimensions")
+        given = (range(n - 1), n - 1) if geometry == "muon" else geometry
+        try:
+            ins, outs = (np.arange(n)[np.atleast_1d(axes)].tolist() for axes in given)
+        except IndexError:
+            ins = outs = [0]
+        if len({*ins, *outs}) < len(ins) + len(outs):
+            raise ValueError(f"{geometry} must name axes from {-n} to {n - 1}, each once")
+        others = [a for a in range(n) if a not in (*ins, *outs)]
+        first, second, third = (math.prod(shape[a] for a in axes) for axes in (others, ins, outs))
+        return cls((*others, *ins, *outs), (first, second, third))
+
+    def seen(self, x: Array) -> Array:
+        return x.transpose(self.order).reshape(self.shape)
+
+    def put_back(self, x: Array, shape: Sequence[int]) -> Array:
+        in_order = x.reshape([shape[a] for a in self.order])
+        return in_order.transpose(sorted(range(len(shape)), key=self.order.__getitem__))
+
+
+def orthogonal(
+    directions: Sequence[Array],
+    matrices: Sequence[Matrices],
+    polynomials: tuple[geometries.Polynomial, ...],
+    scaling: str,  # see geometries.scale
+    least: Any,  # norm that a direction is divided by
+) -> list[Array]:
+    """Each direction orthogonalized and scaled; all matrices of a shape at once."""
+
+    def of_all(directions: list[Array]) -> list[Array]:
+        alike: dict[Any, list[int]] = {}
+        for i, (u, seen) in enumerate(zip(directions, matrices, strict=True)):
+            if u.size:
+                alike.setdefault((seen.shape[1:], u.dtype), []).append(i)
+        made = list(directions)
+        for ((inputs, outputs), dtype), members in alike.items():
+            x = jnp.concatenate([matrices[i].seen(directions[i]) for i in members])
+            factor = geometries.scale(scaling, outputs, inputs)
+            y = _orthogonal(x, jnp.asarray(least, dtype), polynomials, factor)
+            ends = np.cumsum([matrices[i].shape[0] for i in members])
+            for i, part in zip(members, jnp.split(y, ends[:-1]), strict=True):
+                made[i] = matrices[i].put_back(part, directions[i].shape)
+        return made
+
+    shardings = [jax.typeof(u).sharding for u in directions]
+    explicit = tuple({axis: None for each in shardings for axis in each.mesh.explicit_axes})
+    if explicit:  # it would have to be told how each product is sharded
+        of_all = jax.sharding.auto_axes(of_all, axes=explicit, out_sharding=shardings)
+    return of_all(list(directions))
+
+
+@partial(jax.jit, static_argnums=(2, 3))  # compiled once where the step itself is not
+def _orthogonal(x: Array, least: Array, polynomials: tuple[geometries.Polynomial, ...], factor: float) -> Array:
+    tiny = jnp.finfo(jnp.float32).tiny
+
+    def iterate(x: Array, least: Array, dtype: Any) -> Array:
+        def norm(y: Array) -> Array:
+            sizes = jnp.abs(y.astype(x.dtype))
+            most = jnp.maximum(sizes.max((1, 2), keepdims=True), tiny)
+            root = jnp.sqrt(jnp.square(sizes / most).sum((1, 2), keepdims=True))  # 1e25 squared would be infinite
+            return jnp.maximum(most * root, jnp.maximum(least, tiny)).astype(y.dtype)
+
+        made = geometries.orthogonalized(x.astype(dtype), polynomials, factor, norm, _multiply)
+        return made.astype(x.dtype)
+
+    with jax.default_matmul_precision("highest"):
+        if x.dtype == jnp.float64:
+            return iterate(x, least, x.dtype)
+        fast, exact = partial(iterate, dtype=jnp.bfloat16), partial(iterate, dtype=x.dtype)
+        return lax.platform_dependent(x, least, cpu=exact, default=fast)
+
+
+def _multiply(c: Array, a: Array, b: Array, beta: float, alpha: float) -> Array:
+    product = jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return (beta * c.astype(product.dtype) + alpha * product).astype(c.dtype)  # bfloat16 would take 3.4375 for 3.4445

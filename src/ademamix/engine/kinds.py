@@ -30,6 +30,7 @@ class Kind(ABC):
     rule: backends.Rule  # of the geometry "adam": memory and geometry in one, or a rule of a user's own
     memory: ClassVar[backends.Rule | None] = None  # what other geometries are for; a rule of a user's own has none
     scaling: ClassVar[str] = "match_rms_adamw"  # what adjust_lr_fn=None stands for
+    stepping: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "eps")  # hyperparameters that no direction depends on
     compact: ClassVar[Mapping[str, str]] = {}  # the format of each slot under state="compact"
     # Hyperparameters that older files lack, and what stood for them then.
     earlier: ClassVar[Mapping[str, Any]] = {"geometry": "adam"}
@@ -93,7 +94,7 @@ class Kind(ABC):
             raise ValueError(f"adjust_lr_fn must be one of {SCALINGS}, got {group['adjust_lr_fn']!r}")
         check_number("ns_steps", group["ns_steps"], "an integer from 1 to 99", lambda x: x in range(1, 100))
         given = group["ns_coefficients"]
-        if given != "polar_express":
+        if not (isinstance(given, str) and given == "polar_express"):
             allowed = f"'polar_express' or three numbers such as {geometries.NEWTON_SCHULZ}"
             if not isinstance(given, tuple | list) or len(given) != 3:
                 raise ValueError(f"ns_coefficients must be {allowed}, got {given!r}")

@@ -15,11 +15,12 @@ from torch import Tensor
 from ademamix import backends
 from ademamix.backends import Batch, Rule, sent_to
 from ademamix.engine.coefficients import CountedByNobody, CountedOnDevice, CountedOnHost, Source
+from ademamix.engine.directions import Filter, Workspace
 from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.memory import check_memory
-from ademamix.engine.muon import Iteration, Orthogonal, Workspace, matrix
+from ademamix.engine.muon import Iteration, Orthogonal, check_matrices, matrix
 from ademamix.engine.offload import CHUNK, Trip
-from ademamix.engine.sharding import is_sharded, local, rows_of
+from ademamix.engine.sharding import average_part, is_sharded, local, rows_of
 from ademamix.engine.state import CPU, slot_formats, state_of, tensor_names
 from ademamix.engine.targets import Targets, number_format, real
 from ademamix.formats import Format, keys
@@ -37,12 +38,15 @@ class Program(NamedTuple):
     offload: bool
 
 
+Then = Iteration | type[Filter] | None  # in Muon's geometry; where another optimizer steps; nothing, in Adam's
+
+
 @dataclass(frozen=True)
 class GroupSettings:
     """What of a parameter group decides how its tensors are stored and updated."""
 
     rule: Rule  # of the first pass
-    iteration: Iteration | None  # what follows, in Muon's geometry
+    then: Then  # what follows upon it
     formats: dict[str, Format]  # of the slots that are stored
     stochastic_rounding: bool
     seed: int
@@ -71,6 +75,7 @@ class Launches:
         states: theirs from now on.
         fresh: whether the optimizer does not have them yet: it takes them over once a step has succeeded.
         calls: launches of the backends, each with what it updates.
+        filters: whether they change gradients, not parameters.
         backends: names of those in use.
 
     Raises:
@@ -81,6 +86,8 @@ class Launches:
     def __init__(self, program: Program, inputs: Inputs, saved: Sequence[Mapping[str, Any] | None]) -> None:
         for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):
             check_tensors(program, i, p, g)
+            if isinstance(inputs.settings[i].then, Iteration):
+                check_matrices(program.name, [p], [f"in group {i}"])
         # Steps that live on an accelerator stay there: reading them would wait for it.
         there = any(s and "step" in s and s["step"].device.type != "cpu" for s in saved)
         self.on_device = inputs.counted_there or there
@@ -98,6 +105,7 @@ class Launches:
         self.seen = _Seen(inputs, self.states, formats)
         self.targets = Targets(inputs.params, formats)
         self.calls = _calls(program, inputs, formats, self.targets.tensors, self.states)
+        self.filters = any(isinstance(call.launch, Filter) for call in self.calls)
         self.columns = {
             (call.device, rule): _columns(rule, program.source.names, call.device)
             for call in self.calls
@@ -145,12 +153,13 @@ class Launches:
             trip: brings the gradients of stand-ins, and these back.
         """
         rows, table = self.steps.next(program.source, factor, skip)
-        grads = self.targets.resolved(grads)
+        own, grads = grads, self.targets.resolved(grads)
         if not self.targets.lie_alike(grads):
             if trip is not None:
                 trip.all_arrived()
             grads = self.targets.laid_out(grads)
-        self.targets.read()
+        if not self.filters:
+            self.targets.read()
         # Each device's own tables and flag, all of them before anything is written.
         tables = {d: table(d) for d in dict.fromkeys(call.device for call in self.calls)}
         flags = {d: None if skip is None else sent_to(d, skip) for d in tables}
@@ -163,22 +172,32 @@ class Launches:
                 trip.arrived(n)
             of_rules = [given[call.device, rule] for rule in call.rules]
             call.launch(theirs, [rows[m] for m in call.members], *of_rules, flags[call.device])
+            if isinstance(call.launch, Filter):
+                call.launch.replace([own[m] for m in dict.fromkeys(call.members)], flags[call.device])
             if trip is not None:
                 trip.send(n)
-        self.targets.write()
+        if not self.filters:
+            self.targets.write()
         self.steps.taken()
 
 
-def _columns(rule: Rule, names: Sequence[str], device: torch.device) -> Tensor | None:
-    """Where in a table of all coefficients those of the rule are; None where they are all of it."""
+Columns = dict[torch.device, Tensor]
+
+
+def _columns(rule: Rule, names: Sequence[str], device: torch.device) -> Columns | None:
+    """Where in a table of all coefficients those of the rule are, on each device that the table may be on; None where
+    they are all of it."""
     own = backends.coefficient_names(rule)
-    return None if own == names else torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=device)
+    if own == names and rule is not DECOUPLED:  # which gets a factor of its own
+        return None
+    columns = torch.tensor([0, 1, *(2 + names.index(name) for name in own)], device=CPU)
+    return {CPU: columns, device: columns.to(device)}
 
 
-def _columns_of(table: Tensor, rule: Rule, columns: Tensor | None) -> Tensor:
+def _columns_of(table: Tensor, rule: Rule, columns: Columns | None) -> Tensor:
     if columns is None:
         return table
-    own = table.index_select(1, columns)
+    own = table.index_select(1, columns[table.device])
     if rule is DECOUPLED:
         own[:, 0] = 1.0  # what it gets for a gradient has had its factor
     return own
@@ -276,7 +295,7 @@ Slices = list["slice | None"]  # parts of their flat memory, where noise makes a
 class Call:
     """A launch, with all that it is called with but for numbers."""
 
-    launch: Any  # a backends.Launch, or an Orthogonal
+    launch: Any  # a backends.Launch, an Orthogonal or a Filter
     rules: tuple[Rule, ...]  # whose coefficients it gets
     members: Members
     slices: Slices
@@ -292,31 +311,32 @@ def _calls(
     states: Sequence[Mapping[str, Any]],
 ) -> list[Call]:
     workspace, calls = Workspace(), []
+    turns: dict[Any, int] = defaultdict(int)  # of a mesh: matrices that its processes have shared out
     batches = list(_batches(program, inputs, formats, targets, states))
 
     def size(members: Members) -> int:
-        return sum(inputs.params[m].numel() for m in set(members))
+        return sum(average_part(inputs.params[m]) for m in set(members))
 
-    # The largest first: the others' directions find room where its were.
-    for batch, members, slices, iteration in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
+    # The largest first: the others' directions find room where its were. All processes have the same order.
+    for batch, members, slices, then in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
         device = batch.parameters[0].device
-        if iteration is None:
+        if then is None:
             launch = backends.launch(program.backend, batch)
             calls.append(Call(launch, (batch.rule,), members, slices, device, frozenset((backends.name_of(launch),))))
             continue
-        once = list(dict.fromkeys(members))
-        made = Orthogonal(
-            program.backend,
-            batch,
-            [once.index(m) for m in members],
-            slices,
-            [targets[m] for m in once],
-            [inputs.params[m] for m in once],
-            iteration,
-            workspace,
-        )
-        used = frozenset(map(backends.name_of, (made.memory, made.step)))
-        calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
+        once = {m: n for n, m in enumerate(dict.fromkeys(members))}
+        parts = (program.backend, batch, [once[m] for m in members], slices, [targets[m] for m in once])
+        if isinstance(then, Iteration):
+            params = [inputs.params[m] for m in once]
+            mesh = getattr(params[0], "device_mesh", None)
+            made = Orthogonal(*parts, params, then, workspace, turns[mesh])
+            turns[mesh] += len(once)
+            used = frozenset(map(backends.name_of, (made.directions.launch, made.step)))
+            calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
+        else:
+            filter = then(*parts, torch.float64 if batch.double else torch.float32, workspace)
+            used = frozenset((backends.name_of(filter.launch),))
+            calls.append(Call(filter, (batch.rule,), members, slices, device, used))
     return calls
 
 
@@ -326,10 +346,11 @@ def _batches(
     formats: Sequence[Mapping[str, Format]],
     targets: Sequence[Tensor],
     states: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[Batch, Members, Slices, Iteration | None]]:
+) -> Iterator[tuple[Batch, Members, Slices, Then]]:
     """Parameters that one launch can update: of one device, with the same formats, and with offloading of one chunk.
 
-    In Muon's geometry, matrices of one shape, and not more of them than one chunk has room for.
+    Where directions are written, not more of them than one chunk has room for; in Muon's geometry, of one shape. Of
+    DTensors, all processes make the same batches, whatever parts and other parameters each of them has.
     """
     settings = inputs.settings
     every = chain.from_iterable(group["params"] for group in program.source.groups)
@@ -338,18 +359,20 @@ def _batches(
     alike: dict[tuple[Any, ...], Members] = defaultdict(list)
     before, of_shape = 0, defaultdict[Any, int](int)  # elements
     for m, (i, g, target, f) in enumerate(zip(inputs.of_group, inputs.grads, targets, formats, strict=True)):
-        grad = number_format(real(local(g)), stochastic=False)
+        grad = number_format(local(g).real, stochastic=False)  # which may be lazily conjugated
         own = number_format(target, stochastic=settings[i].stochastic_rounding)
-        rule, iteration = settings[i].rule, settings[i].iteration
+        rule, then = settings[i].rule, settings[i].then
         kept = tuple(f.get(name) for name in backends.slot_names(rule))
         chunk: Any = before // CHUNK if program.offload else 0
-        shape = None
+        shape: tuple[Any, ...] | None = None
         kind = (target.device, backends.is_fake(target), rule, own, grad, kept)
-        if iteration is not None:
+        if then is not None:
             p: Any = inputs.params[m]
-            shape = (iteration, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
-            chunk = (chunk, (of_shape[kind, shape] + p.numel()) // CHUNK)
-            of_shape[kind, shape] += p.numel()
+            shape = (then,)
+            if isinstance(then, Iteration):
+                shape = (then, matrix(p.shape), *((p.device_mesh, p.placements) if is_sharded(p) else ()))
+            of_shape[kind, shape] += average_part(p)
+            chunk = of_shape[kind, shape] // CHUNK
         alike[kind, shape, chunk].append(m)
         before += target.numel()
     for ((_, _, rule, own, grad, kept), shape, _), bucket in alike.items():

@@ -1,8 +1,10 @@
 """A step in Muon's geometry as one launch: the memory's fused pass, the orthogonalization, the step's fused pass."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 from ademamix import backends, geometries
 from ademamix.backends import Batch
 from ademamix.backends.pool import for_each
+from ademamix.engine.directions import Directions, Workspace
+from ademamix.engine.exchange import Exchange
 from ademamix.engine.kinds import DECOUPLED, Kind
-from ademamix.engine.targets import number_format
+from ademamix.engine.sharding import is_sharded
 
 SMALL = 256  # rows or columns below which threads gain nothing from sharing a product
-TINY = 2.0**-126  # float32's smallest normal number
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Iteration:
             return None
         given = group["ns_coefficients"]
         steps = geometries.polynomials(given if isinstance(given, str) else tuple(given), int(group["ns_steps"]))
-        return cls(steps, group["adjust_lr_fn"] or kind.scaling, max(float(group["eps"]), TINY))
+        return cls(steps, group["adjust_lr_fn"] or kind.scaling, float(group["eps"]))
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -52,19 +55,6 @@ def check_matrices(name: str, params: Iterable[Any], which: Iterable[Any]) -> No
             )
 
 
-class Workspace:
-    """Memory for directions, which launches use in turn. Whoever needs most asks first."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        flat = self._flat.get((device, dtype))
-        if flat is None or len(flat) < size:
-            flat = self._flat[device, dtype] = torch.empty(size, dtype=dtype, device=device)
-        return flat[:size]
-
-
 class Orthogonal:
     """The update of parameters whose matrices have one shape.
 
@@ -77,6 +67,7 @@ class Orthogonal:
         params: the same, as the optimizer has them.
         iteration: what is done to the directions.
         workspace: where they are.
+        first: of the processes that have parts of DTensors, the one that orthogonalizes the first of them.
     """
 
     def __init__(
@@ -89,28 +80,20 @@ class Orthogonal:
         params: Sequence[Tensor],
         iteration: Iteration,
         workspace: Workspace,
+        first: int,
     ) -> None:
-        self.targets, self.members, self.slices, self.iteration = targets, members, slices, iteration
+        self.targets, self.iteration = targets, iteration
         self.shape = matrix(params[0].shape)
-        size, device = sum(t.numel() for t in targets), targets[0].device
         # As the iteration wants them: what it cannot see of them need not be written.
-        accelerated = device.type in ("cuda", "xpu")
+        accelerated = targets[0].device.type in ("cuda", "xpu")
         dtype = torch.float64 if batch.double else torch.bfloat16 if accelerated else torch.float32
-        flat = workspace.take(size, dtype, device)
-        of_each = torch.split(flat, [t.numel() for t in targets])
-        self.directions = [u.as_strided(t.shape, t.stride()) for u, t in zip(of_each, targets, strict=True)]
-        written = number_format(flat, stochastic=False)
-        directions = replace(batch, format=written, parameters=self._cut(self.directions))
-        self.memory = backends.launch(backend, directions)
+        self.directions = Directions(backend, batch, members, slices, targets, dtype, workspace)
+        self.exchange = Exchange(params, first, self.directions.flat) if is_sharded(params[0]) else None
         none: list[list[None]] = [[] for _ in members]
+        written = self.directions.format
         self.step = backends.launch(
             backend, replace(batch, rule=DECOUPLED, grad=written, formats=(), slots=none, scales=none)
         )
-
-    def _cut(self, each: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            each[m] if cut is None else each[m].view(-1)[cut] for m, cut in zip(self.members, self.slices, strict=True)
-        ]
 
     def __call__(
         self,
@@ -121,21 +104,33 @@ class Orthogonal:
         skip: Tensor | None,
     ) -> None:
         """As :class:`ademamix.backends.Launch`, with the coefficients of the memory, and those of the step."""
-        self.memory(grads, rows, remembered, skip)
-        given = torch.stack([u.reshape(self.shape) for u in self.directions])
-        made = orthogonal(given, self.iteration)
-        steps = [
-            y.view(t.shape) if t.is_contiguous() else torch.empty_like(t, dtype=y.dtype).copy_(y.view(t.shape))
-            for y, t in zip(made.unbind(), self.targets, strict=True)
-        ]
-        self.step(self._cut(steps), rows, stepped, skip)
+        self.directions.launch(grads, rows, remembered, skip)
+        self.step(self.directions.cut(self._orthogonalized()), rows, stepped, skip)
+
+    def _orthogonalized(self) -> list[Tensor]:
+        """What becomes of the directions, as the targets lie in memory."""
+        if self.exchange is not None:
+            self.exchange(partial(orthogonal, iteration=self.iteration))
+            return self.directions.each
+        if all(map(Tensor.is_contiguous, self.targets)):
+            given = self.directions.flat.view(len(self.targets), *self.shape)
+            made = orthogonal(given, self.iteration, out=given)
+            return [y.view(t.shape) for y, t in zip(made.unbind(), self.targets, strict=True)]
+        given = torch.stack([u.reshape(self.shape) for u in self.directions.each])
+        made = orthogonal(given, self.iteration, out=given)
+        return [u.copy_(y.view(u.shape)) for u, y in zip(self.directions.each, made.unbind(), strict=True)]
 
 
-def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
+def orthogonal(x: Tensor, iteration: Iteration, out: Tensor | None = None) -> Tensor:
     """All matrices [..., rows, columns], orthogonalized and scaled.
 
     On CPUs a matrix has the same bits whatever others there are: the library behind torch shares a small product
     among threads or not, as these leave it, so small matrices get one thread each and large ones all threads in turn.
+
+    Args:
+        x: [matrices, rows, columns].
+        iteration: what is done to them.
+        out: where to put the result on a CPU: x itself too, so that no second x is needed.
     """
     factor = geometries.scale(iteration.scaling, *x.shape[-2:])
 
@@ -146,40 +141,52 @@ def orthogonal(x: Tensor, iteration: Iteration) -> Tensor:
     def norm(x: Tensor) -> Tensor:
         exact = torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
         squares = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=exact)
-        return squares.clamp(min=iteration.least).to(x.dtype)  # type: ignore[no-any-return]
+        # Squares below the smallest number count for nothing: of a norm 2^15 times its root they are a small part.
+        least = max(iteration.least, torch.finfo(x.dtype).tiny, 2.0**15 * math.sqrt(torch.finfo(exact).tiny))
+        return squares.clamp(min=least).to(x.dtype)  # type: ignore[no-any-return]
 
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # there is none of "meta"
+    with torch.autocast(kind, enabled=False):
         if x.device.type != "cpu" or backends.is_fake(x):
             return act(x)
+        out = torch.empty_like(x) if out is None else out
         if min(x.shape[1:]) >= SMALL:
-            return torch.stack(list(map(act, x)))
-        return _in_turn(act, x)
+            for each, made in zip(x, out, strict=True):
+                made.copy_(act(each))
+        else:
+            _in_turn(act, x, out)
+        return out
 
 
 def _multiply(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=beta, alpha=alpha)
 
 
-def _in_turn(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _in_turn(act: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
     """``act`` of parts of x, each on one thread."""
-    threads = min(len(x), torch.get_num_threads())
+    number = torch.get_num_threads()
+    threads = min(len(x), number)
     parts = x.tensor_split(threads)
     made: dict[int, Tensor] = {}
 
     def one(i: int) -> None:
-        with _one_thread():
+        with _one_thread(number):
             made[i] = act(parts[i])
 
     for_each(range(threads), one, threads)
-    return torch.cat([made[i] for i in range(threads)])
+    for i, written in enumerate(out.tensor_split(threads)):  # here, as other threads know of no inference mode
+        written.copy_(made[i])
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch, and the library behind it, use no other thread for what this one asks them to do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, but for threads that first ask for the number meanwhile
+def _one_thread(number: int) -> Iterator[None]:
+    """torch, and the library behind it, use no other thread for what this one asks them to do.
+
+    ``number`` of threads are used from then on. It is for this thread, but one that first asks for it gets what some
+    thread was last given, 1 perhaps.
+    """
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(number)

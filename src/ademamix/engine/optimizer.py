@@ -114,6 +114,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             cls.__init__ = _disable_dynamo(cls.__init__)  # type: ignore[method-assign]
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        if group["geometry"] != "adam":  # it may have been set since
+            self.check_geometry(group)
         rule, *_ = self.rules_of(group)
         iteration = Iteration.of(type(self), group)
         return GroupSettings(rule, iteration, self.formats(group), group["stochastic_rounding"], group["seed"])
@@ -286,6 +288,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if skip is not None and (not params or skip.device.type == "cpu"):
             self._count(skip)
             if not params or skip:  # other processes may have gradients, and waited for this one's part in their norm
+                self._left_out(own)
                 return
             skip = None
         if not params:
@@ -303,6 +306,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         run = self._run_on_host if self._on_host(params[0]) else self._run
         with backends.mode_of(grads) if fake else _out_of_inference_mode(params):
             run(inputs, factor, skip, captured)
+
+    def _left_out(self, own: Sequence[Tensor]) -> None:
+        """What becomes of gradients whose step is skipped."""
 
     def _on_host(self, p: Tensor) -> bool:
         """Whether the parameter is stepped on the host: one that has numbers to send there."""
@@ -344,7 +350,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if launches.fresh:
             self.state.update(zip(params, launches.states, strict=True))
             launches.taken_over(self.state)
-        increment_version(params)  # state is in nobody's graph
+        if not launches.filters:
+            increment_version(params)  # state is in nobody's graph
 
     def _program(self, offload: bool) -> Program:
         rules = dict.fromkeys(chain.from_iterable(map(self.rules_of, self.param_groups)))
@@ -426,7 +433,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        groups = [{**self.defaults, **self.earlier, **group} for group in state_dict["param_groups"]]
         for group in groups:
             self._check_group(group)
         for group, own in zip(groups, self.param_groups, strict=False):

@@ -1,13 +1,14 @@
 """Parameters of which each process has a part (DTensors), and what is computed over all gradients at once.
 
-A step works on the local parts and never communicates. What DTensors are is torch's to say: here is what the optimizer
-needs of it.
+A step works on the local parts, and communicates in Muon's geometry alone (exchange.py). What DTensors are is torch's
+to say: here is what the optimizer needs of it.
 """
 
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -103,6 +104,11 @@ def cut_dimensions(p: Any) -> dict[int, list[int]]:
         if not placement.is_replicate() and size > 1:
             cut[placement.dim].append(size)
     return cut
+
+
+def average_part(p: Any) -> int:
+    """How many elements of a parameter a process has, the same number on all of them."""
+    return int(p.numel()) // math.prod(chain.from_iterable(cut_dimensions(p).values())) if is_sharded(p) else p.numel()
 
 
 def blocks_are_whole(p: Any) -> bool:

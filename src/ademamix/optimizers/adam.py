@@ -109,6 +109,7 @@ class AdEMAMix(RuleOptimizer):
 
     memory = staticmethod(memories.ademamix)
     rule = staticmethod(composed(memories.ademamix, geometries.adam_limited))
+    stepping = (*RuleOptimizer.stepping, "slow_limit")
     compact: ClassVar[Mapping[str, str]] = {"exp_avg_fast": "int8", "exp_avg_slow": "int16", "exp_avg_sq": "float8"}
     earlier = UNLIMITED
 

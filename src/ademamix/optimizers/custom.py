@@ -44,7 +44,7 @@ def optimizer_from(
     Raises:
         ValueError: the rule cannot be run by all backends; the message names its file, line and text.
     """
-    is_memory = next(iter(inspect.signature(rule).parameters), None) == "g" if callable(rule) else False
+    is_memory = isinstance(rule, types.FunctionType) and next(iter(inspect.signature(rule).parameters), None) == "g"
     frozen = composed(rule, geometries.adam) if is_memory else traced(rule)
     over_time = coefficients or _constant
     asked = list(inspect.signature(over_time).parameters.values())[1:]  # after the step
@@ -56,6 +56,8 @@ def optimizer_from(
         raise ValueError(
             f"{over_time.__name__} takes {unknown}, for which neither it nor {rule.__name__} has a default"
         )
+    if taken := [name for name in hyperparameters if name in ("params", *(q.name for q in OPTIONS))]:
+        raise ValueError(f"{rule.__name__}: every optimizer takes {taken}, so no hyperparameter has such a name")
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
     kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
     scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept, "adam_coefficients": adam_coefficients}
@@ -72,6 +74,7 @@ def optimizer_from(
     }
     if is_memory:
         body["memory"] = staticmethod(rule)
+        body["stepping"] = tuple(q.name for q in ADAM if q.name not in own + [a.name for a in asked])
         composed(rule, geometries.direction)  # kept as it is now
     base = _FromMemory if is_memory else _FromRule
     return type("".join(word.capitalize() for word in rule.__name__.split("_")), (base,), body)

@@ -64,6 +64,7 @@ class Muon(RuleOptimizer):
     memory = staticmethod(memories.momentum)
     rule = staticmethod(composed(memories.adamw, geometries.adam))
     scaling = "original"
+    stepping = (*RuleOptimizer.stepping, "betas")
     compact: ClassVar[Mapping[str, str]] = {"momentum_buffer": "int8", "exp_avg": "int8", "exp_avg_sq": "float8"}
     earlier: ClassVar[Mapping[str, Any]] = {}
 
@@ -84,6 +85,11 @@ class Muon(RuleOptimizer):
         **options: Unpack[Common],
     ) -> None:
         super().__init__(params, hyperparameters(locals()), **options)
+
+    def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """torch.optim.Muon counts no steps, and nothing that it keeps needs their number."""
+        every = super()._by_parameter(state_dict)
+        return [(p, {"step": 0.0, **saved} if "momentum_buffer" in saved else saved) for p, saved in every]
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

@@ -66,6 +66,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
 
     memory = staticmethod(memories.simplified_ademamix)
     rule = staticmethod(composed(memories.simplified_ademamix, geometries.adam_limited))
+    stepping = (*RuleOptimizer.stepping, "slow_limit")
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
     earlier = UNLIMITED
 
@@ -143,6 +144,7 @@ class ADana(RuleOptimizer):
 
     memory = staticmethod(memories.adana)
     rule = staticmethod(composed(memories.adana, geometries.adam))
+    stepping = (*RuleOptimizer.stepping, "omega", "peak_lr")
     compact: ClassVar[Mapping[str, str]] = {"exp_avg": "int16", "exp_avg_sq": "float8"}
 
     def __init__(
@@ -228,6 +230,7 @@ class KEMA(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
+    stepping = (*RuleOptimizer.stepping, "beta2", "slow_limit")
     compact: ClassVar[Mapping[str, str]] = {
         "exp_avg_1": "int8",
         **{f"exp_avg_{k}": "int16" for k in range(2, 9)},
