@@ -845,3 +845,29 @@ def live(draw: Any) -> None:
                 exact[i] = exact[i] - group["lr"] * step
         for p, q in zip(params, exact, strict=True):
             np.testing.assert_allclose(p.detach().numpy(), q, rtol=0, atol=1e-11)
+
+
+def test_an_iteration_that_fails_in_the_first_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the optimizer's state nor in what launches keep: the next first step is one."""
+    (p,) = parameters(shapes=[(6, 4)])
+    optimizer = Muon([p])
+    p.grad = torch.ones_like(p)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_multiply", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.full_like(p, 1.0 - 0.95))
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_squares_that_no_number_is_are_normalized(size: float) -> None:
+    g = torch.randn(5, 7, dtype=torch.float64)
+    steps = []
+    for factor in (1.0, size):
+        p = nn.Parameter(torch.zeros(5, 7, dtype=torch.float64))
+        p.grad = factor * g
+        Muon([p], eps=0.0).step()
+        steps.append(p.detach())
+    assert torch.allclose(*steps, rtol=1e-10)

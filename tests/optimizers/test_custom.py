@@ -509,3 +509,14 @@ def test_a_class_whose_rule_is_wrong_is_refused_before_anything_is_made() -> Non
 @every_case
 def test_the_library_s_own_rules_are_right(make: Case) -> None:
     traced(make.kind.rule_of(make([torch.zeros(2, requires_grad=True)]).param_groups[0]))
+
+
+def test_names_that_nothing_takes_are_refused_when_the_class_is_made() -> None:
+    memory = exec_("def mine(g, m, *, w=0.1): m = m + w * (g - m); return m, m", "mine")
+    with pytest.raises(ValueError, match=r"schedule gives \['v'\], but mine takes \['w'\] alone"):
+        optimizer_from(memory, exec_("def schedule(step): return {'v': 1 / step}", "schedule"))
+    with pytest.raises(ValueError, match=r"compact must map slots \('m', 'exp_avg_sq'\) to formats, got \['n'\]"):
+        optimizer_from(memory, compact={"n": "int8"})
+    for name in ("lr", "eps", "beta2", "w2"):  # it would be the step's
+        with pytest.raises(ValueError, match=rf"mine: \['{name}'\] are the step's"):
+            optimizer_from(exec_(f"def mine(g, m, *, {name}=0.1): m = m + {name} * g; return m, m", "mine"))

@@ -144,18 +144,17 @@ def test_every_format_keeps_the_bits_that_the_memory_has_in_muon_s_geometry(
         assert (a - e).abs().max() <= bound * e.abs().max()
 
 
-def second(g: Any, m: Any, *, w: Any = 0.5, eps: Any = 2.0) -> Any:
-    """A memory with a hyperparameter that is named as one of steps."""
+def second(g: Any, m: Any, *, w: Any = 0.5, gain: Any = 2.0) -> Any:
     m = m + w * (g - m)
-    return eps * m, m
+    return gain * m, m
 
 
 def test_memory_functions_bring_their_hyperparameters() -> None:
     params = parameters()
-    memory = GradientMemory([{"params": params[:2]}, {"params": params[2:], "w": 1.0}], memory=second, eps=4.0)
+    memory = GradientMemory([{"params": params[:2]}, {"params": params[2:], "w": 1.0}], memory=second, gain=4.0)
     u = directions(memory, params, gradients(0))
     assert same(u, [factor * g for factor, g in zip((2.0, 2.0, 4.0, 4.0), gradients(0), strict=True)])
-    with pytest.raises(ValueError, match=r"must not get \['lr'\].*allowed: \['eps', 'w', 'maximize'"):
+    with pytest.raises(ValueError, match=r"must not get \['lr'\].*allowed: \['w', 'gain', 'maximize'"):
         GradientMemory(params, memory=second, lr=0.1)
 
 
@@ -180,7 +179,7 @@ def test_complex_parameters_and_any_layout() -> None:
     given = [grads[0].conj(), grads[1].t().contiguous().t(), torch.zeros(4, 12)[:, ::2].copy_(grads[2])]
     for p, g in zip(params, given, strict=True):
         p.requires_grad_().grad = g
-    memory = GradientMemory(params, memory=second, eps=1.0)
+    memory = GradientMemory(params, memory=second, gain=1.0)
     versions = [p._version for p in params]
     expected = [0.5 * g.clone() for g in given]
     memory.step()
@@ -435,3 +434,21 @@ def test_bad_values_are_named_as_everywhere() -> None:
         GradientMemory(parameters(), memory=ADana, alpha=2.0)
     with pytest.raises(ValueError, match="a memory"):
         GradientMemory(parameters(), memory=lambda g, m: m)
+
+
+def test_small_directions_keep_the_scale_of_a_scaler_in_float16() -> None:
+    """Unscaled, they would be zeros in float16."""
+    p = nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
+    memory = GradientMemory([p], memory=AdamW)
+    p.grad = torch.full_like(p, 6e-4)
+    memory.grad_scale, memory.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+    memory.step()
+    assert torch.equal(p.grad, torch.full_like(p, 6e-4))  # the first direction is the gradient
+
+
+def test_one_gradient_of_two_parameters_is_refused() -> None:
+    p, q = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(3, 3))
+    p.grad = q.grad = torch.ones(3, 3)
+    with pytest.raises(RuntimeError, match="two parameters have one tensor as their gradients"):
+        GradientMemory([p, q], memory=AdamW).step()
+    assert torch.equal(p.grad, torch.ones(3, 3))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ademamix import backends
-from ademamix.backends import Batch
+from ademamix.backends import Batch, sent_to
 from ademamix.engine.sharding import local
 from ademamix.engine.targets import number_format
 
@@ -82,9 +82,14 @@ class Filter(Directions):
         """As :class:`ademamix.backends.Launch`."""
         self.launch(grads, rows, remembered, skip)
 
-    def replace(self, grads: Sequence[Tensor], skip: Tensor | None) -> None:
-        """Write each direction, or zeros where ``skip`` is true, into a gradient, in place and rounded to nearest."""
+    def replace(self, grads: Sequence[Tensor], skip: Tensor | None, scale: Tensor | None) -> None:
+        """Write each direction into a gradient, in place and rounded to nearest.
+
+        Where ``skip`` is true, write zeros. With the ``scale`` of a GradScaler, which multiplies all, write NaN then.
+        """
         if skip is not None:
-            self.flat.masked_fill_(skip, 0.0)
+            self.flat.masked_fill_(skip, 0.0 if scale is None else torch.nan)
+        if scale is not None:
+            self.flat.mul_(sent_to(self.flat.device, scale))
         for g, u in zip(map(local, grads), self.each, strict=True):
             g.copy_(torch.view_as_complex(u) if g.is_complex() else u)

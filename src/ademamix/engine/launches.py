@@ -36,6 +36,7 @@ class Program(NamedTuple):
     formats: Mapping[str, Format]  # of all their slots
     backend: str
     offload: bool
+    scale: Tensor | None = None  # that directions in the gradients' place get
 
 
 Then = Iteration | type[Filter] | None  # in Muon's geometry; where another optimizer steps; nothing, in Adam's
@@ -173,7 +174,7 @@ class Launches:
             of_rules = [given[call.device, rule] for rule in call.rules]
             call.launch(theirs, [rows[m] for m in call.members], *of_rules, flags[call.device])
             if isinstance(call.launch, Filter):
-                call.launch.replace([own[m] for m in dict.fromkeys(call.members)], flags[call.device])
+                call.launch.replace([own[m] for m in dict.fromkeys(call.members)], flags[call.device], program.scale)
             if trip is not None:
                 trip.send(n)
         if not self.filters:
@@ -225,7 +226,8 @@ def _kept(program: Program, group: int, settings: GroupSettings, saved: Mapping[
     if lost and float(saved.get("step", 0.0)) > 0.0:
         raise ValueError(
             f"{program.name}: a parameter in group {group} has a state of {float(saved['step']):.0f} steps without "
-            f"{lost}, which the group's hyperparameters have needed from the first step on; allowed: those that it had"
+            f"{lost}, which the group's geometry and hyperparameters have needed from the first step on; allowed: "
+            "those that it had"
         )
     return {name: program.formats[name] for name in slots if name in stored or saved.get(name) is not None}
 

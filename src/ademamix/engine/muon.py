@@ -51,7 +51,8 @@ def check_matrices(name: str, params: Iterable[Any], which: Iterable[Any]) -> No
         if isinstance(p, Tensor) and (p.ndim < 2 or p.is_complex()):
             raise ValueError(
                 f"{name}: geometry='muon' takes real parameters of at least 2 dimensions, got parameter {called} of "
-                f"shape {tuple(p.shape)} and dtype {p.dtype}; give it to a group with geometry='adam'"
+                f"shape {tuple(p.shape)} and dtype {p.dtype}; give it to a group with geometry='adam', as "
+                "split_parameters(model) does"
             )
 
 
@@ -84,6 +85,7 @@ class Orthogonal:
     ) -> None:
         self.targets, self.iteration = targets, iteration
         self.shape = matrix(params[0].shape)
+        self.needed = len(targets) * (2 * math.prod(self.shape) + 2 * min(self.shape) ** 2)
         # As the iteration wants them: what it cannot see of them need not be written.
         accelerated = targets[0].device.type in ("cuda", "xpu")
         dtype = torch.float64 if batch.double else torch.bfloat16 if accelerated else torch.float32
@@ -104,6 +106,8 @@ class Orthogonal:
         skip: Tensor | None,
     ) -> None:
         """As :class:`ademamix.backends.Launch`, with the coefficients of the memory, and those of the step."""
+        # What the iteration needs is there, or missing now, before the memory has taken the gradients in.
+        self.directions.flat.new_empty(self.needed)
         self.directions.launch(grads, rows, remembered, skip)
         self.step(self.directions.cut(self._orthogonalized()), rows, stepped, skip)
 
@@ -130,8 +134,10 @@ def orthogonal(x: Tensor, iteration: Iteration, out: Tensor | None = None) -> Te
     Args:
         x: [matrices, rows, columns].
         iteration: what is done to them.
-        out: where to put the result on a CPU: x itself too, so that no second x is needed.
+        out: where to put the result, x itself too.
     """
+    if x.numel() == 0:
+        return x
     factor = geometries.scale(iteration.scaling, *x.shape[-2:])
 
     def act(x: Tensor) -> Tensor:
@@ -139,16 +145,25 @@ def orthogonal(x: Tensor, iteration: Iteration, out: Tensor | None = None) -> Te
         return made
 
     def norm(x: Tensor) -> Tensor:
-        exact = torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
-        squares = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=exact)
-        # Squares below the smallest number count for nothing: of a norm 2^15 times its root they are a small part.
-        least = max(iteration.least, torch.finfo(x.dtype).tiny, 2.0**15 * math.sqrt(torch.finfo(exact).tiny))
-        return squares.clamp(min=least).to(x.dtype)  # type: ignore[no-any-return]
+        tiny = torch.finfo(x.dtype).tiny
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            size = of_all(x, 2.0, torch.float64)
+        else:  # squares may be too large or too small for numbers
+            most = of_all(x, math.inf).clamp(min=tiny)
+            size = most * of_all(x / most, 2.0, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return size.clamp(min=max(iteration.least, tiny)).to(x.dtype)
+
+    def of_all(x: Tensor, kind: float, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.linalg.vector_norm(x, kind, (-2, -1), keepdim=True, dtype=dtype)  # type: ignore[no-any-return]
 
     kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # there is none of "meta"
     with torch.autocast(kind, enabled=False):
         if x.device.type != "cpu" or backends.is_fake(x):
-            return act(x)
+            made = act(x)
+            if out is None:
+                return made
+            torch._foreach_copy_([out], [made])  # launches keep tables of where they find what they are given
+            return out
         out = torch.empty_like(x) if out is None else out
         if min(x.shape[1:]) >= SMALL:
             for each, made in zip(x, out, strict=True):

@@ -320,8 +320,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if inputs.counted_there:
             self._count_on((inputs.params[0] if skip is None else skip).device)
         with uninterrupted():
-            launches.run(program, inputs.grads, factor, skip)
-            self._taken(launches, inputs.params)
+            self._take(launches, inputs.params, program, inputs.grads, factor, skip)
             if skip is not None:
                 self._count(skip)
 
@@ -341,12 +340,17 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             self._skipped += 1
         else:
             with uninterrupted():
-                launches.run(program, there.grads, factor, None, trip)
-                self._taken(launches, inputs.params)
+                self._take(launches, inputs.params, program, there.grads, factor, None, trip)
                 trip.finish()
 
-    def _taken(self, launches: Launches, params: Sequence[Tensor]) -> None:
-        """Take over states that a first step has made, and tell autograd that the parameters have changed."""
+    def _take(self, launches: Launches, params: Sequence[Tensor], *given: Any) -> None:
+        """Take the step, take over states that a first one has made, and tell autograd that parameters have changed."""
+        try:
+            launches.run(*given)
+        except BaseException:
+            if launches.fresh:  # what it has written into new state is nobody's
+                self._launches = None
+            raise
         if launches.fresh:
             self.state.update(zip(params, launches.states, strict=True))
             launches.taken_over(self.state)

@@ -59,14 +59,17 @@ def optimizer_from(
     if taken := [name for name in hyperparameters if name in ("params", *(q.name for q in OPTIONS))]:
         raise ValueError(f"{rule.__name__}: every optimizer takes {taken}, so no hyperparameter has such a name")
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
-    if is_memory and (twice := [q.name for q in ADAM if q.name in coefficient_names(rule)]):
-        raise ValueError(f"{rule.__name__}: {twice} are the step's, which the class adds; a memory has other names")
+    of_step = {*coefficient_names(geometries.adam), *(q.name for q in ADAM)}
+    if is_memory and (twice := [name for name in coefficient_names(rule) if name in of_step]):
+        raise ValueError(
+            f"{rule.__name__}: {twice} are the step's; a memory's coefficients have other names than {sorted(of_step)}"
+        )
     kept = bind(over_time, xp) if isinstance(over_time, types.FunctionType) else over_time
     given_now = kept(1.0, **{q.name: hyperparameters[q.name].default for q in asked})
     if foreign := sorted(set(given_now) - set(coefficient_names(rule))):
         raise ValueError(
-            f"{getattr(over_time, '__name__', over_time)} gives {foreign}, which {rule.__name__} does not take; it takes "
-            f"{list(coefficient_names(rule))}"
+            f"{getattr(over_time, '__name__', over_time)} gives {foreign}, but {rule.__name__} takes "
+            f"{list(coefficient_names(rule))} alone"
         )
     if unknown_slots := sorted((compact or {}).keys() - set(slot_names(frozen))):
         raise ValueError(f"compact must map slots {slot_names(frozen)} to formats, got {unknown_slots}")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ademamix.backends import Rule, sent_to
+from ademamix.backends import Rule
 from ademamix.engine.directions import Filter
 from ademamix.engine.interrupts import uninterrupted
 from ademamix.engine.kinds import Kind, traced_once
-from ademamix.engine.launches import GroupSettings, Inputs
+from ademamix.engine.launches import GroupSettings, Inputs, Program
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.sharding import local
 from ademamix.engine.tracing import composed
@@ -113,7 +113,7 @@ class GradientMemory(RuleOptimizer):
             allowed = [name for name in inspect.signature(self.kind).parameters if name not in ("params", *refused)]
             raise ValueError(
                 f"GradientMemory of {self.kind.__name__} must not get {found}, which are for steps and have no effect "
-                f"on a direction; allowed: {allowed}"
+                f"on a direction; allowed: {allowed}, and for params all of a model's"
             )
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
@@ -127,16 +127,16 @@ class GradientMemory(RuleOptimizer):
         if several := [g for g in inputs.grads if torch._debug_has_internal_overlap(local(g)) == 1]:
             found = f"a gradient of shape {tuple(several[0].shape)} and strides {several[0].stride()}"
             raise RuntimeError(f"GradientMemory: {found} has several elements in one place in memory")
+        if len(set(map(id, inputs.grads))) < len(inputs.grads):
+            raise RuntimeError("GradientMemory: two parameters have one tensor as their gradients; give each its own")
         with uninterrupted():
             super()._run(inputs, factor, skip, captured)
             for p, g in zip(inputs.params, inputs.grads, strict=True):
                 if p.grad is not g:  # a sum that was still to be made
                     p.grad = g
-            if (scale := self._scale) is not None:
-                if skip is not None:  # for the scaler to see, when the other optimizer's turn comes
-                    scale = torch.where(skip, torch.nan, scale)
-                for g in map(local, inputs.grads):
-                    g.mul_(sent_to(g.device, scale))
+
+    def _program(self, offload: bool) -> Program:
+        return super()._program(offload)._replace(scale=self._scale)
 
     @property
     def _scale(self) -> Any:
