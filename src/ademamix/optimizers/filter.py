@@ -28,8 +28,8 @@ class GradientMemory(RuleOptimizer):
     """A memory as a filter of gradients: :meth:`step` writes its direction u in place of ``p.grad``.
 
     Another optimizer, from any library, then steps along u: ``torch.optim.SGD``, ``torch.optim.Muon(momentum=0,
-    nesterov=False)``, Shampoo, SOAP. Its own momentum should be off. Parameters stay as they are, and ``p.grad`` the
-    same tensor in the same place, as DDP's views need it.
+    nesterov=False)``, Shampoo, SOAP. Its own momentum should be off; schedulers are for it. Parameters stay as they
+    are, and ``p.grad`` the same tensor in the same place, as DDP's views need it.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Of any shape.
