@@ -37,6 +37,9 @@ class Options(Common, total=False):
     ns_steps: int  # of "muon"
 
 
+OF_GEOMETRY = tuple(name for name in Options.__annotations__ if name not in Common.__annotations__)
+
+
 def show_options(function: Any, options: Iterable[inspect.Parameter]) -> None:
     """Give a function that takes ``**options: Unpack[Options]`` a signature with each of them."""
     signature = inspect.signature(function)

@@ -38,6 +38,7 @@ class Exchange:
         mesh, placements = params[0].device_mesh, params[0].placements
         places = list(product(*map(range, mesh.shape)))
         self.flat, self.here = flat, mesh.get_coordinate()
+        self.shapes: list[torch.Size] = []  # of the matrices that this process owns
         if self.here is None:  # this process has no part
             return
         self.group = mesh.get_group() if mesh.ndim == 1 else None  # of all processes

@@ -322,23 +322,23 @@ def _calls(
     # The largest first: the others' directions find room where its were. All processes have the same order.
     for batch, members, slices, then in sorted(batches, key=lambda each: -size(each[1]) if each[3] else 1):
         device = batch.parameters[0].device
-        if then is None:
-            launch = backends.launch(program.backend, batch)
-            calls.append(Call(launch, (batch.rule,), members, slices, device, frozenset((backends.name_of(launch),))))
-            continue
         once = {m: n for n, m in enumerate(dict.fromkeys(members))}
         parts = (program.backend, batch, [once[m] for m in members], slices, [targets[m] for m in once])
-        if isinstance(then, Iteration):
+        launch: Any
+        if then is None:
+            launch = backends.launch(program.backend, batch)
+            passes = {batch.rule: launch}
+        elif isinstance(then, Iteration):
             params = [inputs.params[m] for m in once]
             mesh = getattr(params[0], "device_mesh", None)
-            made = Orthogonal(*parts, params, then, workspace, turns[mesh])
+            launch = Orthogonal(*parts, params, then, workspace, turns[mesh])
             turns[mesh] += len(once)
-            used = frozenset(map(backends.name_of, (made.directions.launch, made.step)))
-            calls.append(Call(made, (batch.rule, DECOUPLED), members, slices, device, used))
+            passes = {batch.rule: launch.directions.launch, DECOUPLED: launch.step}
         else:
-            filter = then(*parts, torch.float64 if batch.double else torch.float32, workspace)
-            used = frozenset((backends.name_of(filter.launch),))
-            calls.append(Call(filter, (batch.rule,), members, slices, device, used))
+            launch = then(*parts, torch.float64 if batch.double else torch.float32, workspace)
+            passes = {batch.rule: launch.launch}
+        used = frozenset(map(backends.name_of, passes.values()))
+        calls.append(Call(launch, tuple(passes), members, slices, device, used))
     return calls
 
 

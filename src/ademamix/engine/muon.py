@@ -85,12 +85,14 @@ class Orthogonal:
     ) -> None:
         self.targets, self.iteration = targets, iteration
         self.shape = matrix(params[0].shape)
-        self.needed = len(targets) * (2 * math.prod(self.shape) + 2 * min(self.shape) ** 2)
         # As the iteration wants them: what it cannot see of them need not be written.
         accelerated = targets[0].device.type in ("cuda", "xpu")
         dtype = torch.float64 if batch.double else torch.bfloat16 if accelerated else torch.float32
         self.directions = Directions(backend, batch, members, slices, targets, dtype, workspace)
         self.exchange = Exchange(params, first, self.directions.flat) if is_sharded(params[0]) else None
+        # Elements that the iteration takes: matrices before and after, Gram matrices; of DTensors also what is sent.
+        own, copies = (len(params), 2) if self.exchange is None else (len(self.exchange.shapes), 4)
+        self.needed = own * (copies * math.prod(self.shape) + 2 * min(self.shape) ** 2)
         none: list[list[None]] = [[] for _ in members]
         written = self.directions.format
         self.step = backends.launch(

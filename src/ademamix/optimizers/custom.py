@@ -44,11 +44,11 @@ def optimizer_from(
     Raises:
         ValueError: the rule cannot be run by all backends; the message names its file, line and text.
     """
-    is_memory = isinstance(rule, types.FunctionType) and next(iter(inspect.signature(rule).parameters), None) == "g"
-    frozen = composed(rule, geometries.adam) if is_memory else traced(rule)
+    of_memory = is_memory(rule)
+    frozen = composed(rule, geometries.adam) if of_memory else traced(rule)
     over_time = coefficients or _constant
     asked = list(inspect.signature(over_time).parameters.values())[1:]  # after the step
-    given = (*(ADAM if is_memory else ()), *inspect.signature(rule).parameters.values(), *asked)
+    given = (*(ADAM if of_memory else ()), *inspect.signature(rule).parameters.values(), *asked)
     with_defaults = [q for q in given if q.default is not q.empty]
     hyperparameters = {q.name: q.replace(kind=q.POSITIONAL_OR_KEYWORD, annotation=q.empty) for q in with_defaults}
     unknown = [q.name for q in asked if q.name not in hyperparameters]
@@ -60,7 +60,7 @@ def optimizer_from(
         raise ValueError(f"{rule.__name__}: every optimizer takes {taken}, so no hyperparameter has such a name")
     own = [name for name in coefficient_names(rule) if name in hyperparameters]
     of_step = {*coefficient_names(geometries.adam), *(q.name for q in ADAM)}
-    if is_memory and (twice := [name for name in coefficient_names(rule) if name in of_step]):
+    if of_memory and (twice := [name for name in coefficient_names(rule) if name in of_step]):
         raise ValueError(
             f"{rule.__name__}: {twice} are the step's; a memory's coefficients have other names than {sorted(of_step)}"
         )
@@ -73,24 +73,32 @@ def optimizer_from(
         )
     if unknown_slots := sorted((compact or {}).keys() - set(slot_names(frozen))):
         raise ValueError(f"compact must map slots {slot_names(frozen)} to formats, got {unknown_slots}")
-    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept, "adam_coefficients": adam_coefficients}
+    scope = {"own": own, "asked": [q.name for q in asked], "over_time": kept}
+    values = types.FunctionType(_coefficients.__code__, scope)
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     default = {slot: "float8" if slot.endswith("_sq") else "int16" for slot in slot_names(frozen)}
     body = {
         "rule": staticmethod(frozen),
-        "coefficients": staticmethod(types.FunctionType((_of_memory if is_memory else _coefficients).__code__, scope)),
+        "coefficients": staticmethod(values),
         "compact": default if compact is None else compact,
         "hyperparameters": tuple(hyperparameters),
         "__signature__": inspect.Signature([params, *hyperparameters.values(), *OPTIONS]),
         "__doc__": rule.__doc__,
         "__module__": rule.__module__,
     }
-    if is_memory:
+    if of_memory:
+        scope = {"adam_coefficients": adam_coefficients, "of_memory": values}
+        body["coefficients"] = staticmethod(types.FunctionType(_with_adam.__code__, scope))
         body["memory"] = staticmethod(rule)
-        body["stepping"] = tuple(q.name for q in ADAM if q.name not in own + [a.name for a in asked])
+        body["stepping"] = tuple(q.name for q in ADAM if q.name not in [a.name for a in asked])
         composed(rule, geometries.direction)  # kept as it is now
-    base = _FromMemory if is_memory else _FromRule
+    base = _FromMemory if of_memory else _FromRule
     return type("".join(word.capitalize() for word in rule.__name__.split("_")), (base,), body)
+
+
+def is_memory(rule: Any) -> bool:
+    """Whether it is a function that starts with the gradient ``g``."""
+    return isinstance(rule, types.FunctionType) and next(iter(inspect.signature(rule).parameters), None) == "g"
 
 
 class _FromRule(RuleOptimizer):
@@ -133,9 +141,6 @@ def _coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _of_memory(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+def _with_adam(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """As :func:`_coefficients`, with those of the geometry "adam"."""
-    values = adam_coefficients(step, group, group["beta2"])
-    values.update({name: group[name] for name in own})  # type: ignore[name-defined]  # noqa: F821
-    values.update(over_time(step, **{name: group[name] for name in asked}))  # type: ignore[name-defined]  # noqa: F821
-    return values
+    return {**adam_coefficients(step, group, group["beta2"]), **of_memory(step, group)}  # type: ignore[name-defined]  # noqa: F821

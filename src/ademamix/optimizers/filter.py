@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ademamix.backends import Rule
+from ademamix.engine.arguments import OF_GEOMETRY
 from ademamix.engine.directions import Filter
 from ademamix.engine.interrupts import uninterrupted
-from ademamix.engine.kinds import Kind, traced_once
+from ademamix.engine.kinds import traced_once
 from ademamix.engine.launches import GroupSettings, Inputs, Program
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.sharding import local
 from ademamix.engine.tracing import composed
 from ademamix.geometries import direction
-from ademamix.optimizers.custom import optimizer_from
+from ademamix.optimizers.custom import is_memory, optimizer_from
 
-_NONE = vars(Kind)["memory_of"].__func__  # of classes that have no memory
-OF_STEPS = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps", "stochastic_rounding", "offload")
+OF_STEPS = (*OF_GEOMETRY, "stochastic_rounding", "offload")
 
 
 class GradientMemory(RuleOptimizer):
@@ -147,10 +147,9 @@ class GradientMemory(RuleOptimizer):
 def _of(memory: Any) -> type[GradientMemory]:
     """The class for a memory: the memory's own, with directions in place of steps."""
     kind = memory
-    if inspect.isfunction(memory) and next(iter(inspect.signature(memory).parameters), None) == "g":
+    if is_memory(memory):
         kind = optimizer_from(memory)
-    has_memory = inspect.isclass(kind) and issubclass(kind, RuleOptimizer)
-    if not has_memory or (kind.memory is None and kind.memory_of.__func__ is _NONE):
+    if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)) or kind.memory is None:
         raise ValueError(
             "memory must be an optimizer class of this library that has a memory, such as ADana, or a memory function "
             f"(g, *slots, *, coefficients) -> (u, *slots), got {memory!r}"

@@ -231,6 +231,7 @@ class KEMA(RuleOptimizer):
     """
 
     stepping = (*RuleOptimizer.stepping, "beta2", "slow_limit")
+    memory = staticmethod(memories.kema(3))  # of the default count
     compact: ClassVar[Mapping[str, str]] = {
         "exp_avg_1": "int8",
         **{f"exp_avg_{k}": "int16" for k in range(2, 9)},

@@ -15,10 +15,10 @@ import torch
 
 import ademamix
 from ademamix import RuleOptimizer, optimizer_from, split_parameters
+from ademamix.engine.arguments import OF_GEOMETRY  # in `settings`, also of those that have a section
 from ademamix.lab.config import BadInputError, Optimizer, Training
 
 SECTIONS = ("adamw", "ademamix")  # whose settings are a section of their own in a recipe; all others share `settings`
-GEOMETRY = ("geometry", "adjust_lr_fn", "ns_coefficients", "ns_steps")  # in `settings`, of these two as well
 REST_LR = "rest_lr"
 
 
@@ -53,7 +53,7 @@ def settings_of(name: Optimizer, recipe: Training) -> dict[str, Any]:
 
 def of_geometry(recipe: Training) -> dict[str, Any]:
     """The settings that decide the geometry of any optimizer of the recipe's."""
-    return {key: value for key, value in recipe.settings.items() if key in (*GEOMETRY, REST_LR)}
+    return {key: value for key, value in recipe.settings.items() if key in (*OF_GEOMETRY, REST_LR)}
 
 
 def optimizer_of(name: Optimizer, recipe: Training, model: torch.nn.Module) -> RuleOptimizer:
@@ -214,7 +214,7 @@ def _digest(kind: type[RuleOptimizer]) -> str:
     coefficients: Any = kind.coefficients
     defaults = _defaults(kind, {})
     # Adam's geometry has none of these settings, and digests from before there were others are without them.
-    dropped = GEOMETRY if defaults["geometry"] == "adam" else ()
+    dropped = OF_GEOMETRY if defaults["geometry"] == "adam" else ()
     counted = {key: value for key, value in defaults.items() if key not in dropped}
     computed = fingerprint(kind.checked_rule(defaults)) + fingerprint(coefficients) + repr(counted)
     return hashlib.sha256(computed.encode()).hexdigest()[:8]
