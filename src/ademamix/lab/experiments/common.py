@@ -13,8 +13,9 @@ import tyro
 
 from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
 from ademamix.lab.console import say
-from ademamix.lab.experiments.statistics import loss_of
+from ademamix.lab.experiments.statistics import Paired, loss_of, mean_and_error
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value, best
+from ademamix.lab.reports.claims import Finding, Verdict
 from ademamix.lab.reports.pictures import Chart, Line, around
 from ademamix.lab.reports.report import Rows
 from ademamix.lab.training.loop import Result
@@ -22,7 +23,8 @@ from ademamix.lab.training.optimizers import SECTIONS, title
 from ademamix.lab.values import typed
 
 Preset = Literal["cpu", "gpu", "paper"]
-TUNING_SEED = 1000  # no result comes from the seed that settings were chosen by
+TUNING_SEED = 200  # no result comes from the seed that settings were chosen by
+SEEDS_OF_PAPER = (201, 202, 203)  # a run of its sizes takes days
 NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
 LOSS = "validation loss, nats"
 
@@ -52,7 +54,7 @@ class Settings:
 
     preset: Preset = "cpu"
     """Where the other defaults come from: cpu (minutes on 2 cores), gpu (one large GPU), paper (for a cluster)."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = tuple(range(201, 209))
     """Seeds of the runs that count: initial weights and batches."""
     job: Annotated[Workplace, tyro.conf.arg(name="")] = field(default_factory=Workplace)
 
@@ -167,15 +169,49 @@ def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[st
     return found, tables
 
 
-def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows]]:
-    """The recipe with the best settings of AdamW and of AdEMAMix, and the trials as tables."""
+def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows], list[str]]:
+    """The recipe with the best settings of AdamW and of AdEMAMix, the trials as tables, and what to say of the best."""
     spaces = tuning.spaces()
     found, tables = search(
         trials, {name: Candidate(NAMES[name], name, recipe, space) for name, space in spaces.items()}
     )
     for name, chosen in found.items():
         recipe = changed(recipe, name, **chosen)
-    return recipe, tables
+    chosen_lr = {NAMES[name]: chosen["lr"] for name, chosen in found.items()}
+    return recipe, tables, at_the_ends(chosen_lr, {NAMES[name]: space["lr"] for name, space in spaces.items()})
+
+
+def at_the_ends(chosen: Mapping[str, Value], tried: Mapping[str, Sequence[float]]) -> list[str]:
+    """A sentence on what has its best learning rate at an end of those that were tried: the best may lie beyond.
+
+    Args:
+        chosen: by name, the best learning rate.
+        tried: by name, all of them.
+    """
+    said = []
+    for which, end in (("smallest", min), ("largest", max)):
+        names = [name for name, lr in chosen.items() if lr == end(tried[name]) and len(set(tried[name])) > 1]
+        if names:
+            said.append(f"The best learning rate is the {which} that was tried: {', '.join(names)}")
+    return said
+
+
+def decide(claim: str, ours: str, *effects: Paired) -> Finding:
+    """A finding on a claim that holds if every effect is below zero; without two seeds nothing is decided.
+
+    Args:
+        claim: its key in CLAIMS.
+        ours: our figures, with their intervals.
+        effects: differences within seeds.
+    """
+    verdict: Verdict = "undecided"
+    if any(effect.count < 2 for effect in effects) or not effects:
+        verdict = "not tested at this size"
+    elif any(effect.higher for effect in effects):
+        verdict = "contradicted"
+    elif all(effect.lower for effect in effects):
+        verdict = "reproduced"
+    return Finding(claim, verdict, ours)
 
 
 def final_loss(result: Result | None) -> str:
@@ -197,13 +233,14 @@ def of(results: Mapping[Point, Result | None], *values: Any) -> list[Result]:
 
 
 def mean_curves(runs: Mapping[str, Sequence[Result]], unit: str) -> list[Line]:
-    """The mean over seeds of the validation curves of each name's runs; none for a name whose runs all diverged."""
+    """The mean over seeds of the validation curves of each name's runs, and their range; none where all diverged."""
     lines = []
     for name, of_name in runs.items():
         points = list(zip(*(run.curve for run in of_name), strict=True))
-        losses = [statistics.mean(point["valid_loss"] for point in together) for together in points]
+        of_seeds = [[point["valid_loss"] for point in together] for together in points]
         if points:
-            lines.append(Line(name, [together[0][unit] for together in points], losses))
+            band = (list(map(min, of_seeds)), list(map(max, of_seeds))) if len(of_name) > 1 else None
+            lines.append(Line(name, [t[0][unit] for t in points], list(map(statistics.mean, of_seeds)), band=band))
     return lines
 
 
@@ -213,13 +250,24 @@ def ends(name: str, means: Mapping[float, tuple[float, float]], mode: str = "lin
     return Line(name, list(there), [m for m, _ in there.values()], [e for _, e in there.values()], mode)
 
 
+def level(name: str, losses: Sequence[float]) -> tuple[tuple[float, str], ...]:
+    """The mean of a sample as a horizontal line of a chart; none if a run diverged."""
+    mean, _ = mean_and_error(losses)
+    return ((mean, name),) if math.isfinite(mean) else ()
+
+
+def effects(name: str, pairs: Mapping[float, Paired]) -> Line:
+    """Mean differences and their intervals by what they depend on, where no run diverged."""
+    return ends(name, {x: (pair.mean, pair.half) for x, pair in pairs.items()})
+
+
 def curves(title: str, runs: Mapping[str, Sequence[Result]], seeds: int, unit: str) -> Chart:
     """Mean validation curves without the steep start, a tenth of the run: one wants to tell their ends apart."""
     lines = mean_curves(runs, unit)
     longest = max((x for line in lines for x in line.x), default=0.0)
     shown = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if 10 * x >= longest]
     which = "" if all(len(of_name) == seeds for of_name in runs.values()) else ", without those that diverged"
-    title = f"{title}, mean of {seeds} seeds{which}"
+    title = f"{title}: mean and range of {seeds} seeds{which}"
     return Chart(title, f"training {unit}", LOSS, lines, around(shown) if shown else None)
 
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json
-from ademamix.lab.experiments.statistics import mean_and_error
+from ademamix.lab.experiments.statistics import crossing
 from ademamix.lab.reports.pictures import Chart, Line, Picture, around
 from ademamix.lab.reports.report import Report, Rows
 from ademamix.lab.training.loop import Result, train
@@ -84,36 +83,8 @@ def _match(recipe: Recipe, job: Job, match: Match, out: Path, adamw: Result, oth
         longer = dataclasses.replace(recipe, steps=round(factor * recipe.steps))
         result = train("adamw", longer, job, out / f"adamw-{factor:g}x", label=f"AdamW {factor:g}x")
         trials.append((factor, result.valid_loss))
-    return Matched(trials, crossing(trials, other.valid_loss))
-
-
-def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Return the budget at which trials, in growing order, first come down to `loss`; linear in its logarithm."""
-    x0, y0 = trials[0]
-    if y0 <= loss:
-        return x0
-    for x1, y1 in trials[1:]:
-        if y1 <= loss:
-            if math.isinf(y0):  # that run diverged
-                return x1
-            return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
-        x0, y0 = x1, y1
-    return None
-
-
-def more_tokens(losses: Mapping[float, Sequence[float]], goal: Sequence[float]) -> str:
-    """How many more tokens an optimizer needs for losses of the same seeds, for people: their mean and its error.
-
-    Args:
-        losses: its own losses, seed by seed, after budgets in growing order; 1 is that of the others.
-        goal: the losses to reach, seed by seed.
-    """
-    needed = [crossing([(x, of_seed[i]) for x, of_seed in losses.items()], loss) for i, loss in enumerate(goal)]
-    if None in needed:
-        return f"> {100 * (max(losses) - 1):+.0f} %"
-    factor, error = mean_and_error([float(x) for x in needed if x is not None])
-    spread = "" if math.isinf(error) else f" ± {100 * error:.0f}"
-    return f"{100 * (factor - 1):+.0f} %{spread}"
+    factor = crossing(trials, other.valid_loss)
+    return Matched(trials, factor if math.isfinite(factor) else None)
 
 
 def reached_at(run: Result, loss: float) -> float | None:

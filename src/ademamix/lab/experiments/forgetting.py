@@ -1,7 +1,6 @@
 """How long a batch that was seen once stays learned: its loss in a run that saw it, and in a twin that never did."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ import tyro
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import NAMES, Settings
+from ademamix.lab.experiments.common import NAMES, Settings, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import clearly_below, diverged, mean_and_error, shown
+from ademamix.lab.experiments.statistics import Paired, paired, shown
 from ademamix.lab.experiments.trials import Grid, Point, Trials
-from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, sentence
 from ademamix.lab.training.loop import Result
@@ -47,7 +45,7 @@ class Forgetting(Settings):
 PRESETS = {
     "cpu": Forgetting(recipe=small(4000)),
     "gpu": Forgetting("gpu", recipe=on_gpu()),
-    "paper": Forgetting("paper", at=(0.2, 0.4, 0.6), recipe=RECIPES["110m"]),
+    "paper": Forgetting("paper", seeds=common.SEEDS_OF_PAPER, at=(0.2, 0.4, 0.6), recipe=RECIPES["110m"]),
 }
 
 
@@ -60,16 +58,16 @@ def run(settings: Forgetting, trials: Trials) -> Report:
 
     space = {"optimizer": tuple(NAMES), "insert": ("seen", "twin"), "seed": settings.seeds}
     (results,) = trials.run(Grid("final", space, made))
+    found = _whole(results, settings.seeds)
+    if not found:
+        raise BadInputError("in every seed a run diverged: try smaller learning rates")
     # Of each optimizer and seed: the mean over the batches, at the times that all of them were looked at.
-    drops = {
-        name: [_drops(seen, twin, steps) for seen, twin in _pairs(results, name, settings.seeds)] for name in NAMES
-    }
-    if not all(drops.values()):
-        raise BadInputError("every run of an optimizer diverged: try smaller learning rates")
+    drops = {name: [_drops(*of_seed[name], steps) for of_seed in found] for name in NAMES}
     window = max(next(iter(drops["adamw"])))
     peaks = {name: [max(d.values()) for d in drops[name]] for name in NAMES}
     late = [n for n in drops["adamw"][0] if n >= window / 4]
     left = {name: [statistics.mean(d[n] for n in late) / max(d.values()) for d in drops[name]] for name in NAMES}
+    less = paired(left["adamw"], left["ademamix"])
     rows = [
         (
             NAMES[name],
@@ -81,38 +79,51 @@ def run(settings: Forgetting, trials: Trials) -> Report:
         for name in NAMES
     ]
     ours = (
-        f"of a batch's largest drop in loss, {100 * mean_and_error(left['adamw'])[0]:.0f} % is left under AdamW and "
-        f"{100 * mean_and_error(left['ademamix'])[0]:.0f} % under AdEMAMix, {late[0]} to {window} steps later"
+        f"of a batch's largest drop in loss, {100 * statistics.mean(left['adamw']):.0f} % is left under AdamW and "
+        f"{100 * statistics.mean(left['ademamix']):.0f} % under AdEMAMix, {late[0]:,} to {window:,} steps later: "
+        f"more by {(-less).told('+.3f')}"
     )
-    lost = {NAMES[name]: left[name] + [math.inf] * (len(settings.seeds) - len(left[name])) for name in NAMES}
-    if said := diverged(lost):
-        ours += f", in the seeds that are left: {said}"
+    if lost := len(settings.seeds) - len(found):
+        ours += f"; {lost} seeds are left out, for a run diverged"
     lines = []
     for name in NAMES:
         at = [n for n in drops[name][0] if n > 0]
-        values = [mean_and_error([d[n] for d in drops[name]]) for n in at]
-        drop, error = [m for m, _ in values], [e for _, e in values]
-        lines.append(Line(NAMES[name], [float(n) for n in at], drop, error, "lines+markers"))
+        effects = [Paired(tuple(d[n] for d in drops[name])) for n in at]
+        band = [(e.mean - e.half, e.mean + e.half) for e in effects] if len(found) > 1 else []
+        edges = ([low for low, _ in band], [high for _, high in band]) if band else None
+        lines.append(
+            Line(NAMES[name], [float(n) for n in at], [e.mean for e in effects], band=edges, mode="lines+markers")
+        )
     heads = ("optimizer", "largest drop, nats", "steps until then", "left at the end", "left, by seed")
     return Report(
         "Forgetting: the loss of a batch that was seen once",
         [sentence(ours)],
         [
             Chart(
-                "What one step on a batch did to its loss", "steps since", "drop of the loss, nats", lines, log_x=True
+                "What one step on a batch did to its loss: mean and 95 % interval",
+                "steps since",
+                "drop of the loss, nats",
+                lines,
+                log_x=True,
             ),
             _example(results, settings.seeds[0], steps),
         ],
         [[heads, *rows]],
         common.settings_of(settings),
-        [decide("forgetting", clearly_below(left["adamw"], left["ademamix"]), ours, *left.values())],
+        [decide("forgetting", ours, less)],
     )
 
 
-def _pairs(results: Mapping[Point, Result | None], name: str, seeds: Sequence[int]) -> list[tuple[Result, Result]]:
-    """A run and its twin, for each seed of which both are there."""
-    found = [(results[name, "seen", seed], results[name, "twin", seed]) for seed in seeds]
-    return [(seen, twin) for seen, twin in found if seen is not None and twin is not None]
+def _whole(
+    results: Mapping[Point, Result | None], seeds: Sequence[int]
+) -> list[dict[Optimizer, tuple[Result, Result]]]:
+    """Each optimizer's run and its twin, for every seed of which no run diverged."""
+    found = []
+    for seed in seeds:
+        runs = {name: (results[name, "seen", seed], results[name, "twin", seed]) for name in NAMES}
+        there = {name: (seen, twin) for name, (seen, twin) in runs.items() if seen is not None and twin is not None}
+        found += [there] if len(there) == len(NAMES) else []
+    return found
 
 
 def _drops(seen: Result, twin: Result, steps: Sequence[int]) -> Drops:

@@ -31,10 +31,9 @@ from ademamix.engine.state import slot_formats, state_of
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import Candidate, Settings, changed
-from ademamix.lab.experiments.compare import more_tokens
+from ademamix.lab.experiments.common import Candidate, Settings, at_the_ends, changed
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import Paired, by_seed, mean_and_error, paired, shown
+from ademamix.lab.experiments.statistics import Paired, against, budgets_for, by_seed, mean_and_error, paired, shown
 from ademamix.lab.experiments.trials import Grid, Point, Trials
 from ademamix.lab.reports.pictures import Chart, Line, Picture
 from ademamix.lab.reports.report import Report, Rows
@@ -279,8 +278,8 @@ class Found:
         best = min(OTHERS, key=lambda m: mean_and_error(self.losses[size, f"muon-{m}", 1.0])[0])
         level = 1 - 0.05 / len(OTHERS)
         pair = self.pair(size, f"muon-{best}", "muon-ema", level)
-        decided = f"memory {pair.verdict}" if pair.helps or pair.hurts else "whether memory helps is undecided"
-        best_of = f"{MEMORIES[best]}, the best of {len(OTHERS)}, {_against('Muon', pair, level)}"
+        decided = f"memory {pair.verdict}" if pair.lower or pair.higher else "whether memory helps is undecided"
+        best_of = against(pair, f"{MEMORIES[best]}, the best of {len(OTHERS)},", "Muon")
         each = {MEMORIES[m]: self.pair(size, f"muon-{m}", "muon-ema") for m in OTHERS}
         return f"At {self.at(size)} {decided} in Muon's geometry: {best_of}. One by one: {_grouped(each)}"
 
@@ -289,7 +288,7 @@ class Found:
         return [
             f"In {text} the raw gradient in place of AdEMAMix's fast average (beta1 = 0): "
             + "; ".join(
-                f"{pair.verdict} at {self.at(n)} ({pair.interval})"
+                f"{pair.verdict} at {self.at(n)} ({pair.interval()})"
                 for n in self.sizes
                 for pair in [self.pair(n, f"{g}-beta1-zero", f"{g}-ademamix")]
             )
@@ -306,13 +305,9 @@ class Found:
 
     def ends(self) -> list[str]:
         """A sentence on the cells whose best learning rate may lie beyond what was tried."""
-        at: dict[str, list[str]] = {}
-        for (size, key), recipe in self.recipes.items():
-            tried, lr = self.settings.tried(size, key), peak(self.settings.entries[key].optimizer, recipe)
-            for which, end in (("smallest", min(tried)), ("largest", max(tried))):
-                if lr == end:
-                    at.setdefault(f"{which} that was tried at {self.at(size)}", []).append(name(key))
-        return [f"The best learning rate is the {which}: {'; '.join(cells)}" for which, cells in at.items()]
+        cells = {(f"{name(key)} at {self.at(size)}"): (size, key) for size, key in self.recipes}
+        peaks = {cell: peak(self.settings.entries[of[1]].optimizer, self.recipes[of]) for cell, of in cells.items()}
+        return at_the_ends(peaks, {cell: self.settings.tried(*of) for cell, of in cells.items()})
 
     def differences(self) -> list[Rows]:
         """Paired differences, with the number of seeds in which the loss is lower."""
@@ -357,7 +352,7 @@ class Found:
             return ""
         if mean_and_error(goal)[0] > mean_and_error(own[1.0])[0]:
             return "no more"
-        return more_tokens(own, goal)
+        return str(budgets_for(own, goal))
 
     def by_seed(self) -> Rows:
         rows = [(name(key), *(by_seed(self.losses[n, key, 1.0]) for n in self.sizes)) for key in self.settings.entries]
@@ -389,21 +384,12 @@ def matrix_bytes(optimizer: Optimizer, recipe: Recipe) -> float:
     return float(sum(slot.nbytes for slot in slots if slot.is_meta) / p.numel())
 
 
-def _against(other: str, pair: Paired, level: float) -> str:
-    """How far a loss is from another, for people."""
-    if math.isinf(pair.half):
-        return f"is not known ({pair.interval})"
-    side = "below" if pair.mean < 0 else "above"
-    seeds = f"lower in {pair.below} of {pair.count} seeds"
-    return f"is {abs(pair.mean):.4f} nats {side} {other} ({100 * level:g} % interval {pair.interval}, {seeds})"
-
-
 def _grouped(pairs: Mapping[str, Paired]) -> str:
     """What helps, hurts, or is undecided, with the interval where it is."""
     said = []
     for verdict in ("helps", "hurts", "undecided"):
         names = [
-            text + (f" ({pair.interval})" if verdict == "undecided" else "")
+            text + (f" ({pair.interval()})" if verdict == "undecided" else "")
             for text, pair in pairs.items()
             if pair.verdict == verdict
         ]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,11 +13,10 @@ import tyro
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import Settings, changed
+from ademamix.lab.experiments.common import Settings, changed, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import mean_and_error, plus_minus, shown
+from ademamix.lab.experiments.statistics import Paired, mean_and_error, paired, shown, slopes
 from ademamix.lab.experiments.trials import Grid, Trials
-from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, sentence
 
@@ -31,9 +31,9 @@ class Horizon(Settings):
     The best beta3 of each T and seed is the vertex of a parabola through the losses over log(1 - beta3).
     """
 
-    lengths: tuple[int, ...] = (400, 800, 1600, 3200)
+    lengths: tuple[int, ...] = (400, 1600, 6400)
     """Steps of the runs, growing."""
-    beta3: tuple[float, ...] = (0.98, 0.99, 0.995, 0.9975, 0.99875)
+    beta3: tuple[float, ...] = (0.97, 0.985, 0.9925, 0.99625, 0.998125, 0.9990625)
     """Decays of the slow average, growing; tried at every length."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
@@ -52,6 +52,7 @@ PRESETS = {
     "gpu": Horizon("gpu", lengths=(500, 1000, 2000, 4000), recipe=on_gpu()),
     "paper": Horizon(
         "paper",
+        seeds=common.SEEDS_OF_PAPER,
         lengths=(32_000, 64_000, 128_000, 256_000),
         beta3=(0.999, 0.9995, 0.9999, 0.99995),
         recipe=RECIPES["110m"],
@@ -74,61 +75,82 @@ def run(settings: Horizon, trials: Trials) -> Report:
         t: [vertex(logs, [losses[t, beta3][i] for beta3 in settings.beta3]) for i in range(len(settings.seeds))]
         for t in settings.lengths
     }
-    of_length = [math.log10(t) for t in settings.lengths]
-    slopes = [
-        float(np.polyfit(of_length, [best[i] for best in chosen.values()], 1)[0]) for i in range(len(settings.seeds))
-    ]
-    slope, error = mean_and_error(slopes)
-    means = {t: mean_and_error(best) for t, best in chosen.items()}
-    rule = 10 ** statistics.mean(mean + math.log10(t) for t, (mean, _) in means.items())
+    slope = Paired(tuple(slopes([math.log10(t) for t in settings.lengths], list(chosen.values()))))
+    means = {t: mean_and_error(best)[0] for t, best in chosen.items()}
+    rule = 10 ** statistics.mean(mean + math.log10(t) for t, mean in means.items())
     span = f"from {settings.lengths[0]:,} to {settings.lengths[-1]:,} steps"
-    ours = f"the best 1 - beta3 goes with T to the power {plus_minus(slope, error, '.2f')}, {span}"
-    above: list[Line] = []
-    for t in settings.lengths:
-        values = [mean_and_error(losses[t, beta3]) for beta3 in settings.beta3]
-        low = min(m for m, _ in values)
-        gaps = {1 / (1 - beta3): (m - low, e) for beta3, (m, e) in zip(settings.beta3, values, strict=True)}
-        above.append(common.ends(f"T = {t:,}", gaps))
-    x = [float(t) for t in settings.lengths]
+    ours = f"the best 1 - beta3 goes with T to the power {slope.told('+.2f')}, {span}"
+    ends = {t: sum(best in (logs[0], logs[-1]) for best in of_seeds) for t, of_seeds in chosen.items()}
+    at_ends = ", ".join(f"{count} at T = {t:,}" for t, count in ends.items() if count)
+    lowest = {t: min(settings.beta3, key=lambda b: mean_and_error(losses[t, b])[0]) for t in settings.lengths}
+    above = {t: {b: paired(losses[t, b], losses[t, lowest[t]]) for b in settings.beta3} for t in settings.lengths}
     rows = [
         (
             f"{t:,}",
             *(shown(losses[t, beta3]) for beta3 in settings.beta3),
-            f"{1 - 10 ** means[t][0]:.4f}",
-            f"{10 ** means[t][0] * t:.1f}",
+            f"{1 - 10 ** means[t]:.4f}",
+            f"{10 ** means[t] * t:.1f}",
         )
         for t in settings.lengths
     ]
+    gaps = [(f"{t:,}", *(p.told() for p in of_length.values())) for t, of_length in above.items()]
+    ticks = tuple((1 / (1 - beta3), f"{beta3:g}") for beta3 in settings.beta3)
+    x = [float(t) for t in settings.lengths]
     return Report(
         "Horizon: the best beta3 by the number of steps",
         [
             sentence(ours),
             f"With that power set to -1: beta3 = 1 - {rule:.1f} / T (arXiv 2602.05298 has 1 - {PUBLISHED:g} / T)",
+            *([f"Seeds whose best beta3 is the smallest or the largest that was tried: {at_ends}"] if at_ends else []),
         ],
         [
             Chart(
-                "Loss above the lowest, by the slow average's length",
-                "1 / (1 - beta3), steps",
-                "nats",
-                above,
+                "Loss above that of the best beta3",
+                "beta3, evenly spaced by the logarithm of 1 / (1 - beta3)",
+                "nats, with 95 % interval",
+                [
+                    common.effects(f"T = {t:,}", {1 / (1 - b): pair for b, pair in of_length.items()})
+                    for t, of_length in above.items()
+                ],
                 log_x=True,
+                x_ticks=ticks,
             ),
             Chart(
                 "The best beta3",
                 "steps T",
-                "log10 of 1 - beta3",
+                "beta3",
                 [
-                    Line("best", x, [m for m, _ in means.values()], [e for _, e in means.values()], "markers"),
-                    Line(f"1 - beta3 = {rule:.1f} / T", x, [math.log10(rule / t) for t in x]),
-                    Line(f"published: {PUBLISHED:g} / T", x, [math.log10(PUBLISHED / t) for t in x]),
+                    Line(
+                        "best, 95 % interval",
+                        x,
+                        [10**-mean for mean in means.values()],
+                        mode="markers",
+                        band=_band(chosen),
+                    ),
+                    Line(f"1 - beta3 = {rule:.1f} / T", x, [t / rule for t in x]),
+                    Line(f"published: {PUBLISHED:g} / T", x, [t / PUBLISHED for t in x]),
                 ],
                 log_x=True,
+                log_y=True,
+                x_ticks=tuple((t, f"{t:,.0f}") for t in x),
+                y_ticks=ticks,
             ),
         ],
-        [[("T", *(f"beta3 {beta3:g}" for beta3 in settings.beta3), "best beta3", "(1 - best) T"), *rows]],
+        [
+            [("T", *(f"beta3 {beta3:g}" for beta3 in settings.beta3), "best beta3", "(1 - best) T"), *rows],
+            [("T: loss above the lowest mean", *(f"beta3 {beta3:g}" for beta3 in settings.beta3)), *gaps],
+        ],
         common.settings_of(settings),
-        [decide("horizon", slope + 2 * error < 0, ours, slopes)],
+        [decide("horizon", ours, slope)],
     )
+
+
+def _band(chosen: Mapping[int, Sequence[float]]) -> tuple[list[float], list[float]] | None:
+    """The interval of the mean of the best log10(1 - beta3), as 1 / (1 - beta3), for each length."""
+    means = [Paired(tuple(best)) for best in chosen.values()]
+    if any(math.isinf(mean.half) for mean in means):
+        return None
+    return [10 ** -(m.mean + m.half) for m in means], [10 ** -(m.mean - m.half) for m in means]
 
 
 def vertex(x: list[float], y: list[float]) -> float:

@@ -9,11 +9,10 @@ import tyro
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import NAMES, Settings, Tuning
+from ademamix.lab.experiments.common import NAMES, Settings, Tuning, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import clearly_below, final_losses, table_of
+from ademamix.lab.experiments.statistics import against, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
-from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.report import Report
 
 WHAT = "AdamW against AdEMAMix on Mamba, a state-space model, both tuned"
@@ -40,6 +39,7 @@ PRESETS = {
     # The paper's Mamba has 168M parameters; its layers and width are not confirmed, these give 130M to 170M.
     "paper": Mamba(
         "paper",
+        seeds=common.SEEDS_OF_PAPER,
         recipe=dataclasses.replace(RECIPES["110m"], architecture="mamba", layers=24),
         tuning=Tuning((5e-4, 1e-3, 2e-3), (0.999,), (5e-4, 1e-3, 2e-3), (0.9999,)),
     ),
@@ -47,7 +47,7 @@ PRESETS = {
 
 
 def run(settings: Mamba, trials: Trials) -> Report:
-    recipe, tables = common.tuned(trials, settings.recipe, settings.tuning)
+    recipe, tables, ends = common.tuned(trials, settings.recipe, settings.tuning)
     (results,) = trials.run(
         Grid(
             "final",
@@ -56,13 +56,14 @@ def run(settings: Mamba, trials: Trials) -> Report:
         )
     )
     losses = {NAMES[str(name)]: values for (name,), values in common.sample(results).items()}
-    gain, with_losses = final_losses(losses["AdamW"], losses["AdEMAMix"])
+    below = paired(losses["AdEMAMix"], losses["AdamW"])
+    gain = against(below, "AdEMAMix", "AdamW")
     runs = {name: common.of(results, n) for n, name in NAMES.items()}
     return Report(
         "Mamba: AdamW against AdEMAMix",
-        [with_losses],
+        [gain, *ends],
         [common.curves("Mamba, validation loss", runs, len(settings.seeds), recipe.unit)],
         [table_of(losses, ("optimizer", "final validation loss", "by seed")), *tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),
-        [decide("mamba", clearly_below(losses["AdEMAMix"], losses["AdamW"]), gain, *losses.values())],
+        [decide("mamba", gain, below)],
     )

@@ -1,9 +1,16 @@
-"""Means with their errors over seeds, differences, and how both are told to people; a run that diverged is infinite."""
+"""Differences within seeds, with intervals by Student's t; how samples are told to people. A diverged run is infinite.
+
+Both sides of a comparison have the same seeds: the same initial weights and the same batches. So losses are compared
+seed by seed, and the spread between seeds, which is larger than most effects, drops out.
+"""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+LEVEL = 0.95  # of intervals
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -14,87 +21,170 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), spread
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """By how much the mean of `b` lies above that of `a`, and the joint standard error."""
-    (x, dx), (y, dy) = mean_and_error(a), mean_and_error(b)
-    return y - x, math.hypot(dx, dy)
-
-
-def clearly_below(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether the mean of `a` is below that of `b` by more than twice the joint standard error."""
-    gap, error = difference(a, b)
-    return gap > 2 * error
-
-
-def students_t(freedom: int, level: float = 0.95) -> float:
-    """The t with that share of Student's distribution within [-t, t].
-
-    Args:
-        freedom: degrees of freedom, from 1 on.
-        level: the share, in (0, 1).
-    """
-    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
-    for _ in range(60):  # each halves the range
-        angle = (low + high) / 2
-        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """The share within [-t, t]: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4."""
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-
 @dataclass(frozen=True)
 class Paired:
-    """By how much losses lie above others of the same seeds: the mean, and its interval by Student's t."""
+    """Differences of two samples, seed by seed: their mean, its interval by Student's t, and what they decide."""
 
-    mean: float  # infinite if a run of a pair diverged
-    half: float  # of the interval's width; infinite for one pair
-    below: int  # pairs in which the first loss is the lower one
-    count: int
+    differences: tuple[float, ...]  # infinite where one run of the pair diverged, not a number where both did
+    level: float = LEVEL
+
+    @cached_property
+    def mean(self) -> float:
+        """Infinite, or not a number, if a run diverged."""
+        return math.fsum(self.differences) / len(self.differences)
+
+    @cached_property
+    def half(self) -> float:
+        """Half the interval's width; infinite for one pair, and if a run diverged."""
+        if not math.isfinite(self.mean) or len(self.differences) < 2:
+            return math.inf
+        from scipy.stats import t  # takes most of a second
+
+        error = statistics.stdev(self.differences) / math.sqrt(len(self.differences))
+        return float(error * t.ppf((1 + self.level) / 2, len(self.differences) - 1))
 
     @property
-    def helps(self) -> bool:
-        """Whether the whole interval is below zero."""
-        return self.mean + self.half < 0
+    def below(self) -> int:
+        """Pairs in which the first value is the lower one."""
+        return sum(d < 0 for d in self.differences)
 
     @property
-    def hurts(self) -> bool:
-        """Whether the whole interval is above zero."""
-        return math.isfinite(self.mean) and self.mean - self.half > 0
+    def count(self) -> int:
+        return len(self.differences)
+
+    @property
+    def lower(self) -> bool:
+        """Whether the first sample is decidedly below the second: the whole interval is below zero.
+
+        Where a run diverged there is no interval; then the signs decide, by a two-sided test at the same level. With
+        95 % that takes six seeds that agree.
+        """
+        if math.isfinite(self.mean):
+            return self.mean + self.half < 0
+        return self._signs_agree(self.below)
+
+    @property
+    def higher(self) -> bool:
+        """Whether it is decidedly above."""
+        if math.isfinite(self.mean):
+            return self.mean - self.half > 0
+        return self._signs_agree(sum(d > 0 for d in self.differences))
+
+    def _signs_agree(self, agreeing: int) -> bool:
+        from scipy.stats import binomtest
+
+        return agreeing > self.count / 2 and bool(binomtest(agreeing, self.count).pvalue <= 1 - self.level)
 
     @property
     def verdict(self) -> str:
-        """Helps, hurts or undecided."""
-        return "helps" if self.helps else "hurts" if self.hurts else "undecided"
+        """What the first does to a loss, compared with the second."""
+        return "helps" if self.lower else "hurts" if self.higher else "undecided"
 
     @property
-    def interval(self) -> str:
+    def signs(self) -> str:
+        """The sign of each seed's difference, in the order of the seeds."""
+        return "".join("-" if d < 0 else "+" if d > 0 else "0" if d == 0 else "?" for d in self.differences)
+
+    def interval(self, form: str = "+.4f") -> str:
         """The interval for people, or why there is none."""
-        if math.isinf(self.mean):
+        if not math.isfinite(self.mean):
             return "diverged in some seed"
-        return "one seed" if math.isinf(self.half) else f"{self.mean - self.half:+.4f} to {self.mean + self.half:+.4f}"
+        return (
+            "one seed" if math.isinf(self.half) else f"{self.mean - self.half:{form}} to {self.mean + self.half:{form}}"
+        )
+
+    def told(self, form: str = "+.4f") -> str:
+        """Mean, interval and signs."""
+        known = f"{self.mean:{form}} " if math.isfinite(self.mean) else ""
+        return f"{known}({self.interval(form)}; signs {self.signs})"
 
     def __str__(self) -> str:
-        known = "" if math.isinf(self.mean) else f"{self.mean:+.4f} "
-        return f"{self.verdict}: {known}({self.interval}), {self.below} of {self.count}"
+        return f"{self.verdict}: {self.told()}"
+
+    def __neg__(self) -> "Paired":
+        return Paired(tuple(-d for d in self.differences), self.level)
 
 
-def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
-    """By how much `a` lies above `b`, seed by seed, with the interval that covers the mean at this level."""
-    below = sum(x < y for x, y in zip(a, b, strict=True))
-    if any(map(math.isinf, (*a, *b))):
-        return Paired(math.inf, math.inf, below, len(a))
-    mean, error = mean_and_error([x - y for x, y in zip(a, b, strict=True)])
-    half = error * students_t(len(a) - 1, level) if len(a) > 1 else math.inf
-    return Paired(mean, half, below, len(a))
+def paired(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Paired:
+    """By how much `a` lies above `b`, seed by seed.
+
+    Args:
+        a, b: losses by seed, in the same order.
+        level: of the interval.
+    """
+    return Paired(tuple(x - y for x, y in zip(a, b, strict=True)), level)
+
+
+def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float:
+    """The budget at which trials, in growing order, first come down to `loss`; linear in its logarithm.
+
+    Args:
+        trials: (budget, loss) of runs that each have a full schedule of their own.
+        loss: the loss to reach.
+
+    Returns:
+        Infinity if no trial reaches it; the first budget if that does.
+    """
+    x0, y0 = trials[0]
+    if y0 <= loss:
+        return x0
+    for x1, y1 in trials[1:]:
+        if y1 <= loss:
+            if math.isinf(y0):  # that run diverged
+                return x1
+            return math.exp(math.log(x0) + (y0 - loss) / (y0 - y1) * (math.log(x1) - math.log(x0)))
+        x0, y0 = x1, y1
+    return math.inf
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The budgets that an optimizer needs for the losses of another, seed by seed, in budgets of that other."""
+
+    factors: tuple[float, ...]  # infinite where the largest budget does not reach the loss
+    largest: float
+    level: float = LEVEL
+
+    def above(self, factor: float) -> Paired:
+        """The difference of the logarithms of a factor and of those found: below zero where more is needed."""
+        return Paired(tuple(math.log(factor / found) for found in self.factors), self.level)
+
+    def __str__(self) -> str:
+        """So many more tokens, for people: the geometric mean, its interval, and the seeds that it does not count."""
+        if beyond := sum(map(math.isinf, self.factors)):
+            few = f"{100 * (min(self.factors) - 1):+.0f} % at least; " if beyond < len(self.factors) else ""
+            return f"{few}more than {100 * (self.largest - 1):+.0f} % in {beyond} of {len(self.factors)} seeds"
+        pair = -self.above(1.0)
+        low, mean, high = (100 * math.expm1(x) for x in (pair.mean - pair.half, pair.mean, pair.mean + pair.half))
+        return f"{mean:+.0f} %" + ("" if math.isinf(pair.half) else f" ({low:+.0f} to {high:+.0f})")
+
+
+def budgets_for(losses: Mapping[float, Sequence[float]], goal: Sequence[float], level: float = LEVEL) -> Budgets:
+    """The budgets that an optimizer needs for other losses of the same seeds.
+
+    Args:
+        losses: its own losses, seed by seed, by budget; 1 is that of the others.
+        goal: the losses to reach, seed by seed.
+        level: of the interval.
+    """
+    trials = sorted(losses.items())
+    found = (crossing([(x, of_seed[i]) for x, of_seed in trials], loss) for i, loss in enumerate(goal))
+    return Budgets(tuple(found), max(losses), level)
+
+
+def slopes(x: Sequence[float], samples: Sequence[Sequence[float]]) -> list[float]:
+    """The slope of a line of least squares through each seed's values.
+
+    Args:
+        x: what the values depend on.
+        samples: for each x, the values by seed.
+    """
+    import numpy as np
+
+    columns = np.array(samples)
+    if not np.isfinite(columns).all():
+        return [math.inf] * columns.shape[1]
+    return [float(slope) for slope in np.polyfit(x, columns, 1)[0]]
 
 
 def plus_minus(mean: float, error: float, form: str = ".4f") -> str:
@@ -125,14 +215,16 @@ def by_seed(values: Sequence[float]) -> str:
 
 
 def table_of(samples: Mapping[str, Sequence[float]], heads: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """A table of named samples: the mean with its error, then each value."""
+    """A table of named samples: the mean with its standard error over seeds, then each value."""
     return [heads, *((name, shown(values), by_seed(values)) for name, values in samples.items())]
 
 
-def final_losses(adamw: Sequence[float], ademamix: Sequence[float]) -> tuple[str, str]:
-    """How far AdEMAMix ends from AdamW, unless one diverged; and the sentence with both losses."""
-    if lost := diverged({"AdamW": adamw, "AdEMAMix": ademamix}):
-        return lost, lost
-    gap, error = difference(ademamix, adamw)
-    gain = f"AdEMAMix ends {plus_minus(abs(gap), error)} nats {'below' if gap > 0 else 'above'} AdamW"
-    return gain, f"{gain} ({shown(adamw)} and {shown(ademamix)})"
+def against(pair: Paired, name: str, other: str, unit: str = "nats") -> str:
+    """How far a loss is from another, in a sentence: ``AdEMAMix ends 0.05 nats below AdamW (...)``."""
+    if not math.isfinite(pair.mean):
+        return f"{name} ends below {other} in {pair.below} of {pair.count} seeds; some runs diverged"
+    side = "below" if pair.mean < 0 else "above"
+    ends = f"{name} ends {abs(pair.mean):.4f} {unit} {side} {other}"
+    if math.isinf(pair.half):
+        return f"{ends} (one seed)"
+    return f"{ends} ({100 * pair.level:g} % interval {pair.interval()}; lower in {pair.below} of {pair.count} seeds)"

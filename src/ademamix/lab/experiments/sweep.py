@@ -10,13 +10,12 @@ import tyro
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import TUNING_SEED, Settings, changed
+from ademamix.lab.experiments.common import TUNING_SEED, Settings, at_the_ends, changed, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import clearly_below, shown, table_of
+from ademamix.lab.experiments.statistics import paired, table_of
 from ademamix.lab.experiments.trials import Grid, Point, Trials, best
-from ademamix.lab.reports.claims import decide
 from ademamix.lab.reports.pictures import HeatMap
-from ademamix.lab.reports.report import Report
+from ademamix.lab.reports.report import Report, sentence
 from ademamix.lab.training.loop import Result
 
 WHAT = "alpha x beta3 as a heat map; warmups, beta1 = 0, AdamW's beta1"
@@ -50,7 +49,13 @@ class Sweep(Settings):
 PRESETS = {
     "cpu": Sweep(recipe=small(2000)),
     "gpu": Sweep("gpu", beta3=(0.99, 0.996, 0.998, 0.9995, 0.9999), adamw_lr=(1e-3, 2e-3), recipe=on_gpu(1500)),
-    "paper": Sweep("paper", beta3=(0.999, 0.9995, 0.9999, 0.99995), adamw_lr=(5e-4, 1e-3), recipe=RECIPES["110m"]),
+    "paper": Sweep(
+        "paper",
+        seeds=common.SEEDS_OF_PAPER,
+        beta3=(0.999, 0.9995, 0.9999, 0.99995),
+        adamw_lr=(5e-4, 1e-3),
+        recipe=RECIPES["110m"],
+    ),
 }
 
 
@@ -101,17 +106,29 @@ def run(settings: Sweep, trials: Trials) -> Report:
     (final,) = trials.run(Grid("final", {"run": tuple(kinds), "seed": settings.seeds}, made))
     losses = {str(name): values for (name,), values in common.sample(final).items()}
     adamw, large, mix, without_fast, cold, long, long_cold = (losses[name] for name in kinds)
-    said_warm = f"{shown(cold)} without warmups, {shown(mix)} with them"
-    said_long = f"at beta3 = {longest}, {shown(long_cold)} without warmups and {shown(long)} with them"
-    said_beta1 = f"AdamW {shown(adamw)}, with its best larger beta1 ({other}) {shown(large)}; AdEMAMix {shown(mix)}"
-    said_zero = f"AdEMAMix with beta1 = 0 {shown(without_fast)}, with beta1 = 0.9 {shown(mix)}; AdamW {shown(adamw)}"
+    warm, long_warm, momentous, lean = (
+        paired(mix, cold), paired(long, long_cold), paired(mix, large), paired(without_fast, adamw),
+    )  # fmt: skip
+    said_warm = f"at alpha = {alpha:g}, beta3 = {beta3:g} the loss with warmups is above that without by {warm.told()}"
+    said_long = (
+        f"at alpha = {alpha:g}, beta3 = {longest:g} the loss with warmups is above that without by {long_warm.told()}"
+    )
+    said_beta1 = f"AdEMAMix's loss is above that of AdamW with its best larger beta1, {other:g}, by {momentous.told()}"
+    said_zero = (
+        f"the loss of AdEMAMix with beta1 = 0 is above AdamW's by {lean.told()}, and above that with beta1 = 0.9 by "
+        f"{paired(without_fast, mix).told()}"
+    )
     return Report(
         "Sweep: alpha, beta3, warmups and beta1",
         [
             f"The best of alpha x beta3 is alpha = {alpha:g}, beta3 = {beta3:g} over {recipe.steps:,} steps",
-            f"AdEMAMix {said_warm}; {said_long}",
+            f"{sentence(said_warm)}; {said_long}",
             said_beta1,
-            said_zero,
+            sentence(said_zero),
+            *at_the_ends(
+                {f"AdamW, beta1 = {own:g}": lr, f"AdamW, beta1 = {other:g}": other_lr},
+                dict.fromkeys((f"AdamW, beta1 = {own:g}", f"AdamW, beta1 = {other:g}"), settings.adamw_lr),
+            ),
         ],
         [
             _map("Final loss of AdEMAMix", "beta3", "alpha", settings.beta3, settings.alpha, mixed),
@@ -126,9 +143,10 @@ def run(settings: Sweep, trials: Trials) -> Report:
         ],
         common.settings_of(settings),
         [
-            decide("warmup", clearly_below(mix, cold), f"{said_warm}; {said_long}", mix, cold),
-            decide("beta1", clearly_below(mix, large), said_beta1, mix, large),
-            decide("beta1-zero", clearly_below(without_fast, adamw), said_zero, without_fast, adamw),
+            decide("warmup", said_warm, warm),
+            decide("warmup-longest", said_long, long_warm),
+            decide("beta1", said_beta1, momentous),
+            decide("beta1-zero", said_zero, lean),
         ],
     )
 

@@ -74,6 +74,7 @@ class Result:
     optimizer_ms: float  # median milliseconds of optimizer.step()
     state_bytes_per_parameter: float
     skipped_steps: int  # their gradients were not finite
+    clipped_share: float  # of all steps: the gradient's norm was above `clip`
     parameters: int
     initial_weights: str  # checksum
     device: str
@@ -185,6 +186,7 @@ class _Run:
         self.switch_at = recipe.switch_at if self.name == "ademamix" else 0
         self.optimizer = self._optimizer_of(1)
         self.skipped_before = 0  # the run was resumed, or another optimizer took over
+        self.clipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps
         self.sound = 0  # the last step whose loss was seen to be finite
         self.stopwatch = Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
@@ -259,6 +261,7 @@ class _Run:
                     torch.autograd.backward(loss)
                 total += loss.detach()
         self.norm = self.optimizer.clip_grad_norm_(recipe.clip)
+        self.clipped += (self.norm > recipe.clip) & (self.norm < math.inf)  # others are skipped
         with self.stopwatch:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -297,7 +300,7 @@ class _Run:
     def follow(self, loss: Tensor) -> None:
         """Write the losses of held-out batches: before and after their steps, then ever more seldom."""
         since = [(number, self.step - at) for number, at in enumerate(self.recipe.held_out)]
-        due = [number for number, n in since if n >= -1 and n & (n - 1) <= 0]  # -1, 0, 1, 2, 4, 8, ...
+        due = [number for number, n in since if n >= -1 and _followed(n)]
         if due:
             self._lap(loss)
             losses = self.processes.mean(self._losses([self.held_out[number] for number in due]))
@@ -343,7 +346,8 @@ class _Run:
         self._lap(loss)
         if self.processes.first:
             os.fsync(self.metrics.fileno())
-        about = {**self._identity(), "step": self.step, "seconds": self.seconds, "skipped_steps": self.skipped_steps}
+        counts = {"step": self.step, "skipped_steps": self.skipped_steps, "clipped_steps": int(self.clipped)}
+        about = {**self._identity(), **counts, "seconds": self.seconds}
         self.checkpoints.save(self.step, about, self.model, self.optimizer)
         self.began = time.perf_counter()
 
@@ -356,7 +360,8 @@ class _Run:
         from ademamix.lab.training.checkpoints import MANIFEST, load
 
         own = self._identity()
-        kinds = {"recipe": dict[str, Any], "optimizer": str, "step": int, "seconds": float, "skipped_steps": int}
+        kinds: dict[str, Any] = {"recipe": dict[str, Any], "optimizer": str, "seconds": float}
+        kinds |= dict.fromkeys(("step", "skipped_steps", "clipped_steps"), int)
         wrong = [name for name, kind in kinds.items() if not fits(about.get(name), kind)]
         wrong += [] if is_duration(about.get("seconds")) else ["seconds"]
         if wrong:
@@ -369,6 +374,7 @@ class _Run:
         self.optimizer = self._optimizer_of(self.step)
         load(path, self.model, self.optimizer)
         self.skipped_before, self.sound = about["skipped_steps"], about["step"]
+        self.clipped.fill_(about["clipped_steps"])
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -399,6 +405,7 @@ class _Run:
             optimizer_ms=statistics.median(times),
             state_bytes_per_parameter=sum(slot.numel() * slot.element_size() for slot in slots) / parameters,
             skipped_steps=self.skipped_steps,
+            clipped_share=self.clipped.item() / self.step,
             parameters=parameters,
             initial_weights=self.initial_weights,
             device=device_name(self.device),
@@ -408,6 +415,12 @@ class _Run:
                 for number in range(len(self.recipe.held_out))
             ],
         )
+
+
+def _followed(since: int) -> bool:
+    """Whether it is one of -1, 0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32 ...: from 2 on two per doubling."""
+    octave = max(0, since.bit_length() - 1)
+    return since < 1 or since in (1 << octave, round(2 ** (octave + 0.5)))
 
 
 def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
