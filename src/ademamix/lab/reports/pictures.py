@@ -1,30 +1,43 @@
-"""Pictures, once: as traces for Plotly, which the page draws, and with matplotlib, for files."""
+"""What a report's pictures show, and how, for the page that Plotly draws and for the files (`svg.py`) alike."""
 
 import html
-import io
 import math
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-from ademamix.lab.config import write_whole
+# Light and dark. As text, each has a contrast of at least 4.5 to its paper, and so has every color of a line.
+Colors = tuple[str, str]
+SCHEMES = ("light", "dark")
+PAPER, INK, SOFT, GRID = ("#ffffff", "#0d1117"), ("#1c2126", "#e8ebee"), ("#5b6570", "#a0a9b3"), ("#dfe3e8", "#323a43")
 
-# Okabe and Ito's colours are told apart by all eyes, the dashes also without any colour: on white, on black, dash.
-STYLES = {
-    "AdamW": ("#0072B2", "#56B4E9", "dash"),
-    "AdEMAMix": ("#D55E00", "#E69F00", "solid"),
-    2: ("#009E73", "#2CC79B", "dot"),
-    3: ("#AA4499", "#CC79A7", "dashdot"),
-    4: ("#5B6570", "#A0A9B3", "longdash"),
-    5: ("#8C6D00", "#F0E442", "solid"),
-    6: ("#117733", "#88CCAA", "dash"),
-    7: ("#882255", "#E59AB6", "dot"),
-}
-OTHERS = len(STYLES) - 2
-DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}  # matplotlib's
+# After Okabe and Ito, whose colors are told apart by all eyes, on white a little darker; the dashes tell without any.
+ADAMW, ADEMAMIX = ("#0072B2", "#56B4E9"), ("#BF5200", "#E69F00")
+OTHERS = (
+    ("#007D5A", "#2CC79B"),
+    ("#AA4499", "#CC79A7"),
+    ("#5B6570", "#A0A9B3"),
+    ("#806300", "#F0E442"),
+    ("#117733", "#88CCAA"),
+    ("#882255", "#E59AB6"),
+)
+DASHES = ("dot", "dashdot", "longdash", "solid", "dash")  # as many as have no divisor with OTHERS: 30 pairs
 MAP = "Cividis"  # of heat maps: even and readable for all eyes
+
+MOST, LONGEST = 7, 26  # labeled lines, and letters of a label: beyond them a legend is easier to read
+ROOM = 290.0  # pixels of an axis, on a phone
+LETTER, TALL = 7.0, 17.0  # pixels of a label
+MARGIN = 24.0  # pixels: half a tick's text, which Plotly would leave out
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a line looks in all pictures of a report."""
+
+    colors: Colors
+    dash: str  # as Plotly names it
 
 
 @dataclass(frozen=True)
@@ -34,13 +47,85 @@ class Line:
     name: str
     x: list[float]
     y: list[float]
-    error: list[float] | None = None  # half the height of the error bars
+    error: list[float] | None = None  # half the height of the error bars; the y label or the caption says of what
     mode: str = "lines"  # as Plotly names it
+    band: tuple[list[float], list[float]] | None = None  # its lower and its upper edge, as for `error`
 
     @property
     def bars(self) -> list[float] | None:
         """The error bars, where they can be drawn: one seed has no standard error."""
         return self.error if self.error and all(map(math.isfinite, self.error)) else None
+
+    def edges(self) -> list[tuple[float, float, float]]:
+        """x, lower and upper edge of the band, where they are numbers."""
+        points = zip(self.x, *(self.band or ([], [])), strict=False)
+        return [point for point in points if all(map(math.isfinite, point))]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis shows."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value is, in Plotly's coordinates."""
+        return math.log10(value) if self.log else value
+
+    def part(self, value: float) -> float:
+        """Where a value is: from 0 at the low end to 1 at the high one."""
+        low, high = self.place(self.low), self.place(self.high)
+        return (self.place(min(max(value, self.low), self.high)) - low) / (high - low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round numbers with their texts: as many as have room on a phone."""
+        for values in self._candidates():
+            shown = [v for v in values if self.low <= v <= self.high]
+            ticks = [(v, text) for v, text in zip(shown, numbers(shown, even=not self.log), strict=True)]
+            rooms = [max(38.0, LETTER * len(text) + 8) for _, text in ticks]
+            gaps = [ROOM * (self.part(b[0]) - self.part(a[0])) for a, b in zip(ticks, ticks[1:], strict=False)]
+            wanted = [(a + b) / 2 for a, b in zip(rooms, rooms[1:], strict=False)]
+            if len(ticks) > 1 and all(gap >= room for gap, room in zip(gaps, wanted, strict=True)):
+                return ticks
+        return list(zip((self.low, self.high), numbers([self.low, self.high]), strict=True))
+
+    def _candidates(self) -> Iterator[list[float]]:
+        """Finer ones first."""
+        from matplotlib.ticker import MaxNLocator
+
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for factors in ((1, 2, 5), (1,)):
+                yield [float(f"{f}e{p}") for p in powers for f in factors]
+            for every in (2, 3, 5, 10):
+                yield [float(f"1e{p}") for p in powers if p % every == 0]
+        for most in (6, 5, 4, 3, 2):
+            yield MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high).tolist()
+
+    def layout(self, label: str, ticks: Sequence[tuple[float, str]] = ()) -> dict[str, Any]:
+        """Plotly's."""
+        values, texts = zip(*(ticks or self.ticks()), strict=True)
+        return {
+            "title": {"text": label},
+            "type": "log" if self.log else "linear",
+            "range": [self.place(self.low), self.place(self.high)],
+            "tickvals": values,
+            "ticktext": texts,
+            "hoverformat": ",.5~g",
+        }
+
+
+@dataclass(frozen=True)
+class Label:
+    """What stands to the right of a point."""
+
+    text: str
+    x: float
+    y: float
+    colors: Colors
+    reference: bool = False  # of a reference line
 
 
 @dataclass(frozen=True)
@@ -56,61 +141,99 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     field: "Field | None" = None
+    reference: tuple[tuple[float, str], ...] = ()  # horizontal lines and their labels: nothing measured
+    x_ticks: tuple[tuple[float, str], ...] = ()  # in place of round numbers
+    caption: str = ""
 
-    def styles(self) -> list[tuple[str, str, str]]:
-        """Colours and dash of each line: AdamW and AdEMAMix have theirs everywhere."""
-        others = count()
-        return [STYLES[s.name if s.name in STYLES else 2 + next(others) % OTHERS] for s in self.lines]
+    def axes(self) -> tuple[Axis, Axis]:
+        """Of x and of y."""
+        edges = [point for line in self.lines for point in line.edges()]
+        x = [v for line in self.lines for v in line.x] + [tick for tick, _ in self.x_ticks]
+        y = [v for line in self.lines for v in line.y] + [v for v, _ in self.reference]
+        y += [v for _, low, high in edges for v in (low, high)]
+        for line in self.lines:
+            y += [y + side * bar for y, bar in zip(line.y, line.bars or [], strict=False) for side in (-1, 1)]
+        return _axis(x, self.log_x, self.x_range, 0.02), _axis(y, self.log_y, self.y_range, 0.06)
 
-    def traces(self) -> list[dict[str, Any]]:
-        """What Plotly draws; colours are pairs, for light and for dark, of which the page takes one."""
+    @property
+    def labeled(self) -> bool:
+        """Whether the lines are labeled at their ends, or in a legend: labels would hide a field, for one."""
+        return self.field is None and len(self.lines) <= MOST and all(len(s.name) <= LONGEST for s in self.lines)
+
+    def labels(self, styles: dict[str, Style]) -> list[Label]:
+        """Of lines at their right ends, as far as they are shown, and of reference lines."""
+        x_axis, y_axis = self.axes()
+        found = [Label(text, x_axis.high, y, SOFT, True) for y, text in self.reference]
+        for line in self.lines if self.labeled else ():
+            points = [p for p in zip(line.x, line.y, strict=True) if x_axis.low <= p[0] <= x_axis.high]
+            points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not self.log_y)]
+            if points:
+                x, y = max(reversed(points), key=lambda point: point[0])
+                x = x_axis.high if x_axis.part(x) > 0.95 else x  # so that labels stand in line
+                found.append(Label(line.name, x, min(max(y, y_axis.low), y_axis.high), styles[line.name].colors))
+        return found
+
+    def traces(self, styles: dict[str, Style] | None = None) -> list[dict[str, Any]]:
+        """What Plotly draws; of {"light": ..., "dark": ...} the page takes one."""
+        styles = styles or styles_of([self])
+        bands = [self._band(line, styles[line.name]) for line in self.lines if line.edges()]
         shades = [] if self.field is None else [self.field.trace()]
-        return (
-            shades
-            + [
-                {
-                    "type": "scatter",
-                    "x": line.x,
-                    "y": line.y,
-                    "name": html.escape(line.name, quote=False),  # Plotly reads tags
-                    "showlegend": True,  # Plotly would leave a line without a name if the others diverged
-                    "mode": line.mode,
-                    "colors": style[:2],
-                    "line": {"dash": style[2], "width": 2.5},
-                    "marker": {"size": 8},
-                    "hovertemplate": "%{y:.3g}" if self.log_y else "%{y:.4f}",
-                    **(
-                        {}
-                        if line.bars is None
-                        else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}
-                    ),
-                }
-                for line, style in zip(self.lines, self.styles(), strict=True)
-            ]
-        )
+        return shades + bands + [self._trace(line, styles[line.name]) for line in self.lines]
 
-    def layout(self) -> dict[str, Any]:
-        """Plotly's layout, but for colours."""
-        x = {"title": {"text": self.x_label}, "type": "log" if self.log_x else "linear", "range": self.x_range}
-        y = {"title": {"text": self.y_label}, "type": "log" if self.log_y else "linear", "range": self.y_range}
-        return {"xaxis": x, "yaxis": y, "hovermode": "x unified" if self.field is None else "closest"}
+    def _trace(self, line: Line, style: Style) -> dict[str, Any]:
+        bars = {} if line.bars is None else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}
+        return {
+            "type": "scatter",
+            "x": line.x,
+            "y": line.y,
+            "name": _untagged(line.name),
+            "legendgroup": _untagged(line.name),
+            "showlegend": True,  # Plotly would leave a line without a name if the others diverged
+            "mode": line.mode,
+            "line": {"dash": style.dash, "width": 2.5, "color": either(style.colors)},
+            "marker": {"size": 8, "color": either(style.colors)},
+            "hovertemplate": "%{y:.3g}" if self.log_y else "%{y:.4f}",
+            **bars,
+        }
 
-    def draw(self, axis: Any) -> None:
-        """Draw on an axis of matplotlib's."""
-        axis.set_xscale("log" if self.log_x else "linear")
-        axis.set_yscale("log" if self.log_y else "linear")
-        if self.field is not None:
-            axis.contourf(self.field.x, self.field.y, self.field.z, levels=24, cmap=MAP.lower(), alpha=0.55)
-        for line, (colour, _, dash) in zip(self.lines, self.styles(), strict=True):
-            marker = "o" if "markers" in line.mode else ""
-            style = {"color": colour, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker}
-            label = line.name.replace("$", r"\$")  # it would begin a formula
-            axis.errorbar(line.x, line.y, line.bars, label=label, elinewidth=1.5, capsize=3, **style)
-        axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if self.lines:
-            axis.legend(frameon=False, fontsize="small")
+    def _band(self, line: Line, style: Style) -> dict[str, Any]:
+        least = self.axes()[1].low  # what is below cannot be drawn on an axis of logarithms
+        edges = [(x, max(low, least), max(high, least)) for x, low, high in line.edges()]
+        return {
+            "type": "scatter",
+            "x": [x for x, _, _ in edges] + [x for x, _, _ in reversed(edges)],
+            "y": [low for _, low, _ in edges] + [high for _, _, high in reversed(edges)],
+            "legendgroup": _untagged(line.name),
+            "showlegend": False,
+            "mode": "lines",
+            "line": {"width": 0},
+            "fill": "toself",
+            "fillcolor": either((f"{style.colors[0]}30", f"{style.colors[1]}40")),
+            "hoverinfo": "skip",
+        }
+
+    def layout(self, styles: dict[str, Style] | None = None) -> dict[str, Any]:
+        """Plotly's layout, but for the colors of all pictures."""
+        (x_axis, y_axis), labels = self.axes(), self.labels(styles or styles_of([self]))
+        boxes = [(ROOM * x_axis.part(s.x), LETTER * len(s.text) + 8, ROOM * y_axis.part(s.y)) for s in labels]
+        return {
+            "xaxis": x_axis.layout(self.x_label, self.x_ticks),
+            "yaxis": y_axis.layout(self.y_label),
+            "hovermode": "x unified" if self.field is None else "closest",
+            "showlegend": not self.labeled,
+            "margin": {"r": max([MARGIN, *(left + wide - ROOM for left, wide, _ in boxes)])},
+            "shapes": [
+                {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below"}
+                | {"line": {"color": either(SOFT), "width": 1}}
+                for y, _ in self.reference
+            ],
+            "annotations": [
+                {"x": x_axis.place(s.x), "y": y_axis.place(s.y), "text": _untagged(s.text), "showarrow": False}
+                | {"reference": s.reference}
+                | {"xanchor": "left", "xshift": 6, "yshift": round(y - wanted), "font": {"color": either(s.colors)}}
+                for s, (*_, wanted), y in zip(labels, boxes, apart(boxes, TALL, ROOM), strict=True)
+            ],
+        }
 
 
 @dataclass(frozen=True)
@@ -136,47 +259,83 @@ class HeatMap:
     x: list[str]
     y: list[str]
     z: list[list[float | None]] = field(default_factory=list)  # [row of y][column of x]
+    best: tuple[int, int] | None = None  # row and column of the cell that is outlined: the lowest by itself
+    z_label: str = "validation loss, nats"
+    caption: str = ""
 
-    def _texts(self) -> list[list[str]]:
+    def cells(self) -> Iterator[tuple[int, int, float | None]]:
+        """Row, column and value."""
+        return ((row, column, v) for row, values in enumerate(self.z) for column, v in enumerate(values))
+
+    def texts(self) -> list[list[str]]:
         return [["diverged" if value is None else f"{value:.4f}" for value in row] for row in self.z]
 
-    def _range(self) -> tuple[float, float]:
-        """Where colours begin and end: a few runs that went wrong must not take all of them."""
-        values = [value for row in self.z for value in row if value is not None]
+    def outlined(self) -> tuple[int, int] | None:
+        """Row and column of the best cell; none if all runs diverged."""
+        there = [(value, row, column) for row, column, value in self.cells() if value is not None]
+        return self.best or (min(there)[1:] if there else None)
+
+    def beyond(self) -> list[tuple[int, int]]:
+        """Rows and columns of cells whose value has no color of its own, and which are hatched."""
+        most = self.range()[1]
+        return [(row, column) for row, column, value in self.cells() if value is not None and value > most]
+
+    def range(self) -> tuple[float, float]:
+        """Where colors begin and end: a few runs that went wrong must not take all of them."""
+        values = [value for row in self.z for value in row if value is not None] or [0.0]
         least = min(values)
         usual = least + 4 * (statistics.median(values) - least)
         return least, min(max(values), usual) if usual > least else max(values)
 
-    def traces(self) -> list[dict[str, Any]]:
+    def bar_label(self) -> str:
+        return self.z_label + (" (hatched: above the scale)" if self.beyond() else "")
+
+    def traces(self, styles: dict[str, Style] | None = None) -> list[dict[str, Any]]:
         """What Plotly draws."""
-        ends = dict(zip(("zmin", "zmax"), self._range(), strict=True))
+        ends = dict(zip(("zmin", "zmax"), self.range(), strict=True))
+        columns, rows = list(range(len(self.x))), list(range(len(self.y)))
+        texts = self.texts()
         shown = {
-            "text": self._texts(),
+            "text": texts,
             "texttemplate": "%{text}",
-            "hovertemplate": "%{x}, %{y}: %{text}<extra></extra>",
+            "hovertext": [[f"{x}, {y}: {texts[j][i]}" for i, x in enumerate(self.x)] for j, y in enumerate(self.y)],
+            "hovertemplate": "%{hovertext}<extra></extra>",
         }
-        look = {"colorscale": MAP, "showscale": False, "xgap": 2, "ygap": 2}
-        return [{"type": "heatmap", "x": self.x, "y": self.y, "z": self.z, **ends, **shown, **look}]
+        title = {"text": self.bar_label(), "side": "top", "font": {"size": 12}}
+        bar = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "thickness": 8, "outlinewidth": 0, "nticks": 5}
+        look = {"colorscale": MAP, "xgap": 2, "ygap": 2, "colorbar": {**bar, "len": 1, "title": title}}
+        return [{"type": "heatmap", "x": columns, "y": rows, "z": self.z, **ends, **shown, **look}]
 
-    def layout(self) -> dict[str, Any]:
-        """Plotly's layout, but for colours."""
-        x = {"title": {"text": self.x_label}, "type": "category"}
-        return {"xaxis": x, "yaxis": {"title": {"text": self.y_label}, "type": "category"}}
+    def layout(self, styles: dict[str, Style] | None = None) -> dict[str, Any]:
+        """Plotly's layout, but for the colors of all pictures."""
 
-    def draw(self, axis: Any) -> None:
-        """Draw on an axis of matplotlib's."""
-        import numpy as np
+        def axis(label: str, names: list[str]) -> dict[str, Any]:
+            # Numbers, since names such as "1" would be taken for them, and the shapes need numbers.
+            places = {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
+            return {"title": {"text": label}, "showgrid": False, **places}
 
-        z = np.array(self.z, float)  # None becomes NaN, which stays white
-        least, most = self._range()
-        axis.imshow(z, cmap=MAP.lower(), origin="lower", aspect="auto", vmin=least, vmax=most)
-        for row, texts in enumerate(self._texts()):
-            for column, text in enumerate(texts):
-                dark = z[row, column] < (least + most) / 2
-                axis.text(column, row, text, ha="center", va="center", size=8, color="white" if dark else "black")
-        axis.set_xticks(range(len(self.x)), self.x)
-        axis.set_yticks(range(len(self.y)), self.y)
-        axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label)
+        texts, best = self.texts(), self.outlined()
+        covered = [(row, column, "#fee838", "#000000") for row, column in self.beyond()]  # the last color of the scale
+        covered += [(row, column, either(PAPER), either(SOFT)) for row, column, v in self.cells() if v is None]
+        shapes = [
+            {"type": "path", "path": _hatch(row, column), "line": {"color": "#6b6000", "width": 1.5}}
+            for row, column in self.beyond()
+        ]
+        if best is not None:
+            row, column = best
+            sides = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
+            shapes.append({"type": "rect", **sides, "line": {"color": either(INK), "width": 3}})
+        return {
+            "xaxis": axis(self.x_label, self.x),
+            "yaxis": axis(self.y_label, self.y),
+            "margin": {"t": 70, "r": MARGIN},
+            "shapes": shapes,
+            "annotations": [
+                {"x": column, "y": row, "text": texts[row][column], "showarrow": False, "borderpad": 1}
+                | {"bgcolor": paper, "font": {"color": ink, "size": 12}}
+                for row, column, paper, ink in covered
+            ],
+        }
 
 
 Picture = Chart | HeatMap
@@ -188,23 +347,101 @@ def around(values: list[float]) -> tuple[float, float]:
     return min(values) - margin, max(values) + margin
 
 
-def write_png(pictures: list[Picture], path: Path) -> None:
-    """Draw pictures into one file, two in a row."""
-    import matplotlib
+def styles_of(pictures: Sequence[Picture]) -> dict[str, Style]:
+    """The style of each name, one and the same in all of a report's pictures; AdamW and AdEMAMix have theirs anywhere.
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    Thirty other names are told apart.
+    """
+    styles = {"AdamW": Style(ADAMW, "dash"), "AdEMAMix": Style(ADEMAMIX, "solid")}
+    others = count()
+    for picture in pictures:
+        for line in picture.lines if isinstance(picture, Chart) else ():
+            if line.name not in styles:
+                number = next(others)
+                styles[line.name] = Style(OTHERS[number % len(OTHERS)], DASHES[number % len(DASHES)])
+    return styles
 
-    columns = min(2, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(5.5 * columns, 4 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat[len(pictures) :]:
-        axis.remove()
-    for picture, axis in zip(pictures, axes.flat, strict=False):
-        picture.draw(axis)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    write_whole(path, drawn.getvalue())
-    pyplot.close(figure)
+
+def apart(boxes: Sequence[tuple[float, float, float]], tall: float, room: float) -> list[float]:
+    """New heights of labels, of which none covers another: each as near to its own as the others let it.
+
+    Args:
+        boxes: left side, width and height of the middle, each above 0.
+        tall: how tall a label is.
+        room: the height that there is.
+    """
+    heights = [y for _, _, y in boxes]
+    for group in _groups([(left, left + width) for left, width, _ in boxes]):
+        group.sort(key=lambda i: heights[i])
+        # Least squares under the order: those that would overlap form blocks, each around its mean.
+        blocks: list[list[float]] = []
+        for place, i in enumerate(group):
+            blocks.append([heights[i] - place * tall])
+            while len(blocks) > 1 and statistics.mean(blocks[-2]) > statistics.mean(blocks[-1]):
+                blocks[-2:] = [blocks[-2] + blocks[-1]]
+        lows = [statistics.mean(block) for block in blocks for _ in block]
+        highest = room - (len(group) - 1) * tall
+        for place, (i, low) in enumerate(zip(group, lows, strict=True)):
+            heights[i] = max(0.0, min(low, highest)) + place * tall
+    return heights
+
+
+def _groups(spans: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """The numbers of those that overlap, directly or through others."""
+    groups: list[list[int]] = []
+    reached = -math.inf
+    for i in sorted(range(len(spans)), key=lambda i: spans[i]):
+        if not groups or spans[i][0] >= reached:
+            groups.append([])
+        groups[-1].append(i)
+        reached = max(reached, spans[i][1])
+    return groups
+
+
+def numbers(values: Sequence[float], even: bool = False) -> list[str]:
+    """Round numbers for people: 20,000; 1.5M; 0.02; 10⁻⁵. Where even, all with as many decimals."""
+    size, sign = next(((z, s) for z, s in ((1e9, "B"), (1e6, "M")) if max(map(abs, values), default=0) >= z), (1, ""))
+    texts = [f"{v / size:,.10g}" for v in values]
+    if any("e" in text for text in texts) or any(0 < abs(v) < 1e-3 for v in values):
+        return [_power(v) for v in values]
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    texts = [f"{v / size:,.{decimals}f}" for v in values] if even else texts
+    return [(text + sign if float(text.replace(",", "")) else "0").replace("-", "−") for text in texts]
+
+
+def _power(value: float) -> str:
+    if abs(value) >= 1e-2 or not value:
+        return f"{value:,.10g}".replace("-", "−")
+    factor, _, power = f"{value:.3e}".partition("e")
+    raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{float(factor):g}·10{raised}".removeprefix("1·").replace("-", "−")
+
+
+def either(colors: Colors) -> dict[str, str]:
+    """For the page, which takes one."""
+    return dict(zip(SCHEMES, colors, strict=True))
+
+
+def _axis(values: list[float], log: bool, given: tuple[float, float] | None, margin: float) -> Axis:
+    if given is not None:
+        return Axis(*given, log)
+    values = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
+    if not values:
+        return Axis(1.0, 10.0, log) if log else Axis(0.0, 1.0)
+    if log:
+        more = (max(values) / min(values)) ** margin if max(values) > min(values) else 1.1
+        return Axis(min(values) / more, max(values) * more, log)
+    more = margin * (max(values) - min(values)) or 0.01 * abs(max(values)) or 0.01
+    return Axis(min(values) - more, max(values) + more)
+
+
+def _hatch(row: int, column: int) -> str:
+    """Diagonals of a cell, as a path of SVG."""
+    shifts = [k / 4 for k in range(-3, 4)]
+    ends = [(max(0.0, k) - 0.5, max(0.0, -k) - 0.5, min(1.0, 1 + k) - 0.5, min(1.0, 1 - k) - 0.5) for k in shifts]
+    return " ".join(f"M {column + a} {row + b} L {column + c} {row + d}" for a, b, c, d in ends)
+
+
+def _untagged(text: str) -> str:
+    """Plotly reads tags."""
+    return html.escape(text, quote=False)

@@ -19,9 +19,11 @@ from rich.table import Table
 from ademamix.lab.config import BadInputError, from_json, to_json, write_whole
 from ademamix.lab.console import OUT, say
 from ademamix.lab.reports.claims import CLAIMS, Finding
-from ademamix.lab.reports.pictures import Picture, write_png
+from ademamix.lab.reports.pictures import SCHEMES, Picture, styles_of
+from ademamix.lab.reports.svg import svg
 
-PAGE, MARKDOWN, PICTURES, OUTCOME, INDEX = "report.html", "report.md", "pictures.png", "outcome.json", "index.html"
+PAGE, MARKDOWN, OUTCOME, INDEX = "report.html", "report.md", "outcome.json", "index.html"
+PICTURES = {scheme: f"pictures-{scheme}.svg" for scheme in SCHEMES}
 PACKAGES = ("ademamix", "torch", "transformers", "optuna", "numpy", "numba")
 MARKS = {"reproduced": "✔", "not reproduced": "✘", "not tested at this size": "○"}
 
@@ -39,6 +41,11 @@ class Report:
     tables: list[Rows]
     settings: list[Rows]
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def takeaway(self) -> str:
+        """The title of its pictures: what it found, in a sentence."""
+        return self.headlines[0] if self.headlines else self.title
 
 
 def sentence(text: str) -> str:
@@ -74,8 +81,9 @@ def versions() -> dict[str, str]:
 def write(report: Report, out: Path, commands: Sequence[str], seconds: float) -> None:
     """Write everything that a report consists of to a folder."""
     made = {"machine": machine(), **versions(), "date": time.strftime("%Y-%m-%d"), "minutes": f"{seconds / 60:.1f}"}
-    write_png(report.pictures, out / PICTURES)
-    _write(out / PAGE, _page(report.title, _body(report, commands, made), report.pictures))
+    for scheme, name in PICTURES.items():
+        write_whole(out / name, svg(report.takeaway, report.pictures, scheme))
+    _write(out / PAGE, _page(report.title, report.takeaway, _body(report, commands, made), report.pictures))
     _write(out / MARKDOWN, _markdown(report, commands, made))
     outcome = {"title": report.title, "headlines": report.headlines, "made": made, "commands": list(commands)}
     to_json(out / OUTCOME, {**outcome, "findings": [dataclasses.asdict(f) for f in report.findings]})
@@ -101,7 +109,8 @@ def write_index(folder: Path) -> Path:
     outcomes = {path.parent: _outcome(path) for path in sorted(folder.glob(f"*/{OUTCOME}"))}
     if not outcomes:
         raise BadInputError(f"{folder} holds no reports: `ademamix run` writes them, each to a folder of its own")
-    _write(folder / INDEX, _page("AdEMAMix: the paper's claims, and what came out here", _index(outcomes), []))
+    title = "AdEMAMix: the paper's claims, and what came out here"
+    _write(folder / INDEX, _page(title, title, _index(outcomes), []))
     return folder / INDEX
 
 
@@ -133,20 +142,26 @@ def _sentence(finding: Finding) -> str:
 # --------------------------------------------------------------------------------- HTML
 
 
-def _page(title: str, body: str, pictures: Sequence[Picture]) -> str:
+def _page(title: str, takeaway: str, body: str, pictures: Sequence[Picture]) -> str:
     from plotly.offline import get_plotlyjs
 
-    shown = [{"traces": picture.traces(), "layout": picture.layout()} for picture in pictures]
+    styles = styles_of(pictures)
+    shown = [{"traces": picture.traces(styles), "layout": picture.layout(styles)} for picture in pictures]
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     plotly = get_plotlyjs() if pictures else ""
-    return page.substitute(title=html.escape(title), body=body, plotly=plotly, data=_script(shown))
+    said = {"title": _text(title), "takeaway": _text(takeaway)}
+    return page.substitute(said, body=body, plotly=plotly, data=_script(shown))
 
 
 def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
-    pictures = (f"<section><h2>{_text(p.title)}</h2><div class=picture></div></section>" for p in report.pictures)
+    pictures = (
+        f"<section><h2>{_text(p.title)}</h2><div class=picture></div><p class=soft>{_text(p.caption)}</p></section>"
+        for p in report.pictures
+    )
     return "".join(
         [
-            f"<div class=lead>{''.join(f'<p>{_text(line)}.</p>' for line in report.headlines)}</div>",
+            f"<p class=soft>{_text(report.title)}</p>",
+            f"<div class=lead>{''.join(f'<p>{_text(line)}.</p>' for line in report.headlines[1:])}</div>",
             f"<div class=pictures>{''.join(pictures)}</div>",
             "".join(map(_verdict, report.findings)),
             "<h2>Results</h2>",
@@ -176,7 +191,7 @@ def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
     cards = [
         f"<section><h2><a href='{_address(at)}/{PAGE}'>{_text(outcome['title'])}</a></h2>"
         f"<a href='{_address(at)}/{PAGE}'>"
-        f"<img src='{_address(at)}/{PICTURES}' alt='{_text(outcome['title'])}' loading=lazy></a>"
+        f"{_shown(_address(at) + '/', [outcome['title'], *outcome['headlines'][:1]])}</a>"
         f"{''.join(f'<p>{_text(line)}.</p>' for line in outcome['headlines'])}</section>"
         for at, outcome in outcomes.items()
     ]
@@ -187,6 +202,16 @@ def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
     )
     body = f"<div class=lead><p>{lead}.</p></div>{''.join(rows)}"
     return f"{body}<h2>The experiments</h2><div class=pictures>{''.join(cards)}</div>"
+
+
+def _shown(folder: str, said: Sequence[str]) -> str:
+    """Both files of pictures, of which a reader sees that for the own scheme."""
+    light, dark = (folder + PICTURES[scheme] for scheme in SCHEMES)
+    text = _text(" ".join(": ".join(said).split()))
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{text}" src="{light}" loading="lazy"></picture>'
+    )
 
 
 def _verdict(finding: Finding) -> str:
@@ -240,7 +265,7 @@ def _markdown(report: Report, commands: Sequence[str], made: Mapping[str, str]) 
                 yield "| --- |" + " --: |" * (len(row) - 1)
         yield ""
 
-    lines = [f"# {report.title}", "", f"![{report.title}]({PICTURES})", ""]
+    lines = [f"# {report.title}", "", _shown("", [report.title, report.takeaway]), ""]
     lines += [f"- {line}." for line in report.headlines]
     for f in report.findings:
         lines += [f"- **{f.verdict}**: {CLAIMS[f.claim].text}. Here: {f.ours}. The paper: {CLAIMS[f.claim].paper}."]

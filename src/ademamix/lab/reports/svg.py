@@ -1,0 +1,162 @@
+"""Pictures as SVG files, drawn with matplotlib: the same bytes for the same pictures."""
+
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ademamix.lab.reports.pictures import (
+    GRID,
+    INK,
+    MAP,
+    PAPER,
+    SCHEMES,
+    SOFT,
+    Chart,
+    HeatMap,
+    Picture,
+    Style,
+    apart,
+    styles_of,
+)
+
+DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}  # matplotlib's
+WIDTH, HEIGHT = 6.4, 3.5  # inches of a panel: one below the other, so that a phone can show them
+MANY = 2000  # points that are smaller as an image
+# Text stays text, in the reader's own font. It is laid out in a wide one, so that any other fits.
+MEASURED, SHOWN = "'DejaVu Sans', sans-serif", "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+
+
+def svg(title: str, pictures: Sequence[Picture], scheme: str) -> bytes:
+    """One image of all pictures.
+
+    Args:
+        title: what they show, in a sentence.
+        pictures: from top to bottom.
+        scheme: "light" or "dark".
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    which = SCHEMES.index(scheme)
+    paper, ink, soft, grid = (colors[which] for colors in (PAPER, INK, SOFT, GRID))
+    look = {
+        **{"svg.fonttype": "none", "svg.hashsalt": "ademamix", "text.parse_math": False},
+        **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10},
+        **{"figure.facecolor": paper, "axes.facecolor": paper, "text.color": ink, "axes.edgecolor": soft},
+        **{"axes.labelcolor": soft, "xtick.color": soft, "ytick.color": soft, "grid.color": grid},
+        **{"axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False},
+        **{"hatch.color": "#6b6000", "hatch.linewidth": 1.0, "axes.axisbelow": True, "axes.grid": True},
+    }
+    styles = styles_of(pictures)
+    file = io.StringIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(look)
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a reader's font may have it
+        lines = textwrap.wrap(title, 56)
+        figure = Figure((WIDTH, HEIGHT * len(pictures) + 0.22 * len(lines)), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+        figure.suptitle("\n".join(lines), x=0.015, ha="left", size=12, weight="bold", linespacing=1.3)
+        axes = [part.subplots() for part in figure.subfigures(len(pictures), squeeze=False)[:, 0]]
+        for picture, axis in zip(pictures, axes, strict=True):
+            axis.set(title=picture.title, xlabel=picture.x_label, ylabel=picture.y_label)
+            below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "size": 8.5}
+            caption = "\n".join(textwrap.wrap(picture.caption, 80))
+            axis.annotate(caption, (0, 0), (-30, -38), color=SOFT[which], annotation_clip=False, **below)
+            if isinstance(picture, Chart):
+                _chart(picture, axis, styles, which)
+            else:
+                _heat_map(picture, axis, which)
+        figure.draw_without_rendering()  # only now the height of an axis is known
+        for picture, axis in zip(pictures, axes, strict=True):
+            if isinstance(picture, Chart):
+                _label(picture, axis, styles, which)
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title}, dpi=144)
+    drawn = file.getvalue().replace(MEASURED, SHOWN)
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", drawn).encode()  # XML has no others
+
+
+def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> None:
+    x_axis, y_axis = chart.axes()
+    axis.set_xscale("log" if chart.log_x else "linear")
+    axis.set_yscale("log" if chart.log_y else "linear")
+    if chart.field is not None:
+        shades = axis.contourf(chart.field.x, chart.field.y, chart.field.z, levels=24, cmap=MAP.lower(), alpha=0.55)
+        shades.set_rasterized(True)
+    for y, _ in chart.reference:
+        axis.axhline(y, color=SOFT[which], lw=0.8, zorder=1.5)
+    for line in chart.lines:
+        color, dash = styles[line.name].colors[which], styles[line.name].dash
+        if edges := line.edges():
+            x, low, high = zip(*edges, strict=True)
+            if chart.log_y:
+                low = tuple(max(v, y_axis.low) for v in low)
+            axis.fill_between(x, low, high, color=color, alpha=0.2 + 0.05 * which, lw=0)
+        marker = "o" if "markers" in line.mode else ""
+        look = {"color": color, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker, "ms": 5}
+        many = bool(marker) and len(line.x) > MANY
+        axis.errorbar(line.x, line.y, line.bars, label=line.name, elinewidth=1.5, capsize=3, rasterized=many, **look)
+    for ticks, set_ticks in ((chart.x_ticks or x_axis.ticks(), axis.set_xticks), (y_axis.ticks(), axis.set_yticks)):
+        set_ticks(*zip(*ticks, strict=True))
+        set_ticks([], minor=True)
+    axis.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))
+    axis.tick_params(length=3)
+    if chart.lines and not chart.labeled:
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0}
+        axis.legend(frameon=False, fontsize="small", handlelength=2.8, **above)
+        axis.set_title(chart.title, pad=8 + 15 * -(-len(chart.lines) // 3))
+
+
+def _label(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> None:
+    """Labels at the right ends of lines, moved apart."""
+    labels = chart.labels(styles)
+    points = 72 / axis.figure.dpi
+    box = axis.get_window_extent()
+    wide, tall = box.width * points, box.height * points
+    x_axis, y_axis = chart.axes()
+    boxes = [(wide * x_axis.part(s.x), 6.4 * len(s.text) + 6, tall * y_axis.part(s.y)) for s in labels]
+    for label, (_, _, wanted), y in zip(labels, boxes, apart(boxes, 13.0, tall), strict=True):
+        axis.annotate(
+            label.text,
+            (label.x, label.y),
+            (6, y - wanted),
+            textcoords="offset points",
+            color=label.colors[which],
+            va="center",
+            annotation_clip=False,
+            bbox={"facecolor": PAPER[which], "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )
+
+
+def _heat_map(heat_map: HeatMap, axis: Any, which: int) -> None:
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    least, most = heat_map.range()
+    z = np.ma.masked_invalid(np.array(heat_map.z, float))  # None becomes NaN, which stays as the paper
+    cells = axis.pcolormesh(z, cmap=MAP.lower(), vmin=least, vmax=most, edgecolors=PAPER[which], linewidth=2)
+    beyond = heat_map.beyond()
+    bar = axis.figure.colorbar(
+        cells, ax=axis, label=heat_map.bar_label(), extend="max" if beyond else "neither", pad=0.02
+    )
+    bar.outline.set_visible(False)
+    for row, column in beyond:
+        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="///", lw=0))
+    if (best := heat_map.outlined()) is not None:
+        axis.add_patch(Rectangle(best[::-1], 1, 1, fill=False, ec=INK[which], lw=2.5, zorder=3, clip_on=False))
+    texts = heat_map.texts()
+    for row, column, value in heat_map.cells():
+        color = PAPER[which] if value is None else cells.to_rgba(value)
+        dark = value is not None and value < (least + most) / 2
+        ink = SOFT[which] if value is None else "white" if dark else "black"
+        behind = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
+        here = (column + 0.5, row + 0.5)
+        axis.text(*here, texts[row][column], ha="center", va="center", size=8.5, color=ink, bbox=behind)
+    axis.set_xticks([i + 0.5 for i in range(len(heat_map.x))], heat_map.x)
+    axis.set_yticks([i + 0.5 for i in range(len(heat_map.y))], heat_map.y)
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
