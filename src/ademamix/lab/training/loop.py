@@ -297,7 +297,7 @@ class _Run:
     def follow(self, loss: Tensor) -> None:
         """Write the losses of held-out batches: before and after their steps, then ever more seldom."""
         since = [(number, self.step - at) for number, at in enumerate(self.recipe.held_out)]
-        due = [number for number, n in since if n >= -1 and n & (n - 1) <= 0]  # -1, 0, 1, 2, 4, 8, ...
+        due = [number for number, n in since if looked_at(n)]
         if due:
             self._lap(loss)
             losses = self.processes.mean(self._losses([self.held_out[number] for number in due]))
@@ -408,6 +408,11 @@ class _Run:
                 for number in range(len(self.recipe.held_out))
             ],
         )
+
+
+def looked_at(since: int) -> bool:
+    """Whether the loss of a held-out batch is taken so many steps after its own."""
+    return since >= -1 and since & (since - 1) <= 0  # -1, 0, 1, 2, 4, 8, ...
 
 
 def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
