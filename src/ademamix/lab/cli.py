@@ -99,16 +99,19 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
     scan.add_argument("--resume", nargs="?", type=Path)
     seen, _ = scan.parse_known_args(argv)
     running = argv[:1] == ["run"]
-    presets = next(iter(EXPERIMENTS.values())).PRESETS if running else PRESETS
+    name = argv[1] if running and len(argv) > 1 else ""
+    presets = EXPERIMENTS.get(name, next(iter(EXPERIMENTS.values()))).PRESETS if running else PRESETS
     preset = seen.preset or next(iter(presets))
     if preset not in presets:
         raise BadInputError(f"unknown preset {preset}; there are {', '.join(presets)}")
     recipe = Recipe() if running else PRESETS[preset]
     own = "demo" if running else preset
     train, compare = Train(preset=own, recipe=recipe), Compare(preset=own, recipe=recipe)
-    experiments = {name: module.PRESETS[preset if running else "cpu"] for name, module in EXPERIMENTS.items()}
+    experiments = {
+        key: module.PRESETS.get(preset, next(iter(module.PRESETS.values()))) for key, module in EXPERIMENTS.items()
+    }
     if seen.resume is not None:
-        stored, name = _stored(seen.resume), argv[1] if running and len(argv) > 1 else None
+        stored = _stored(seen.resume)
         try:
             command = stored.pop("command")
             stored.pop("typed")
@@ -119,9 +122,9 @@ def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
                 return dataclasses.replace(kept, resume=seen.resume)
 
             if command == f"run {name}":
-                like = dataclasses.replace(EXPERIMENTS[str(name)].PRESETS[stored["preset"]], job=Workplace())
+                like = dataclasses.replace(EXPERIMENTS[name].PRESETS[stored["preset"]], job=Workplace())
                 stored["job"] = dataclasses.asdict(like.job)
-                experiments[str(name)] = dataclasses.replace(restored(like, stored), job=of(Workplace()))
+                experiments[name] = dataclasses.replace(restored(like, stored), job=of(Workplace()))
             elif command in ("train", "compare"):
                 recipe = restored(Recipe(), stored["recipe"])
                 optimizer, match = str(stored.get("optimizer", "ademamix")), stored.get("match", {})
@@ -213,8 +216,9 @@ def _plan(settings: "PlanFor") -> None:
 def _experiment(settings: "Settings") -> None:
     from ademamix.lab.console import say
     from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.experiments.rehearsal import rehearsed
     from ademamix.lab.experiments.trials import Trials
-    from ademamix.lab.reports.report import sentence
+    from ademamix.lab.reports.report import sentence, show
     from ademamix.lab.training.devices import pick_device
     from ademamix.lab.training.loop import check
 
@@ -225,10 +229,17 @@ def _experiment(settings: "Settings") -> None:
     if recipe is not None:
         _refuse_unused(recipe, "ademamix")
         check(("adamw", "ademamix"), recipe, settings.job.device)
+    job, per_gpu = settings.job, 1 if settings.preset == "paper" else 4
+    if job.dry_run:
+        _place(f"run {name}", settings)
+        if recipe is None:
+            say(f"{name} has no runs: it trains no model")
+        else:
+            show(rehearsed(EXPERIMENTS[name].run, settings, per_gpu))
+        return
     with ExitStack() as held:
         out, typed = _claim(f"run {name}", settings, held)
         say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
-        job, per_gpu = settings.job, 1 if settings.preset == "paper" else 4
         with _stoppable(f"run {name}", out), Trials(out, job.device, job.workers, per_gpu) as trials:
             _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 
@@ -295,20 +306,40 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
 
     No other process gets the folder before `held` is closed.
     """
-    from ademamix.lab.config import BadInputError, ImageRecipe, shortened, to_json
-    from ademamix.lab.data.sources import local_path, refuse_inside
+    from ademamix.lab.config import to_json
     from ademamix.lab.files import alone_in, written_aside
+
+    out, now, stored = _place(command, settings)
+    typed = [f"{PROGRAM} {shlex.join(sys.argv[1:])}"]
+    if stored is not None:
+        held.enter_context(alone_in(out))
+        typed = stored["typed"] + typed
+        to_json(out / CONFIG, {"command": command, "typed": typed} | now)
+        return out, typed
+    with written_aside(out) as aside:
+        to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
+    held.enter_context(alone_in(out))
+    return out, typed
+
+
+def _place(command: str, settings: "Train | Compare | Settings") -> tuple[Path, dict[str, Any], dict[str, Any] | None]:
+    """Return the folder to write to, what to keep there of the settings, and what it holds of them if it is resumed.
+
+    Raises:
+        BadInputError: it cannot be such a folder. Nothing was written.
+    """
+    from ademamix.lab.config import BadInputError, ImageRecipe, shortened
+    from ademamix.lab.data.sources import local_path, refuse_inside
     from ademamix.lab.training.loop import differing, refuse_other
     from ademamix.lab.training.processes import agreed_name, restarted
 
     now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     given, resume = settings.job.out, settings.job.resume
-    del now["job"]["out"], now["job"]["resume"]
+    now["job"] = {key: value for key, value in now["job"].items() if key not in ("out", "resume", "dry_run")}
     if resume is not None and given is not None:
         raise BadInputError("give --out for a new run or --resume for an old one, not both")
     name = f"{command.replace(' ', '-')}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = resume or given or Path("runs") / agreed_name(name)
-    typed = [f"{PROGRAM} {shlex.join(sys.argv[1:])}"]
     started_before = restarted() or getattr(settings.job, "go_on", False)
     if resume is not None or (started_before and out.exists()):
         stored = _stored(out)
@@ -317,19 +348,13 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
                 f"{out} was made by `ademamix {shortened(stored['command'])}`, not by `ademamix {command}`"
             )
         refuse_other(out, differing(_settled(stored), _settled(now)))
-        held.enter_context(alone_in(out))
-        typed = stored["typed"] + typed
-        to_json(out / CONFIG, {"command": command, "typed": typed} | now)
-        return out, typed
+        return out, now, stored
     if out.exists():
         raise BadInputError(f"{out} already exists; choose another --out, or --resume it if it is such a run")
     recipe = getattr(settings, "recipe", None)
     if isinstance(recipe, ImageRecipe):  # pictures of the run would be images of a class of their own
         refuse_inside(out, local_path(recipe.data))
-    with written_aside(out) as aside:
-        to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
-    held.enter_context(alone_in(out))
-    return out, typed
+    return out, now, None
 
 
 def _settled(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ademamix.lab.training.loop import Result
 from ademamix.lab.training.optimizers import SECTIONS, title
 from ademamix.lab.values import typed
 
-Preset = Literal["cpu", "gpu", "paper"]
+Preset = Literal["cpu", "overnight", "gpu", "paper"]
 TUNING_SEED = 200  # no result comes from the seed that settings were chosen by
 SEEDS_OF_PAPER = (201, 202, 203)  # a run of its sizes takes days
 NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
@@ -42,6 +42,8 @@ class Workplace:
     workers: int = 0
     """Runs at a time; 0 for one per core of the CPU, with one thread each, or on GPUs four per GPU with the preset gpu,
     whose small models leave a large one idle, and one per GPU with the preset paper."""
+    dry_run: bool = False
+    """Only list the runs and estimate how long they take, from 50 steps of each kind of run; write nothing."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -53,7 +55,8 @@ class Settings:
     """Settings that every experiment has."""
 
     preset: Preset = "cpu"
-    """Where the other defaults come from: cpu (minutes on 2 cores), gpu (one large GPU), paper (for a cluster)."""
+    """Where the other defaults come from: cpu (minutes on 2 cores), overnight (hours on them, for some experiments
+    only), gpu (one large GPU), paper (for a cluster)."""
     seeds: tuple[int, ...] = tuple(range(201, 209))
     """Seeds of the runs that count: initial weights and batches."""
     job: Annotated[Workplace, tyro.conf.arg(name="")] = field(default_factory=Workplace)

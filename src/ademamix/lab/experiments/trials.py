@@ -1,5 +1,6 @@
 """Many runs at a time: grids of them, kept by Optuna, on all cores or GPUs; what is finished is not done again."""
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -42,6 +43,21 @@ class Grid:
     def size(self) -> int:
         return math.prod(map(len, self.space.values()))
 
+    def points(self) -> Iterator[dict[str, Value]]:
+        for point in itertools.product(*self.space.values()):
+            yield dict(zip(self.space, point, strict=True))
+
+    def folder(self, point: Mapping[str, Value]) -> Path:
+        """Of a point's run, in the folder of all grids."""
+        return Path(self.name, label(point).replace(", ", "-").replace(" ", "_").replace("/", "_"))
+
+
+def label(point: Mapping[str, Value]) -> str:
+    """A point, for people."""
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in point.items()
+    )
+
 
 @dataclass(frozen=True)
 class _Trial:
@@ -49,16 +65,6 @@ class _Trial:
     study: optuna.Study
     trial: optuna.Trial
     point: dict[str, Value]
-
-    @property
-    def label(self) -> str:
-        return ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.point.items()
-        )
-
-    @property
-    def folder(self) -> str:
-        return self.label.replace(", ", "-").replace(" ", "_").replace("/", "_")
 
 
 class _Sampler(GridSampler):
@@ -123,7 +129,7 @@ class Trials:
         while True:
             while len(running) < self.workers and (trial := next(trials, None)):
                 optimizer, recipe = trial.grid.run(**trial.point)
-                running[self.pool.submit(_train, optimizer, recipe, self.out / trial.grid.name / trial.folder)] = trial
+                running[self.pool.submit(_train, optimizer, recipe, self.out / trial.grid.folder(trial.point))] = trial
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -132,7 +138,8 @@ class Trials:
                 trial.study.tell(trial.trial, loss)
                 left -= 1
                 minutes = (time.perf_counter() - self.began) / 60
-                say(f"{minutes:5.1f} min  {trial.grid.name} {count - left} of {count}  {trial.label}: {loss_of(loss)}")
+                which = f"{trial.grid.name} {count - left} of {count}  {label(trial.point)}"
+                say(f"{minutes:5.1f} min  {which}: {loss_of(loss)}")
         return [self._complete(grid) for grid in grids]
 
     def _study(self, grid: Grid) -> optuna.Study:
@@ -154,8 +161,8 @@ class Trials:
         for t in self._study(grid).get_trials(deepcopy=False):
             if t.state.is_finished():
                 point = {name: t.params[name] for name in grid.space}
-                folder = self.out / grid.name / _Trial(grid, None, None, point).folder  # type: ignore[arg-type]
-                found[tuple(point.values())] = None if math.isinf(t.value or 0.0) else Result.read(folder)
+                lost = math.isinf(t.value or 0.0)
+                found[tuple(point.values())] = None if lost else Result.read(self.out / grid.folder(point))
         return found
 
 

@@ -300,7 +300,7 @@ class _Run:
     def follow(self, loss: Tensor) -> None:
         """Write the losses of held-out batches: before and after their steps, then ever more seldom."""
         since = [(number, self.step - at) for number, at in enumerate(self.recipe.held_out)]
-        due = [number for number, n in since if n >= -1 and _followed(n)]
+        due = [number for number, n in since if looked_at(n)]
         if due:
             self._lap(loss)
             losses = self.processes.mean(self._losses([self.held_out[number] for number in due]))
@@ -417,10 +417,10 @@ class _Run:
         )
 
 
-def _followed(since: int) -> bool:
-    """Whether it is one of -1, 0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32 ...: from 2 on two per doubling."""
-    octave = max(0, since.bit_length() - 1)
-    return since < 1 or since in (1 << octave, round(2 ** (octave + 0.5)))
+def looked_at(since: int) -> bool:
+    """Whether the loss of a held-out batch is taken so many steps after its own: -1, 0, 1, 2, 3, 4, 6, 8, 11, 16 ..."""
+    octave = max(0, since.bit_length() - 1)  # two looks per doubling
+    return -1 <= since < 1 or since in (1 << octave, round(2 ** (octave + 0.5)))
 
 
 def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
