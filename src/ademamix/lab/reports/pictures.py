@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 # Light and dark. As text, each has a contrast of at least 4.5 to its paper, and so has every color of a line.
@@ -27,8 +27,9 @@ DASHES = ("dot", "dashdot", "longdash", "solid", "dash")  # as many as have no d
 MAP = "Cividis"  # of heat maps: even and readable for all eyes
 
 MOST, LONGEST = 7, 26  # labeled lines, and letters of a label: beyond them a legend is easier to read
-ROOM = 290.0  # pixels of an axis, on a phone
+ROOM = 250.0  # pixels of an axis, on a phone
 LETTER, TALL = 7.0, 17.0  # pixels of a label
+MINUS = "\N{MINUS SIGN}"
 MARGIN = 24.0  # pixels: half a tick's text, which Plotly would leave out
 
 
@@ -70,6 +71,13 @@ class Axis:
     high: float
     log: bool = False
 
+    def can_show(self, value: float) -> bool:
+        """Whether a value is anywhere on such an axis."""
+        return math.isfinite(value) and (value > 0 or not self.log)
+
+    def shows(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
     def place(self, value: float) -> float:
         """Where a value is, in Plotly's coordinates."""
         return math.log10(value) if self.log else value
@@ -82,11 +90,11 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Round numbers with their texts: as many as have room on a phone."""
         for values in self._candidates():
-            shown = [v for v in values if self.low <= v <= self.high]
+            shown = list(filter(self.shows, values))
             ticks = [(v, text) for v, text in zip(shown, numbers(shown, even=not self.log), strict=True)]
             rooms = [max(38.0, LETTER * len(text) + 8) for _, text in ticks]
-            gaps = [ROOM * (self.part(b[0]) - self.part(a[0])) for a, b in zip(ticks, ticks[1:], strict=False)]
-            wanted = [(a + b) / 2 for a, b in zip(rooms, rooms[1:], strict=False)]
+            gaps = [ROOM * (self.part(b[0]) - self.part(a[0])) for a, b in pairwise(ticks)]
+            wanted = [(a + b) / 2 for a, b in pairwise(rooms)]
             if len(ticks) > 1 and all(gap >= room for gap, room in zip(gaps, wanted, strict=True)):
                 return ticks
         return list(zip((self.low, self.high), numbers([self.low, self.high]), strict=True))
@@ -102,7 +110,7 @@ class Axis:
             for every in (2, 3, 5, 10):
                 yield [float(f"1e{p}") for p in powers if p % every == 0]
         for most in (6, 5, 4, 3, 2):
-            yield MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high).tolist()
+            yield list(map(float, MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)))
 
     def layout(self, label: str, ticks: Sequence[tuple[float, str]] = ()) -> dict[str, Any]:
         """Plotly's."""
@@ -165,9 +173,9 @@ class Chart:
         x_axis, y_axis = self.axes()
         found = [Label(text, x_axis.high, y, SOFT, True) for y, text in self.reference]
         for line in self.lines if self.labeled else ():
-            points = [p for p in zip(line.x, line.y, strict=True) if x_axis.low <= p[0] <= x_axis.high]
-            points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not self.log_y)]
-            if points:
+            points = [p for p in zip(line.x, line.y, strict=True) if x_axis.shows(p[0]) and y_axis.can_show(p[1])]
+            # The last point that is seen. A line above or below the axis all along is named at its edge.
+            if points := [p for p in points if y_axis.shows(p[1])] or points:
                 x, y = max(reversed(points), key=lambda point: point[0])
                 x = x_axis.high if x_axis.part(x) > 0.95 else x  # so that labels stand in line
                 found.append(Label(line.name, x, min(max(y, y_axis.low), y_axis.high), styles[line.name].colors))
@@ -315,9 +323,10 @@ class HeatMap:
             return {"title": {"text": label}, "showgrid": False, **places}
 
         texts, best = self.texts(), self.outlined()
-        covered = [(row, column, "#fee838", "#000000") for row, column in self.beyond()]  # the last color of the scale
-        covered += [(row, column, either(PAPER), either(SOFT)) for row, column, v in self.cells() if v is None]
-        shapes = [
+        last = ("#fee838", "#fee838"), ("#000000", "#000000")  # color of the scale
+        covered = [(row, column, *last) for row, column in self.beyond()]
+        covered += [(row, column, PAPER, SOFT) for row, column, v in self.cells() if v is None]
+        shapes: list[dict[str, Any]] = [
             {"type": "path", "path": _hatch(row, column), "line": {"color": "#6b6000", "width": 1.5}}
             for row, column in self.beyond()
         ]
@@ -332,7 +341,7 @@ class HeatMap:
             "shapes": shapes,
             "annotations": [
                 {"x": column, "y": row, "text": texts[row][column], "showarrow": False, "borderpad": 1}
-                | {"bgcolor": paper, "font": {"color": ink, "size": 12}}
+                | {"bgcolor": either(paper), "font": {"color": either(ink), "size": 12}}
                 for row, column, paper, ink in covered
             ],
         }
@@ -406,15 +415,15 @@ def numbers(values: Sequence[float], even: bool = False) -> list[str]:
         return [_power(v) for v in values]
     decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
     texts = [f"{v / size:,.{decimals}f}" for v in values] if even else texts
-    return [(text + sign if float(text.replace(",", "")) else "0").replace("-", "−") for text in texts]
+    return [(text + sign if float(text.replace(",", "")) else "0").replace("-", MINUS) for text in texts]
 
 
 def _power(value: float) -> str:
     if abs(value) >= 1e-2 or not value:
-        return f"{value:,.10g}".replace("-", "−")
+        return f"{value:,.10g}".replace("-", MINUS)
     factor, _, power = f"{value:.3e}".partition("e")
     raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{float(factor):g}·10{raised}".removeprefix("1·").replace("-", "−")
+    return f"{float(factor):g}·10{raised}".removeprefix("1·").replace("-", MINUS)
 
 
 def either(colors: Colors) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ademamix.lab.reports.pictures import (
 )
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}  # matplotlib's
-WIDTH, HEIGHT = 6.4, 3.5  # inches of a panel: one below the other, so that a phone can show them
+WIDTH, HEIGHT = 6.0, 3.4  # inches of a panel: one below the other, so that a phone can show them
 MANY = 2000  # points that are smaller as an image
 # Text stays text, in the reader's own font. It is laid out in a wide one, so that any other fits.
 MEASURED, SHOWN = "'DejaVu Sans', sans-serif", "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
@@ -39,10 +39,11 @@ def svg(title: str, pictures: Sequence[Picture], scheme: str) -> bytes:
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     which = SCHEMES.index(scheme)
     paper, ink, soft, grid = (colors[which] for colors in (PAPER, INK, SOFT, GRID))
-    look = {
+    look: Any = {
         **{"svg.fonttype": "none", "svg.hashsalt": "ademamix", "text.parse_math": False},
         **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10},
         **{"figure.facecolor": paper, "axes.facecolor": paper, "text.color": ink, "axes.edgecolor": soft},
@@ -56,15 +57,17 @@ def svg(title: str, pictures: Sequence[Picture], scheme: str) -> bytes:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(look)
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a reader's font may have it
-        lines = textwrap.wrap(title, 56)
-        figure = Figure((WIDTH, HEIGHT * len(pictures) + 0.22 * len(lines)), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+        lines = textwrap.wrap(title, 52)
+        heights = [HEIGHT + 0.17 * _rows(picture) for picture in pictures]
+        figure = Figure((WIDTH, sum(heights) + 0.22 * len(lines)), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
         figure.suptitle("\n".join(lines), x=0.015, ha="left", size=12, weight="bold", linespacing=1.3)
-        axes = [part.subplots() for part in figure.subfigures(len(pictures), squeeze=False)[:, 0]]
+        axes = [
+            part.subplots() for part in figure.subfigures(len(pictures), squeeze=False, height_ratios=heights)[:, 0]
+        ]
         for picture, axis in zip(pictures, axes, strict=True):
             axis.set(title=picture.title, xlabel=picture.x_label, ylabel=picture.y_label)
-            below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "size": 8.5}
-            caption = "\n".join(textwrap.wrap(picture.caption, 80))
+            below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "size": 9}
+            caption = "\n".join(textwrap.wrap(picture.caption, 72))
             axis.annotate(caption, (0, 0), (-30, -38), color=SOFT[which], annotation_clip=False, **below)
             if isinstance(picture, Chart):
                 _chart(picture, axis, styles, which)
@@ -79,12 +82,19 @@ def svg(title: str, pictures: Sequence[Picture], scheme: str) -> bytes:
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", drawn).encode()  # XML has no others
 
 
+def _rows(picture: Picture) -> int:
+    """Of a legend, three names in each."""
+    return -(-len(picture.lines) // 3) if isinstance(picture, Chart) and not picture.labeled else 0
+
+
 def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> None:
     x_axis, y_axis = chart.axes()
     axis.set_xscale("log" if chart.log_x else "linear")
     axis.set_yscale("log" if chart.log_y else "linear")
     if chart.field is not None:
-        shades = axis.contourf(chart.field.x, chart.field.y, chart.field.z, levels=24, cmap=MAP.lower(), alpha=0.55)
+        shades = axis.contourf(
+            chart.field.x, chart.field.y, chart.field.z, levels=24, cmap=MAP.lower(), alpha=0.55, antialiased=False
+        )
         shades.set_rasterized(True)
     for y, _ in chart.reference:
         axis.axhline(y, color=SOFT[which], lw=0.8, zorder=1.5)
@@ -104,10 +114,10 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
         set_ticks([], minor=True)
     axis.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))
     axis.tick_params(length=3)
-    if chart.lines and not chart.labeled:
+    if rows := _rows(chart):
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0}
         axis.legend(frameon=False, fontsize="small", handlelength=2.8, **above)
-        axis.set_title(chart.title, pad=8 + 15 * -(-len(chart.lines) // 3))
+        axis.set_title(chart.title, pad=8 + 12 * rows)
 
 
 def _label(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> None:
