@@ -75,7 +75,9 @@ def test_what_is_suggested_are_plain_numbers_for_checkpoints() -> None:
 
 @pytest.mark.parametrize("steps", [99, 0, -5, 1e5, math.nan, "1000", True, False, torch.tensor(1000)])
 def test_a_bad_number_of_steps_is_named(steps: Any) -> None:
-    with pytest.raises(ValueError, match="total_steps must be a whole number >= 100, got .* None for a run of unknown"):
+    with pytest.raises(
+        ValueError, match=r"total_steps must be a whole number >= 100, got .* None for a run of unknown"
+    ):
         suggest(steps)
 
 
