@@ -69,6 +69,7 @@ REFUSED_BY_ALL: tuple[tuple[Options, str], ...] = (
     ({"lr": NAN}, "lr must be a finite number >= 0, got nan"),
     ({"lr": INF}, "lr must be a finite number >= 0, got inf"),
     ({"lr": "0.1"}, "lr must be a finite number >= 0, got '0.1'"),
+    ({"lr": True}, "lr must be a finite number >= 0, got True"),
     ({"lr": torch.zeros(2)}, r"lr must be a finite number >= 0, got tensor\(\[0., 0.\]\)"),
     ({"eps": -1e-9}, "eps must be a finite number >= 0, got -1e-09"),
     ({"weight_decay": NAN}, "weight_decay must be a finite number >= 0, got nan"),

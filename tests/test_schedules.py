@@ -1,13 +1,10 @@
 import math
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ademamix import AdEMAMix, suggest
 from ademamix.schedules import alpha_schedule, beta3_schedule, half_life, log_time_alpha, log_time_weight
 
 BETAS = st.floats(0.0, 0.99999)
@@ -66,18 +63,3 @@ def test_schedules_take_arrays_of_steps() -> None:
         (log_time_weight(steps, 8.0), lambda t: log_time_weight(t, 8.0)),
     ):
         np.testing.assert_array_equal(values, [single(int(t)) for t in steps])
-
-
-def test_what_is_suggested_are_arguments_of_ademamix() -> None:
-    """For the paper's length its own settings: alpha 8, beta3 0.9999, both warmups over all steps."""
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    (group,) = AdEMAMix([parameter], lr=1e-3, **suggest(256_000)).param_groups
-    assert (group["betas"], group["alpha"]) == ((0.9, 0.999, 0.9999), 8.0)
-    assert group["alpha_warmup"] == group["beta3_warmup"] == 256_000
-    assert suggest(4000)["betas"][2] == pytest.approx(0.998, abs=1e-12)  # the slow average reaches back 500 steps
-
-
-@pytest.mark.parametrize("steps", [99, 0, -5, 1e5, "1000", None])
-def test_a_bad_number_of_steps_is_named(steps: Any) -> None:
-    with pytest.raises(ValueError, match=f"total_steps must be a whole number >= 100, got {steps!r}"):
-        suggest(steps)

@@ -6,8 +6,8 @@ from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.custom import optimizer_from
 from ademamix.optimizers.filter import GradientMemory
 from ademamix.optimizers.muon import Muon
+from ademamix.optimizers.settings import suggest
 from ademamix.optimizers.variants import KEMA, ADana, SimplifiedAdEMAMix
-from ademamix.schedules import suggest
 
 __version__ = "0.1.0"
 __all__ = [

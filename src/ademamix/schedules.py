@@ -66,34 +66,3 @@ def log_time_alpha(step: Any, kappa: Any) -> Any:
         kappa: damping, in (0, 1]; 1 for a constant weight of 1.
     """
     return (1.0 + step) ** (1.0 - kappa)
-
-
-LARGEST_BETA3 = 0.9999  # the largest that the paper trained with in earnest: up to 1.5 million steps
-
-
-def suggest(total_steps: int) -> dict[str, Any]:
-    """Keyword arguments of AdEMAMix for a run of so many steps: ``AdEMAMix(params, lr=..., **suggest(256_000))``.
-
-    The slow average reaches back an eighth of the run, beta3 = 1 - 8 / total_steps, as in arXiv 2602.05298, but not
-    above the paper's 0.9999; alpha is the paper's 8; both warm up over the whole run. In our own runs
-    (docs/results/horizon.md) that beta3 is within 0.003 nats of the best at 1,600 and at 3,200 steps; shorter runs do
-    not tell.
-
-    Args:
-        total_steps: optimizer steps of the whole run, at least 100: with fewer there are no old gradients to speak of.
-
-    Returns:
-        ``betas``, ``alpha``, ``alpha_warmup`` and ``beta3_warmup``.
-
-    Raises:
-        ValueError: total_steps is no whole number >= 100.
-    """
-    if not isinstance(total_steps, int) or total_steps < 100:
-        raise ValueError(f"total_steps must be a whole number >= 100, got {total_steps!r}")
-    beta3 = min(1.0 - 8.0 / total_steps, LARGEST_BETA3)
-    return {
-        "betas": (0.9, 0.999, beta3),
-        "alpha": 8.0,
-        "alpha_warmup": total_steps,
-        "beta3_warmup": total_steps,
-    }

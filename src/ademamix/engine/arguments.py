@@ -57,8 +57,8 @@ def _are_options(annotation: Any) -> bool:
 
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
-    """Raise ValueError unless the value is a finite number, or a tensor of one element, that fits."""
-    number = isinstance(value, NUMBERS) or _is_one(value)
+    """Raise ValueError unless the value is a finite number (not a bool), or a tensor of one element, that fits."""
+    number = (isinstance(value, NUMBERS) and not isinstance(value, bool)) or _is_one(value)
     x = float(value.detach() if isinstance(value, Tensor) else value) if number else math.nan
     if not math.isfinite(x) or not fits(x):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -45,9 +45,9 @@ class AdEMAMix(RuleOptimizer):
     h_t = slow_limit max(1, (1 - b3_t) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
     Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
-    of 2 and the missing warmups among them are seldom what you want. For a run of T steps: ``alpha`` 5 to 8,
-    ``alpha_warmup = beta3_warmup = T``, beta3 = 0.9999 from about 100,000 steps on and less for shorter runs (0.999
-    for a few thousand steps); ``lr``, ``weight_decay`` and the other betas as for AdamW.
+    of 2 and the missing warmups among them are seldom what you want: for a run of T steps, start from
+    :func:`ademamix.suggest`, half of AdamW's ``lr``, and AdamW's ``weight_decay``, beta1 and beta2
+    (docs/choosing-settings.md).
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
@@ -103,8 +103,7 @@ class AdEMAMix(RuleOptimizer):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
 
     Example:
-        >>> optimizer = AdEMAMix(model.parameters(), lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=8.0,
-        ...                      beta3_warmup=256_000, alpha_warmup=256_000, weight_decay=0.1)
+        >>> optimizer = AdEMAMix(model.parameters(), lr=5e-4, weight_decay=0.1, **suggest(256_000, beta2=0.95))
     """
 
     memory = staticmethod(memories.ademamix)

@@ -41,14 +41,16 @@ class SimplifiedAdEMAMix(RuleOptimizer):
     and with ``slow_limit``, h_t^2 / m_t in the place of m_t where |m_t| exceeds
     h_t = slow_limit max(1 / (1 - b1_t), 1 / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
-    It has one buffer less than AdEMAMix. Since m_t is a sum and not an average, it is 1 / (1 - b1) times as large as
-    AdamW's: ``lr`` is about (1 - b1) of AdamW's, and weight decay, which lr multiplies, wants to be larger by as much.
+    It has one buffer less than AdEMAMix. Since m_t is a sum and not an average, ``lr`` is far below AdamW's: its
+    authors advise sqrt((1 - min_beta1) (1 - b1)) times AdamW's, with AdamW's beta1 as min_beta1 (0.032 for 0.9 and
+    0.99). lr multiplies weight decay, which has to be larger by the inverse for the same effect.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         lr: learning rate, a number or a tensor of one element.
         betas: decays (b1, b2) of the sum and of the squared gradient's EMA, each in [0, 1).
-        alpha: weight of the gradient itself, >= 0: about 100 for small batches (32,000 tokens), 0 for large ones.
+        alpha: weight of the gradient itself, >= 0. It falls as the batch grows: the authors' best is about 100 at
+            32,000 tokens per batch and about 0.05 at a million.
         beta1_warmup: steps over which b1_t grows from ``min_beta1`` to b1, linearly in the half-life; None for b1 at
             once. The authors warm up over the whole run.
         eps: added to the denominator, >= 0.
