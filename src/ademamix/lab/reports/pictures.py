@@ -56,6 +56,7 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     field: "Field | None" = None
+    reference: tuple[tuple[float, str], ...] = ()  # horizontal lines, each with its label
 
     def styles(self) -> list[tuple[str, str, str]]:
         """Colours and dash of each line: AdamW and AdEMAMix have theirs everywhere."""
@@ -93,7 +94,11 @@ class Chart:
         """Plotly's layout, but for colours."""
         x = {"title": {"text": self.x_label}, "type": "log" if self.log_x else "linear", "range": self.x_range}
         y = {"title": {"text": self.y_label}, "type": "log" if self.log_y else "linear", "range": self.y_range}
-        return {"xaxis": x, "yaxis": y, "hovermode": "x unified" if self.field is None else "closest"}
+        lines = [
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at, "y1": at, "label": {"text": label}}
+            for at, label in self.reference
+        ]
+        return {"xaxis": x, "yaxis": y, "hovermode": "x unified" if self.field is None else "closest", "shapes": lines}
 
     def draw(self, axis: Any) -> None:
         """Draw on an axis of matplotlib's."""
@@ -106,6 +111,8 @@ class Chart:
             style = {"color": colour, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker}
             label = line.name.replace("$", r"\$")  # it would begin a formula
             axis.errorbar(line.x, line.y, line.bars, label=label, elinewidth=1.5, capsize=3, **style)
+        for at, label in self.reference:
+            axis.axhline(at, color="gray", lw=1, label=label)
         axis.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label, xlim=self.x_range, ylim=self.y_range)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
