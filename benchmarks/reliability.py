@@ -50,8 +50,9 @@ RECIPE = dataclasses.replace(Recipe(), steps=3000, warmup=50, eval_every=500, ev
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """What a run logged, without the times."""
+    times = ("seconds", "optimizer_ms", "step_ms", "core_share")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "optimizer_ms")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def losses(run: Path) -> list[float]:

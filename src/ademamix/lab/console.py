@@ -18,9 +18,19 @@ def say(text: str) -> None:
 
 
 class Show:
-    """The progress of one run, a context manager."""
+    """The progress of one run, a context manager.
 
-    def __init__(self, name: str, recipe: Training, start: int, *, quiet: bool = False) -> None:
+    Args:
+        name: the run's, for people.
+        recipe: the run's.
+        start: the step from which it goes on.
+        quiet: show nothing.
+        below: the progress of a run that is under way at the same time; this one's is drawn below.
+    """
+
+    def __init__(
+        self, name: str, recipe: Training, start: int, *, quiet: bool = False, below: "Show | None" = None
+    ) -> None:
         self.name, self.recipe, self.steps, self.start, self.quiet = name, recipe, recipe.steps, start, quiet
         self.began = self.said = time.perf_counter()
         self.valid = ""
@@ -31,7 +41,8 @@ class Show:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
         )
-        self.bar = Progress(*columns, console=OUT, disable=quiet or not OUT.is_terminal)
+        disable = quiet or not OUT.is_terminal
+        self.bar: Progress = below.bar if below else Progress(*columns, console=OUT, disable=disable)
         self.task = self.bar.add_task(f"{name:<10}", total=self.steps, completed=start, numbers="")
 
     def __enter__(self) -> "Show":
@@ -41,14 +52,14 @@ class Show:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.bar.stop()
 
-    def update(self, step: int, loss: float, valid_loss: float | None = None) -> None:
-        """Show where the run is."""
+    def update(self, step: int, loss: float, valid_loss: float | None = None, *, rate: float | None = None) -> None:
+        """Show where the run is; it is `rate` steps per second fast, by default as fast as since the start."""
         if self.quiet:
             return
         if valid_loss is not None:
             self.valid = f"  validation {valid_loss:.4f}"
         now = time.perf_counter()
-        rate = (step - self.start) / (now - self.began)
+        rate = rate or (step - self.start) / (now - self.began)
         per_second = f"{rate * self.recipe.units_per_step:,.0f} {self.recipe.unit}/s"
         numbers = f"loss {loss:.4f}{self.valid}  {per_second}"
         self.bar.update(self.task, completed=step, numbers=numbers)

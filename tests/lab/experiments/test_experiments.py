@@ -84,7 +84,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture
 def inline(monkeypatch, once):
-    monkeypatch.setattr("ademamix.lab.experiments.trials.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("ademamix.lab.experiments.workers.ProcessPoolExecutor", Inline)
     monkeypatch.setattr("ademamix.lab.experiments.trials._train", once)
     monkeypatch.setattr("ademamix.lab.data.images.VALID_GLYPHS", 30)
 
@@ -486,7 +486,7 @@ def reports(tiny, once, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("reports")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ademamix.lab.experiments.trials.ProcessPoolExecutor", Inline)
+        patch.setattr("ademamix.lab.experiments.workers.ProcessPoolExecutor", Inline)
         patch.setattr("ademamix.lab.experiments.trials._train", once)
         for name in ("sweep", "valley", "beyond"):
             patch.setattr(sys, "argv", ["ademamix", *arguments(name, tiny), "--out", str(folder / name)])

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json
+from ademamix.lab.experiments.arms import Arm, carry_out
 from ademamix.lab.experiments.statistics import crossing
 from ademamix.lab.reports.pictures import Chart, Line, Picture, around
 from ademamix.lab.reports.report import Report, Rows
-from ademamix.lab.training.loop import Result, train
+from ademamix.lab.training.loop import Result
 from ademamix.lab.training.optimizers import SECTIONS, folder_of, settings_of, title
 
 RESULTS = "results.json"
+# Nats. The standard deviation over seeds of AdamW's final loss minus AdEMAMix's, same seed: 0.023 for the 3 seeds of
+# docs/results/lm.md, 0.021, 0.022 and 0.019 for the 8 seeds at each batch size of docs/results/geometry.md.
+BETWEEN_SEEDS = 0.02
+BUSY = 0.9  # a run that had a core for less of its time had to wait for one; on an idle machine it is 0.97 and more
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,43 @@ class Comparison:
         lines = [f"{other} ends {abs(gain):.4f} nats a token {'below' if gain > 0 else 'above'} AdamW"]
         if at is not None:
             lines[0] += f" and was at AdamW's final loss after {100 * at:.1f} % of the budget"
-        return lines if self.matched is None else [*lines, self.matched.headline(other)]
+        if self.matched is not None:
+            lines.append(self.matched.headline(other))
+        within = ", so this one says little" if abs(gain) < 2 * BETWEEN_SEEDS else ""
+        lines.append(f"This is one seed; from seed to seed such differences vary by about ±{BETWEEN_SEEDS}{within}")
+        return [*lines, *self._times()]
+
+    @property
+    def core_shares(self) -> list[str]:
+        """For which share of its time each run had a core, for people; empty if they were not both on a CPU."""
+        shares = [f"{100 * run.core_share:.0f} %" for run in (self.adamw, self.other) if run.core_share is not None]
+        return shares if len(shares) == 2 else []
+
+    def _times(self) -> list[str]:
+        """Say how long steps take, and whether other programs had a part in that."""
+        (a, b), adamw, other = self.titles, self.adamw, self.other
+        if adamw.device != other.device:
+            return [f"Step times are not compared: {a} was trained on {adamw.device}, {b} on {other.device}"]
+        ratio = f"{other.step_ms / adamw.step_ms:.2f} times as long"
+        lines = [
+            f"A training step takes {other.step_ms:.2f} ms with {b}, {ratio} as the {adamw.step_ms:.2f} ms with {a}"
+        ]
+        if self.core_shares and any((run.core_share or 0) < BUSY for run in (adamw, other)):
+            had = " and ".join(self.core_shares)
+            lines.append(f"The machine was busy: the runs had a core for {had} of their time, and steps took longer")
+        return lines
 
 
 def compare(optimizer: Optimizer, recipe: Recipe, job: Job, match: Match, out: Path) -> Comparison:
     """Run or go on with the comparison of AdamW with another in the folder `out`; finished runs are not done again.
 
     Raises:
-        BadInputError, StoppedError, DivergedError: as `train` does.
+        Interrupted, StoppedError, DivergedError, BadInputError, SaveError: as `carry_out` does.
     """
-    adamw = train("adamw", recipe, job, out / "adamw")
     folder = folder_of(optimizer)
-    other = train(optimizer, recipe, job, out / folder)
+    names: tuple[Optimizer, Optimizer] = ("adamw", optimizer)
+    arms = [Arm(title(name), name, recipe, out / folder_of(name)) for name in names]
+    adamw, other = carry_out(arms, job)
     if adamw.initial_weights != other.initial_weights:
         raise RuntimeError("the two runs did not start from the same weights")
     matched = _match(recipe, job, match, out, adamw, other) if match.match else None
@@ -81,7 +111,7 @@ def _match(recipe: Recipe, job: Job, match: Match, out: Path, adamw: Result, oth
     while trials[-1][1] > other.valid_loss and trials[-1][0] + match.match_step <= match.match_cap:
         factor = trials[-1][0] + match.match_step
         longer = dataclasses.replace(recipe, steps=round(factor * recipe.steps))
-        result = train("adamw", longer, job, out / f"adamw-{factor:g}x", label=f"AdamW {factor:g}x")
+        (result,) = carry_out([Arm(f"AdamW {factor:g}x", "adamw", longer, out / f"adamw-{factor:g}x")], job)
         trials.append((factor, result.valid_loss))
     factor = crossing(trials, other.valid_loss)
     return Matched(trials, factor if math.isfinite(factor) else None)
@@ -116,25 +146,21 @@ def report_of(c: Comparison) -> Report:
 
 
 def _pictures(c: Comparison) -> list[Picture]:
-    """The loss against tokens, seconds and, with --match, AdamW's budget."""
+    """The loss against tokens and, with --match, AdamW's budget."""
     runs = dict(zip(c.titles, (c.adamw, c.other), strict=True))
     # Without the steep start, a tenth of the budget: the ends of the curves are what one wants to tell apart.
     ends = around(
         [point["valid_loss"] for run in runs.values() for point in run.curve if 10 * point["step"] >= run.steps]
     )
     label = "validation loss, nats a token"
+    unit, last = c.recipe.unit, c.adamw.valid_loss
+    curves = [Line(name, [p[unit] for p in r.curve], [p["valid_loss"] for p in r.curve]) for name, r in runs.items()]
+    if c.reached_at is not None:
+        there = f"{c.titles[1]} at AdamW's final loss, after {100 * c.reached_at:.1f} % of the budget"
+        curves.append(Line(there, [c.reached_at * c.other.seen], [last], mode="markers"))
+    reference = ((last, "AdamW's final loss"),)
     shown: list[Picture] = [
-        Chart(
-            text,
-            x_label,
-            label,
-            [Line(name, [p[key] for p in r.curve], [p["valid_loss"] for p in r.curve]) for name, r in runs.items()],
-            ends,
-        )
-        for key, text, x_label in (
-            ("tokens", "Validation loss against tokens", "training tokens"),
-            ("seconds", "Validation loss against seconds", "seconds of training"),
-        )
+        Chart(f"Validation loss against {unit}", f"training {unit}", label, curves, ends, reference=reference)
     ]
     if c.matched is not None:
         budgets, losses = [x for x, _ in c.matched.trials], [y for _, y in c.matched.trials]
@@ -157,10 +183,11 @@ def _results(c: Comparison) -> Rows:
         ("", *c.titles),
         row("final validation loss, nats a token", ".4f", "valid_loss"),
         ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
-        row("optimizer, median ms a step", ".2f", "optimizer_ms"),
+        row("training step, median ms", ".2f", "step_ms"),
+        row("of that the optimizer, median ms", ".2f", "optimizer_ms"),
+        *([("time with a core of the CPU", *c.core_shares)] if c.core_shares else []),
         row("optimizer state, bytes a parameter", ".1f", "state_bytes_per_parameter"),
         row("steps skipped, gradient not finite", ",", "skipped_steps"),
-        row("training, seconds", ".1f", "seconds"),
     ]
 
 

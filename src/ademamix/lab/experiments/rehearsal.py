@@ -125,7 +125,7 @@ def rehearsed(run: Callable[[Any, Any], Report], settings: Settings, per_gpu: in
 
 
 def _probed(left: Iterable[Planned], settings: Settings, per_gpu: int) -> tuple[Callable[[Planned], float], int]:
-    """What says how many seconds a run takes, from probes at as many workers as the runs have; and how many that are."""
+    """A function that gives the seconds of a run, from probes at as many workers as the runs have; and how many."""
     kinds = list({planned.kind: planned for planned in left}.items())
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -2,13 +2,10 @@
 
 import itertools
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +20,9 @@ from optuna.storages.journal import JournalFileBackend
 from ademamix.lab.config import BadInputError, Job, Optimizer, Training
 from ademamix.lab.console import say
 from ademamix.lab.experiments.statistics import loss_of
+from ademamix.lab.experiments.workers import Workers, train_here
 from ademamix.lab.training.devices import pick_device
-from ademamix.lab.training.loop import DivergedError, Result, StoppedError, train
+from ademamix.lab.training.loop import DivergedError, Result
 
 JOURNAL = "trials.log"
 Value = float | int | str
@@ -89,28 +87,16 @@ class Trials:
         self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
         devices = _devices(device)
         self.workers = workers or len(devices) * (per_gpu if devices[0].startswith("cuda") else 1)
-        context = multiprocessing.get_context("spawn")
-        places = context.SimpleQueue()
-        for i in range(self.workers):
-            places.put(devices[i % len(devices)])
         threads = max(1, (os.cpu_count() or 1) // self.workers)
-        self.pool = ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(places, threads))
+        self.pool = Workers([devices[i % len(devices)] for i in range(self.workers)], threads)
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Trials":
-        self.before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.pool.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-        if kind is not None:
-            workers = multiprocessing.active_children()
-            for worker in workers:
-                worker.terminate()  # saves the run that is under way
-            for worker in workers:
-                worker.join()
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.__exit__(kind, error, at)
 
     def run(self, *grids: Grid) -> list[dict[Point, Result | None]]:
         """Carry out all runs of some grids, as many at a time as there are workers.
@@ -119,7 +105,7 @@ class Trials:
             For each grid, the result of each point; None for a run that diverged.
 
         Raises:
-            KeyboardInterrupt: SIGINT or SIGTERM came; the block's end saves the runs that are under way.
+            Interrupted: SIGINT or SIGTERM came; the block's end saves the runs that are under way.
             BadInputError: a run's data or settings cannot be used.
         """
         trials = iter([trial for grid in grids for trial in self._open(grid)])
@@ -186,34 +172,9 @@ def _devices(name: str) -> list[str]:
     return [str(device)] * (os.cpu_count() or 1 if device.type == "cpu" else 1)
 
 
-def _interrupt(signum: int, _: object) -> None:
-    raise KeyboardInterrupt
-
-
-_device = "cpu"  # of this worker
-
-
-def _begin(places: Any, threads: int) -> None:
-    """Start a worker: it takes one of the devices, and ends with its parent, whatever that one's end was."""
-    global _device
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
-    torch.set_num_threads(threads)
-    _device = places.get()
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def _train(optimizer: Optimizer, recipe: Training, out: Path) -> float:
-    """Carry out one run in a worker; infinity if it diverged. The worker ends if it is asked to, once that is saved."""
+    """Carry out one run in a worker; infinity if it diverged."""
     try:
-        return train(optimizer, recipe, Job(device=_device, log_every=50), out, quiet=True).valid_loss
+        return train_here(optimizer, recipe, Job(log_every=50), out).valid_loss
     except DivergedError:
         return math.inf
-    except StoppedError as error:
-        os._exit(128 + error.signum)

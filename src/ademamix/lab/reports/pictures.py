@@ -151,13 +151,14 @@ class Chart:
     field: "Field | None" = None
     reference: tuple[tuple[float, str], ...] = ()  # horizontal lines and their labels: nothing measured
     x_ticks: tuple[tuple[float, str], ...] = ()  # in place of round numbers
+    y_ticks: tuple[tuple[float, str], ...] = ()
     caption: str = ""
 
     def axes(self) -> tuple[Axis, Axis]:
         """Of x and of y."""
         edges = [point for line in self.lines for point in line.edges()]
         x = [v for line in self.lines for v in line.x] + [tick for tick, _ in self.x_ticks]
-        y = [v for line in self.lines for v in line.y] + [v for v, _ in self.reference]
+        y = [v for line in self.lines for v in line.y] + [v for v, _ in (*self.reference, *self.y_ticks)]
         y += [v for _, low, high in edges for v in (low, high)]
         for line in self.lines:
             y += [y + side * bar for y, bar in zip(line.y, line.bars or [], strict=False) for side in (-1, 1)]
@@ -226,7 +227,7 @@ class Chart:
         boxes = [(ROOM * x_axis.part(s.x), LETTER * len(s.text) + 8, ROOM * y_axis.part(s.y)) for s in labels]
         return {
             "xaxis": x_axis.layout(self.x_label, self.x_ticks),
-            "yaxis": y_axis.layout(self.y_label),
+            "yaxis": y_axis.layout(self.y_label, self.y_ticks),
             "hovermode": "x unified" if self.field is None else "closest",
             "showlegend": not self.labeled,
             "margin": {"r": max([MARGIN, *(left + wide - ROOM for left, wide, _ in boxes)])},

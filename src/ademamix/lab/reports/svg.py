@@ -109,7 +109,10 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
         look = {"color": color, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker, "ms": 5}
         many = bool(marker) and len(line.x) > MANY
         axis.errorbar(line.x, line.y, line.bars, label=line.name, elinewidth=1.5, capsize=3, rasterized=many, **look)
-    for ticks, set_ticks in ((chart.x_ticks or x_axis.ticks(), axis.set_xticks), (y_axis.ticks(), axis.set_yticks)):
+    for ticks, set_ticks in (
+        (chart.x_ticks or x_axis.ticks(), axis.set_xticks),
+        (chart.y_ticks or y_axis.ticks(), axis.set_yticks),
+    ):
         set_ticks(*zip(*ticks, strict=True))
         set_ticks([], minor=True)
     axis.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))

@@ -17,6 +17,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.times: list[tuple[Any, Any]] = []
+        self.on_core = 0.0  # seconds of this thread
 
     def _now(self) -> Any:
         if self.device.type == "cpu":
@@ -27,15 +28,23 @@ class Stopwatch:
 
     def __enter__(self) -> None:
         self.start = self._now()
+        self.on_core -= time.thread_time()
 
     def __exit__(self, *_: object) -> None:
+        self.on_core += time.thread_time()
         self.times.append((self.start, self._now()))
+
+    def core_share(self) -> float:
+        """Return for which share of the timed blocks since the last `median_ms` this thread had a core of the CPU."""
+        took: float = sum(end - start for start, end in self.times)
+        return self.on_core / took
 
     def median_ms(self) -> float:
         """Return the median since the last call; the device must have caught up."""
         on_cpu = self.device.type == "cpu"
         times: list[float] = [1e3 * (end - start) if on_cpu else start.elapsed_time(end) for start, end in self.times]
         self.times.clear()
+        self.on_core = 0.0
         return statistics.median(times)
 
 

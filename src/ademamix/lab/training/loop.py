@@ -80,6 +80,8 @@ class Result:
     device: str
     curve: list[dict[str, float]]  # step, what was seen, seconds, valid_loss of every evaluation
     held_out: list[dict[int, float]]  # of each held-out batch its loss, by the step after which it was taken
+    step_ms: float = 0.0  # median milliseconds of a whole step: forward, backward, optimizer
+    core_share: float | None = None  # mean share of the steps' time in which the run had a core; None: not on a CPU
 
     @staticmethod
     def read(out: Path) -> "Result":
@@ -188,7 +190,7 @@ class _Run:
         self.skipped_before = 0  # the run was resumed, or another optimizer took over
         self.clipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps
         self.sound = 0  # the last step whose loss was seen to be finite
-        self.stopwatch = Stopwatch(self.device)
+        self.stopwatch, self.whole_steps = Stopwatch(self.device), Stopwatch(self.device)
         out.mkdir(parents=True, exist_ok=True)
         from ademamix.lab.training.checkpoints import Checkpoints  # nearly a second of import time
 
@@ -235,6 +237,10 @@ class _Run:
 
     def advance(self) -> Tensor:
         """Take one training step; return its loss over all processes, still on the device."""
+        with self.whole_steps:
+            return self._advance()
+
+    def _advance(self) -> Tensor:
         recipe = self.recipe
         self.step += 1
         if self.switch_at and self.step == self.switch_at + 1:
@@ -275,12 +281,15 @@ class _Run:
     def log(self, loss: Tensor) -> None:
         """Write the step's metrics."""
         self._lap(loss)
+        on_cpu = {"core_share": self.whole_steps.core_share()} if self.device.type == "cpu" else {}
         self._write(
             loss=loss.item(),
             lr=self.lr,
             grad_norm=self.norm.item(),
             skipped_steps=self.skipped_steps,
             optimizer_ms=self.stopwatch.median_ms(),
+            step_ms=self.whole_steps.median_ms(),
+            **on_cpu,
         )
         self.began = time.perf_counter()
 
@@ -393,9 +402,11 @@ class _Run:
         parameters = sum(p.numel() for p in self.model.parameters())
         slots = (slot for state in self.optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor))
         curve = [line for line in lines if "valid_loss" in line]
-        times = [line["optimizer_ms"] for line in lines if "optimizer_ms" in line]
-        if not (curve and times):
-            raise BadInputError(f"{self.out / METRICS} is damaged: it has no validation loss, or no optimizer_ms")
+        times, whole, shares = (
+            [line[key] for line in lines if key in line] for key in ("optimizer_ms", "step_ms", "core_share")
+        )
+        if not (curve and times and whole):
+            raise BadInputError(f"{self.out / METRICS} is damaged: it has no validation loss, optimizer_ms or step_ms")
         return Result(
             optimizer=self.name,
             steps=self.step,
@@ -414,6 +425,8 @@ class _Run:
                 {line["step"]: line[f"{HELD_OUT}{number}"] for line in lines if f"{HELD_OUT}{number}" in line}
                 for number in range(len(self.recipe.held_out))
             ],
+            step_ms=statistics.median(whole),
+            core_share=statistics.fmean(shares) if shares else None,
         )
 
 
