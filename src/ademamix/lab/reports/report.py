@@ -25,7 +25,7 @@ from ademamix.lab.reports.svg import svg
 PAGE, MARKDOWN, OUTCOME, INDEX = "report.html", "report.md", "outcome.json", "index.html"
 PICTURES = {scheme: f"pictures-{scheme}.svg" for scheme in SCHEMES}
 PACKAGES = ("ademamix", "torch", "transformers", "optuna", "numpy", "numba")
-MARKS = {"reproduced": "✔", "not reproduced": "✘", "not tested at this size": "○"}
+MARKS = {"reproduced": "✔", "contradicted": "✘", "undecided": "?", "not tested at this size": "○"}
 
 Cells = Sequence[Any]
 Rows = Sequence[Cells]  # the heads first
@@ -196,10 +196,9 @@ def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
         for at, outcome in outcomes.items()
     ]
     counts = {v: sum(any(f.claim == key and f.verdict == v for _, f in found) for key in CLAIMS) for v in MARKS}
-    left = len(CLAIMS) - counts["reproduced"] - counts["not reproduced"]
-    lead = (
-        f"{counts['reproduced']} of {len(CLAIMS)} claims reproduced, {counts['not reproduced']} not, {left} not tested"
-    )
+    decided = ("reproduced", "contradicted", "undecided")
+    left = len(CLAIMS) - sum(counts[verdict] for verdict in decided)
+    lead = f"Of {len(CLAIMS)} claims: {', '.join(f'{counts[v]} {v}' for v in decided)}, {left} not tested"
     body = f"<div class=lead><p>{lead}.</p></div>{''.join(rows)}"
     return f"{body}<h2>The experiments</h2><div class=pictures>{''.join(cards)}</div>"
 
@@ -224,7 +223,7 @@ def _verdict(finding: Finding) -> str:
 
 
 def _badge(verdict: str) -> str:
-    return f"<b class='badge {verdict.split()[0]}-{verdict.split()[-1]}'>{MARKS[verdict]} {verdict}</b>"
+    return f"<b class='badge {verdict.split()[0]}'>{MARKS[verdict]} {verdict}</b>"
 
 
 def _text(value: Any) -> str:
