@@ -22,8 +22,8 @@ from ademamix.lab.reports.svg import svg
 STEPS = 20_000
 TITLE = "AdamW forgets a gradient within tens of steps; AdEMAMix keeps using it for thousands"
 CAPTION = (
-    "The last step of 20,000. AdamW: beta1 = 0.9. AdEMAMix: suggest(20_000), that is, alpha = 8 and beta3 = 0.9996. "
-    "ADana: its defaults. KEMA: three EMAs, the longest over 3,000 steps. Learning rates, which differ, are left out."
+    "In step 20,000, with lr = 1. AdamW: beta1 = 0.9. AdEMAMix: suggest(20_000), so alpha = 8 and beta3 = 0.9996. "
+    "ADana: its defaults. KEMA: three EMAs, the longest over 3,000 steps."
 )
 MEMORIES: dict[str, tuple[type[RuleOptimizer], Mapping[str, Any]]] = {
     "AdamW": (AdamW, {}),

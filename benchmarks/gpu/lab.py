@@ -48,7 +48,7 @@ def lm_page(page: Path, report: Path) -> None:
         if report.exists()
         else "# AdamW against AdEMAMix\n\n`ademamix run lm` did not come to its end.\n"
     )
-    lines = [line for line in text.splitlines() if not line.startswith("![")]
+    lines = [line for line in text.splitlines() if not line.startswith("<picture>")]
     page.write_text("\n".join(lines).replace(str(report.parent), "FOLDER") + "\n")
 
 

@@ -276,7 +276,7 @@ class Train:
 class Compare:
     """Train with AdamW and with AdEMAMix (or another) on the same text from the same weights; show the difference.
 
-    Writes report.html (one file, opens without a network), pictures.png, results.json and both runs to a folder.
+    Writes report.html (one file, opens without a network), its pictures (SVG), results.json and both runs to a folder.
     """
 
     optimizer: Optimizer = "ademamix"

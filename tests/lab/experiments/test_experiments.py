@@ -115,7 +115,7 @@ def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inlin
     assert places == sorted(places)
     assert all(f"ademamix run {name} --" in text for text in (page, markdown))
     assert "nan" not in markdown.replace("Finance", "")
-    assert Path("out/pictures.png").read_bytes().startswith(b"\x89PNG")
+    assert all(b"</svg>" in Path(f"out/pictures-{scheme}.svg").read_bytes() for scheme in ("light", "dark"))
     assert said.rstrip().endswith("report: out/report.html")
 
 

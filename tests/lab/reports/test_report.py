@@ -67,12 +67,13 @@ def test_an_index_links_to_a_folder_of_any_name(name: str, tmp_path: Path) -> No
     page = write_index(tmp_path).read_text(encoding="utf-8")
     tags = Tags(page).found
     links = [a["href"] for tag, a in tags if tag == "a"] + [a["src"] for tag, a in tags if tag == "img"]
-    assert len(links) == 4
+    links += [a["srcset"] for tag, a in tags if tag == "source"]
+    assert len(links) == 5
     for link in links:
         address = urlsplit(urljoin("file:///runs/index.html", link))
         assert (address.scheme, address.netloc, address.query, address.fragment) == ("file", "", "", "")
         path, _, file = address.path.rpartition("/")
         assert unquote_to_bytes(path) == b"/runs/" + os.fsencode(name)
-        assert file in ("report.html", "pictures.png")
+        assert file in ("report.html", "pictures-light.svg", "pictures-dark.svg")
     assert not [a for tag, a in tags if "onerror" in a or (tag == "script" and "alert" in str(a))]
     assert "<script>alert" not in page

@@ -28,7 +28,7 @@ MAP = "Cividis"  # of heat maps: even and readable for all eyes
 
 MOST, LONGEST = 7, 26  # labeled lines, and letters of a label: beyond them a legend is easier to read
 ROOM = 250.0  # pixels of an axis, on a phone
-LETTER, TALL = 7.0, 17.0  # pixels of a label
+LETTER, TALL = 8.0, 17.0  # pixels of a label
 MINUS = "\N{MINUS SIGN}"
 MARGIN = 24.0  # pixels: half a tick's text, which Plotly would leave out
 
@@ -90,9 +90,9 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Round numbers with their texts: as many as have room on a phone."""
         for values in self._candidates():
-            shown = list(filter(self.shows, values))
+            shown = list(filter(self.shows, (float(f"{v:.12g}") for v in values)))  # 2.3, not 2.3000000000000003
             ticks = [(v, text) for v, text in zip(shown, numbers(shown, even=not self.log), strict=True)]
-            rooms = [max(38.0, LETTER * len(text) + 8) for _, text in ticks]
+            rooms = [max(38.0, 7 * len(text) + 8) for _, text in ticks]
             gaps = [ROOM * (self.part(b[0]) - self.part(a[0])) for a, b in pairwise(ticks)]
             wanted = [(a + b) / 2 for a, b in pairwise(rooms)]
             if len(ticks) > 1 and all(gap >= room for gap, room in zip(gaps, wanted, strict=True)):
@@ -178,7 +178,7 @@ class Chart:
             # The last point that is seen. A line above or below the axis all along is named at its edge.
             if points := [p for p in points if y_axis.shows(p[1])] or points:
                 x, y = max(reversed(points), key=lambda point: point[0])
-                x = x_axis.high if x_axis.part(x) > 0.95 else x  # so that labels stand in line
+                x = x_axis.high if x_axis.part(x) > 0.9 else x  # so that labels stand in line
                 found.append(Label(line.name, x, min(max(y, y_axis.low), y_axis.high), styles[line.name].colors))
         return found
 
@@ -412,7 +412,7 @@ def numbers(values: Sequence[float], even: bool = False) -> list[str]:
     """Round numbers for people: 20,000; 1.5M; 0.02; 10⁻⁵. Where even, all with as many decimals."""
     size, sign = next(((z, s) for z, s in ((1e9, "B"), (1e6, "M")) if max(map(abs, values), default=0) >= z), (1, ""))
     texts = [f"{v / size:,.10g}" for v in values]
-    if any("e" in text for text in texts) or any(0 < abs(v) < 1e-3 for v in values):
+    if any("e" in text for text in texts):
         return [_power(v) for v in values]
     decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
     texts = [f"{v / size:,.{decimals}f}" for v in values] if even else texts
@@ -420,7 +420,7 @@ def numbers(values: Sequence[float], even: bool = False) -> list[str]:
 
 
 def _power(value: float) -> str:
-    if abs(value) >= 1e-2 or not value:
+    if abs(value) >= 1 or not value:
         return f"{value:,.10g}".replace("-", MINUS)
     factor, _, power = f"{value:.3e}".partition("e")
     raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -57,18 +57,18 @@ def svg(title: str, pictures: Sequence[Picture], scheme: str) -> bytes:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(look)
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a reader's font may have it
-        lines = textwrap.wrap(title, 52)
-        heights = [HEIGHT + 0.17 * _rows(picture) for picture in pictures]
+        lines = textwrap.wrap(_text(title), 52)
+        captions = [textwrap.wrap(_text(picture.caption), 72) for picture in pictures]
+        heights = [HEIGHT + 0.17 * (_rows(p) + len(c)) for p, c in zip(pictures, captions, strict=True)]
         figure = Figure((WIDTH, sum(heights) + 0.22 * len(lines)), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
         figure.suptitle("\n".join(lines), x=0.015, ha="left", size=12, weight="bold", linespacing=1.3)
         axes = [
             part.subplots() for part in figure.subfigures(len(pictures), squeeze=False, height_ratios=heights)[:, 0]
         ]
-        for picture, axis in zip(pictures, axes, strict=True):
-            axis.set(title=picture.title, xlabel=picture.x_label, ylabel=picture.y_label)
+        for picture, caption, axis in zip(pictures, captions, axes, strict=True):
+            axis.set(title=_text(picture.title), xlabel=_text(picture.x_label), ylabel=_text(picture.y_label))
             below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "size": 9}
-            caption = "\n".join(textwrap.wrap(picture.caption, 72))
-            axis.annotate(caption, (0, 0), (-30, -38), color=SOFT[which], annotation_clip=False, **below)
+            axis.annotate("\n".join(caption), (0, 0), (-30, -38), color=SOFT[which], annotation_clip=False, **below)
             if isinstance(picture, Chart):
                 _chart(picture, axis, styles, which)
             else:
@@ -77,9 +77,13 @@ def svg(title: str, pictures: Sequence[Picture], scheme: str) -> bytes:
         for picture, axis in zip(pictures, axes, strict=True):
             if isinstance(picture, Chart):
                 _label(picture, axis, styles, which)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title}, dpi=144)
-    drawn = file.getvalue().replace(MEASURED, SHOWN)
-    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", drawn).encode()  # XML has no others
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": _text(title)}, dpi=144)
+    return file.getvalue().replace(MEASURED, SHOWN).encode()
+
+
+def _text(text: str) -> str:
+    """On one line, of characters that there are in XML."""
+    return re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", " ".join(text.split()))
 
 
 def _rows(picture: Picture) -> int:
@@ -108,7 +112,9 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
         marker = "o" if "markers" in line.mode else ""
         look = {"color": color, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker, "ms": 5}
         many = bool(marker) and len(line.x) > MANY
-        axis.errorbar(line.x, line.y, line.bars, label=line.name, elinewidth=1.5, capsize=3, rasterized=many, **look)
+        axis.errorbar(
+            line.x, line.y, line.bars, label=_text(line.name), elinewidth=1.5, capsize=3, rasterized=many, **look
+        )
     for ticks, set_ticks in (
         (chart.x_ticks or x_axis.ticks(), axis.set_xticks),
         (chart.y_ticks or y_axis.ticks(), axis.set_yticks),
@@ -133,7 +139,7 @@ def _label(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
     boxes = [(wide * x_axis.part(s.x), 6.4 * len(s.text) + 6, tall * y_axis.part(s.y)) for s in labels]
     for label, (_, _, wanted), y in zip(labels, boxes, apart(boxes, 13.0, tall), strict=True):
         axis.annotate(
-            label.text,
+            _text(label.text),
             (label.x, label.y),
             (6, y - wanted),
             textcoords="offset points",
@@ -153,7 +159,7 @@ def _heat_map(heat_map: HeatMap, axis: Any, which: int) -> None:
     cells = axis.pcolormesh(z, cmap=MAP.lower(), vmin=least, vmax=most, edgecolors=PAPER[which], linewidth=2)
     beyond = heat_map.beyond()
     bar = axis.figure.colorbar(
-        cells, ax=axis, label=heat_map.bar_label(), extend="max" if beyond else "neither", pad=0.02
+        cells, ax=axis, label=_text(heat_map.bar_label()), extend="max" if beyond else "neither", pad=0.02
     )
     bar.outline.set_visible(False)
     for row, column in beyond:
@@ -168,8 +174,8 @@ def _heat_map(heat_map: HeatMap, axis: Any, which: int) -> None:
         behind = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
         here = (column + 0.5, row + 0.5)
         axis.text(*here, texts[row][column], ha="center", va="center", size=8.5, color=ink, bbox=behind)
-    axis.set_xticks([i + 0.5 for i in range(len(heat_map.x))], heat_map.x)
-    axis.set_yticks([i + 0.5 for i in range(len(heat_map.y))], heat_map.y)
+    axis.set_xticks([i + 0.5 for i in range(len(heat_map.x))], map(_text, heat_map.x))
+    axis.set_yticks([i + 0.5 for i in range(len(heat_map.y))], map(_text, heat_map.y))
     axis.tick_params(length=0)
     axis.grid(False)
     axis.spines[:].set_visible(False)

@@ -1,0 +1,376 @@
+"""What the pictures of a report show, on the page and in its files."""
+
+import itertools
+import math
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ademamix.lab.reports.pictures import (
+    ADAMW,
+    ADEMAMIX,
+    INK,
+    OTHERS,
+    PAPER,
+    SCHEMES,
+    SOFT,
+    TALL,
+    Axis,
+    Chart,
+    Field,
+    HeatMap,
+    Line,
+    apart,
+    either,
+    numbers,
+    styles_of,
+)
+from ademamix.lab.reports.report import Report, write, write_index
+from ademamix.lab.reports.svg import svg
+
+STEPS = [100.0, 200.0, 300.0]
+BAND = ([1.9, 1.5, 1.2], [2.1, 1.7, 1.4])
+BANDED = Line("AdamW", STEPS, [2.0, 1.6, 1.3], band=BAND)
+MIX = Line("AdEMAMix", STEPS, [2.0, 1.6, 1.29])
+CURVES = Chart("Loss", "steps", "nats, 95 % interval", [BANDED, MIX], reference=((1.5, "AdamW, twice the tokens"),))
+# Of one cell the loss is far above the others': the colors end at 1.0 + 4 (1.2 - 1.0).
+MAP = HeatMap("Sweep", "beta3", "alpha", ["1", "2", "3"], ["8", "9"], [[1.2, 1.1, 1.0], [1.3, 9.0, None]])
+SHADED = Chart("Valley", "x", "y", [MIX], field=Field([0.0, 1.0], [0.0, 1.0], [[0.0, 1.0], [1.0, 2.0]]))
+
+
+def texts(drawn: bytes) -> list[str]:
+    found = ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")
+    return ["".join(text.itertext()).strip() for text in found]
+
+
+def contrast(a: str, b: str) -> float:
+    """As WCAG 2 defines it."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, (a, b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=SCHEMES)
+def test_every_text_can_be_read_on_its_paper(which):
+    for colors in (ADAMW, ADEMAMIX, *OTHERS, INK, SOFT):
+        assert contrast(colors[which], PAPER[which]) >= 4.5, colors[which]
+
+
+def test_the_page_has_the_same_colors():
+    page = (Path(__file__).parents[3] / "src/ademamix/lab/reports/page.html").read_text()
+    light, dark = re.findall(r":root \{ (.*?) \}", page)
+    for which, told in enumerate((light, dark)):
+        for name, colors in {"paper": PAPER, "ink": INK, "soft": SOFT}.items():
+            assert f"--{name}: {colors[which]};" in told
+
+
+def test_a_name_looks_the_same_in_all_pictures_of_a_report():
+    first = Chart("", "", "", [Line("KEMA", [0.0], [1.0]), Line("AdEMAMix", [0.0], [1.0])])
+    second = Chart("", "", "", [Line(name, [0.0], [1.0]) for name in ("ADana", "AdamW", "KEMA")])
+    styles = styles_of([first, MAP, second])
+    looks = [{t["name"]: t["line"] for t in chart.traces(styles)} for chart in (first, second)]
+    assert looks[0]["KEMA"] == looks[1]["KEMA"] != looks[1]["ADana"]
+    assert (styles["AdamW"].dash, styles["AdEMAMix"].dash) == ("dash", "solid")
+    for which, scheme in enumerate(SCHEMES):
+        drawn = svg("", [first, second], scheme).decode()
+        assert drawn.count(f"stroke: {styles['KEMA'].colors[which]}".lower()) == 2
+
+
+def test_many_names_are_told_apart():
+    lines = [Line(str(i), [0.0], [1.0]) for i in range(30)]
+    styles = styles_of([Chart("", "", "", lines)])
+    assert len({(style.colors, style.dash) for style in styles.values()}) == 32
+    for colors in zip(*(style.colors for style in styles.values()), strict=True):
+        assert len(set(colors)) == 8
+
+
+def test_a_band_is_drawn_in_the_color_of_its_line():
+    band, line, _ = CURVES.traces()
+    assert (band["fill"], band["hoverinfo"], band["showlegend"]) == ("toself", "skip", False)
+    assert (band["x"], band["y"]) == (STEPS + STEPS[::-1], BAND[0] + BAND[1][::-1])
+    for scheme in SCHEMES:
+        assert band["fillcolor"][scheme][:7] == line["line"]["color"][scheme]
+        drawn = svg("", [CURVES], scheme).decode()
+        (style,) = re.findall(r'id="FillBetweenPolyCollection.*?style="(.*?)"', drawn, re.DOTALL)
+        assert f"fill: {line['line']['color'][scheme]}".lower() in style
+        assert float(re.findall(r"fill-opacity: ([\d.]+)", style)[0]) < 0.3
+
+
+def test_edges_of_a_band_that_are_no_numbers_are_left_out():
+    line = Line("AdamW", STEPS, [2.0, 1.0, 1.0], band=([1.0, -math.inf, math.nan], [3.0, math.inf, 2.0]))
+    (band, _) = Chart("", "", "", [line]).traces()
+    assert band["x"] == [100.0, 100.0]
+
+
+def test_a_band_stays_on_an_axis_of_logarithms():
+    line = Line("AdamW", STEPS, [1.0, 1.0, 1.0], band=([-1.0, 0.0, 0.5], [2.0, 2.0, 2.0]))
+    (band, _) = Chart("", "", "", [line], log_y=True).traces()
+    assert min(band["y"]) > 0
+
+
+def test_a_reference_line_is_thin_neutral_and_labeled():
+    layout = CURVES.layout()
+    (shape,) = layout["shapes"]
+    assert (shape["y0"], shape["y1"], shape["line"]) == (1.5, 1.5, {"color": either(SOFT), "width": 1})
+    (label,) = [a for a in layout["annotations"] if a["reference"]]
+    assert label["text"] == "AdamW, twice the tokens"
+    assert "AdamW, twice the tokens" not in [t.get("name") for t in CURVES.traces()]
+    for scheme in SCHEMES:
+        assert "AdamW, twice the tokens" in texts(svg("", [CURVES], scheme))
+
+
+def test_lines_are_labeled_at_their_ends_in_their_color():
+    layout, styles = CURVES.layout(), styles_of([CURVES])
+    assert layout["showlegend"] is False
+    named = {a["text"]: a for a in layout["annotations"] if not a["reference"]}
+    assert named.keys() == {"AdamW", "AdEMAMix"}
+    for name, label in named.items():
+        assert label["font"]["color"] == either(styles[name].colors)
+    assert named["AdamW"]["y"] == 1.3
+
+
+def test_a_line_that_ends_early_is_labeled_there():
+    early = Line("KEMA", STEPS[:2], [2.0, 1.8])
+    (label,) = [
+        s
+        for s in Chart("", "", "", [BANDED, early]).labels(styles_of([Chart("", "", "", [BANDED, early])]))
+        if s.text == "KEMA"
+    ]
+    assert (label.x, label.y) == (200.0, 1.8)
+
+
+def test_a_line_that_leaves_the_picture_is_labeled_where_it_is_last_seen():
+    chart = Chart("", "", "", [Line("a", [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 9.0, math.inf])], y_range=(0.0, 5.0))
+    (label,) = chart.labels(styles_of([chart]))
+    assert (label.x, label.y) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        Chart("", "", "", [Line(f"line {i}", [0.0, 1.0], [0.0, float(i)]) for i in range(8)]),
+        Chart("", "", "", [Line("a name that is longer than what has room", [0.0, 1.0], [0.0, 1.0])]),
+        SHADED,
+    ],
+    ids=["many", "long", "field"],
+)
+def test_where_labels_have_no_room_there_is_a_legend(chart):
+    layout = chart.layout()
+    assert (layout["showlegend"], layout["annotations"]) == (True, [])
+    drawn = svg("", [chart], "light")
+    assert {line.name for line in chart.lines} <= set(texts(drawn))
+    assert b'id="legend' in drawn
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 300), st.floats(10, 200), st.floats(-50, 350)), min_size=1, max_size=8),
+)
+def test_no_label_covers_another(boxes):
+    found = apart(boxes, TALL, 300.0)
+    for (a, up), (b, down) in itertools.combinations(zip(boxes, found, strict=True), 2):
+        beside = a[0] + a[1] <= b[0] or b[0] + b[1] <= a[0]
+        assert beside or abs(up - down) >= TALL - 1e-9
+    assert all(-1e-9 <= y <= 300.0 + 1e-9 for y in found)
+
+
+def test_a_label_that_is_alone_stays_where_it_is():
+    assert apart([(0, 10, 50.0), (0, 10, 90.0), (40, 10, 55.0)], TALL, 300.0) == [50.0, 90.0, 55.0]
+    assert apart([(0, 10, 50.0), (0, 10, 50.0)], 10.0, 300.0) == [45.0, 55.0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_labels_in_a_file_are_apart(scheme):
+    lines = [Line(f"line {i}", [0.0, 1.0], [0.0, 1.0 + 0.001 * i]) for i in range(6)]
+    drawn = svg("", [Chart("", "", "", lines)], scheme).decode()
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>line \d</text>', drawn))
+    if not heights:  # where it is a transformation
+        heights = sorted(float(y) for y in re.findall(r"translate\([\d.]+ ([\d.]+)\)[^>]*>line \d</text>", drawn))
+    assert len(heights) == 6
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 12  # of 10 points
+
+
+def test_the_best_cell_is_outlined_and_what_the_colors_do_not_reach_is_hatched():
+    layout = MAP.layout()
+    hatch, outline = layout["shapes"]
+    assert (outline["x0"], outline["x1"], outline["y0"], outline["y1"]) == (1.5, 2.5, -0.5, 0.5)
+    coordinates = [float(v) for v in re.findall(r"-?[\d.]+", hatch["path"])]
+    assert (min(coordinates[::2]), max(coordinates[::2])) == (0.5, 1.5)  # column 1
+    assert (min(coordinates[1::2]), max(coordinates[1::2])) == (0.5, 1.5)  # row 1
+    assert [a["text"] for a in layout["annotations"]] == ["9.0000", "diverged"]  # above the hatches
+    assert "hatched" in MAP.bar_label()
+    for scheme in SCHEMES:
+        drawn = svg("", [MAP], scheme)
+        assert {"9.0000", "diverged", "1.0000", MAP.bar_label()} <= set(texts(drawn))
+        assert b"<pattern" in drawn
+
+
+def test_a_cell_can_be_outlined_by_choice_and_nothing_is_hatched_without_need():
+    chosen = HeatMap("", "", "", ["a"], ["b", "c"], [[1.0], [1.1]], (1, 0), "seconds")
+    (outline,) = chosen.layout()["shapes"]
+    assert (outline["y0"], outline["y1"]) == (0.5, 1.5)
+    assert chosen.bar_label() == "seconds"
+    assert chosen.traces()[0]["colorbar"]["title"]["text"] == "seconds"
+    assert b"<pattern" not in svg("", [chosen], "light")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_map_of_runs_that_all_diverged_is_drawn(scheme):
+    lost = HeatMap("", "", "", ["a"], ["b"], [[None]])
+    assert lost.layout()["shapes"] == []
+    assert "diverged" in texts(svg("", [lost], scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_file_has_the_same_bytes_each_time(scheme):
+    pictures = [CURVES, MAP, SHADED]
+    assert svg("A finding", pictures, scheme) == svg("A finding", pictures, scheme)
+    drawn = svg("A finding", [CURVES], scheme)
+    assert b"<dc:date>" not in drawn
+    assert PAPER[SCHEMES.index(scheme)].encode() in drawn
+    assert PAPER[1 - SCHEMES.index(scheme)].encode() not in drawn
+
+
+def test_fields_and_clouds_of_points_keep_a_file_small():
+    across = [i / 80 for i in range(81)]
+    field = Field(across, across, [[math.sin(9 * x) + y for x in across] for y in across])
+    path = [i / 20_000 for i in range(20_000)]
+    waves = [0.5 + 0.4 * math.sin(3e4 * x) for x in path]
+    cloud = Line("points", path, waves, mode="markers")
+    drawn = svg("", [Chart("", "", "", [cloud], field=field)], "light")
+    assert len(drawn) < 300_000
+    assert b"data:image/png;base64" in drawn
+
+
+@pytest.mark.parametrize(
+    ("axis", "wanted"),
+    [
+        (Axis(1.0, 1000.0, True), "1 10 100 1,000"),
+        (Axis(180.0, 1700.0, True), "200 500 1,000"),
+        (Axis(1e-6, 2.0, True), "10⁻⁶ 10⁻⁵ 10⁻⁴ 10⁻³ 10⁻² 10⁻¹ 1"),
+        (Axis(0.0, 20_000.0), "0 5,000 10,000 15,000 20,000"),
+        (Axis(0.0, 2e7), "0 5M 10M 15M 20M"),
+        (Axis(1.7, 2.3), "1.7 1.8 1.9 2.0 2.1 2.2 2.3"),
+        (Axis(-0.2, 0.1), "-0.2 -0.1 0 0.1"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else f"{v.low:g}-{v.high:g}",
+)
+def test_ticks_are_round_numbers(axis, wanted):
+    assert [text.replace("\N{MINUS SIGN}", "-") for _, text in axis.ticks()] == wanted.split()
+
+
+@given(st.floats(-9, 9), st.floats(0.001, 12), st.booleans())
+def test_ticks_do_not_collide(low, wide, log):
+    axis = Axis(10**low, 10 ** (low + wide), True) if log else Axis(low, low + wide)
+    ticks = axis.ticks()
+    assert len(ticks) >= 2
+    for (a, left), (b, right) in itertools.pairwise(ticks):
+        assert 250 * (axis.part(b) - axis.part(a)) > 7 * (len(left) + len(right)) / 2  # pixels, on a phone
+
+
+def test_ticks_can_be_given():
+    ticks = ((100.0, "T / 2"), (200.0, "T"))
+    chart = Chart("", "steps", "loss", [MIX], x_ticks=ticks)
+    assert (chart.layout()["xaxis"]["tickvals"], chart.layout()["xaxis"]["ticktext"]) == (
+        (100.0, 200.0),
+        ("T / 2", "T"),
+    )
+    assert {"T / 2", "T"} <= set(texts(svg("", [chart], "light")))
+
+
+def test_numbers_are_written_for_people():
+    assert numbers([1234567.0, 2e6]) == ["1.234567M", "2M"]
+    assert numbers([0.5, 1.0], even=True) == ["0.5", "1.0"]
+    assert numbers([]) == []
+
+
+def test_a_range_on_an_axis_of_logarithms_is_in_the_numbers_of_the_data():
+    chart = Chart("", "", "", [MIX], y_range=(0.1, 100.0), log_y=True)
+    assert chart.layout()["yaxis"]["range"] == [-1.0, 2.0]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_chart_without_a_point_is_drawn(log):
+    chart = Chart("", "", "", [Line("AdamW", [], []), Line("KEMA", [1.0], [math.inf])], log_x=log, log_y=log)
+    assert chart.layout()["annotations"] == []
+    for scheme in SCHEMES:
+        ElementTree.fromstring(svg("", [chart], scheme))
+
+
+@pytest.mark.parametrize("name", ["$x_1^$", "\ud800", "a\x00b\x0b", "<b>&", "多", "a\nb"])
+def test_any_name_makes_a_whole_file(name):
+    chart = Chart(name, name, name, [Line(name, [1.0, 2.0], [1.0, 2.0])], caption=name)
+    assert svg(name, [chart], "light").count(b"</svg>") == 1
+    ElementTree.fromstring(svg(name, [chart], "light"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reports")
+    (folder / "one").mkdir()
+    captioned = Chart("Seeds", "steps", "nats", [MIX], caption="Bars are 95 % intervals.")
+    report = Report("One", ["It <is> lower by 0.1", "More"], [CURVES, MAP, SHADED, captioned], [[("a",)]], [])
+    write(report, folder / "one", ["ademamix run one"], 1.0)
+    write_index(folder)
+    return folder
+
+
+def test_the_first_headline_is_the_title(written):
+    page = (written / "one" / "report.html").read_text()
+    assert "<h1>It &lt;is&gt; lower by 0.1</h1>" in page
+    assert page.count("It &lt;is&gt; lower by 0.1") == 1
+    assert "Bars are 95 % intervals." in page
+    for scheme in SCHEMES:
+        drawn = texts((written / "one" / f"pictures-{scheme}.svg").read_bytes())
+        assert {"It <is> lower by 0.1", "Bars are 95 % intervals.", CURVES.y_label} <= set(drawn)
+
+
+@pytest.mark.parametrize(("file", "folder"), [("one/report.md", ""), ("index.html", "./one/")])
+def test_pictures_are_shown_for_light_and_dark_with_their_finding_as_text(file, folder, written):
+    (shown,) = re.findall("<picture>.*?</picture>", (written / file).read_text())
+    dark, text, light = re.fullmatch(
+        r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(.*?)">'
+        r'<img alt="(.*?)" src="(.*?)" loading="lazy"></picture>',
+        shown,
+    ).groups()
+    assert (dark, light) == (f"{folder}pictures-dark.svg", f"{folder}pictures-light.svg")
+    assert text == "One: It &lt;is&gt; lower by 0.1"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(760, "light"), (375, "dark")])
+def test_the_page_names_lines_at_their_ends_or_where_it_is_narrow_in_a_legend(width, scheme, written, browse):
+    with browse(written / "one" / "report.html", width, scheme) as page:
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        first = "document.querySelector('.picture')"
+        named = page.execute_script(f"return {first}._fullLayout.annotations.map(a => a.text)")
+        legend = page.execute_script(f"return {first}._fullLayout.showlegend")
+        assert legend is (width < 500)
+        assert ("AdamW" in named) is (width >= 500)
+        assert "AdamW, twice the tokens" in named
+        color = page.execute_script(f"return {first}._fullData.at(-1).line.color")
+        assert color == ADEMAMIX[SCHEMES.index(scheme)]
+        boxes = page.execute_script(
+            f"return [...{first}.querySelectorAll('.annotation-text')].map(t => t.getBoundingClientRect().toJSON())"
+        )
+        assert all(box["right"] <= width for box in boxes)
+        for a, b in itertools.combinations(boxes, 2):
+            beside = a["right"] <= b["left"] or b["right"] <= a["left"]
+            assert beside or a["bottom"] <= b["top"] + 1 or b["bottom"] <= a["top"] + 1  # a pixel, as Plotly rounds
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_picture_of_memories_says_what_readme_says(scheme):
+    root = Path(__file__).parents[3]
+    readme = (root / "README.md").read_text()
+    assert f'"docs/images/memory-{scheme}.svg"' in readme
+    drawn = (root / "docs" / "images" / f"memory-{scheme}.svg").read_bytes()
+    assert len(drawn) < 300_000
+    assert {"AdamW", "AdEMAMix", "ADana", "KEMA"} <= set(texts(drawn))
