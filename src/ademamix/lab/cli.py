@@ -187,6 +187,7 @@ def _train(settings: "Train") -> None:
 def _compare(settings: "Compare") -> None:
     from ademamix.lab.config import BadInputError
     from ademamix.lab.console import say
+    from ademamix.lab.experiments.arms import side_by_side
     from ademamix.lab.experiments.compare import compare, report_of
     from ademamix.lab.training.loop import check
     from ademamix.lab.training.optimizers import title
@@ -199,8 +200,9 @@ def _compare(settings: "Compare") -> None:
     text = "the Python standard library's own sources" if recipe.data == "stdlib" else recipe.data
     with ExitStack() as held:
         out, typed = _claim("compare", settings, held)
+        order = "at the same time with {} and" if side_by_side(settings.job.device) else "first with {}, then"
         say(
-            f"Trains one small language model twice on {text}, first with AdamW, then with {title(optimizer)}: the "
+            f"Trains one small language model twice on {text}, {order.format('AdamW')} with {title(optimizer)}: the "
             f"same initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
         )
         with _stoppable("compare", out):
@@ -366,6 +368,8 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
 def _stoppable(command: str, out: Path) -> Iterator[None]:
     """Say how to go on when the run is stopped or cannot write, and what happened when it diverged: once for all
     processes."""
+    from concurrent.futures.process import BrokenProcessPool
+
     from ademamix.lab.training.checkpoints import SaveError
     from ademamix.lab.training.loop import DivergedError, StoppedError
 
@@ -378,6 +382,8 @@ def _stoppable(command: str, out: Path) -> Iterator[None]:
         line, code = f"{error}; a smaller learning rate may help", 1
     except (SaveError, OSError) as error:
         line, code = f"{error}; {how}", 1
+    except BrokenProcessPool:
+        line, code = f"a process that trains was killed, perhaps because memory ran out; {how}", 1
     else:
         return
     if os.environ.get("RANK", "0") != "0":

@@ -76,13 +76,11 @@ class Comparison:
         (a, b), adamw, other = self.titles, self.adamw, self.other
         if adamw.device != other.device:
             return [f"Step times are not compared: {a} was trained on {adamw.device}, {b} on {other.device}"]
-        ratio = f"{other.step_ms / adamw.step_ms:.2f} times as long"
-        lines = [
-            f"A training step takes {other.step_ms:.2f} ms with {b}, {ratio} as the {adamw.step_ms:.2f} ms with {a}"
-        ]
+        ratio, ms = other.step_ms / adamw.step_ms, f"{other.step_ms:.2f} ms against {adamw.step_ms:.2f} ms"
+        lines = [f"A training step takes {ratio:.2f} times as long with {b} as with {a}: {ms}, medians"]
         if self.core_shares and any((run.core_share or 0) < BUSY for run in (adamw, other)):
             had = " and ".join(self.core_shares)
-            lines.append(f"The machine was busy: the runs had a core for {had} of their time, and steps took longer")
+            lines.append(f"The machine was busy: the runs had a core for {had} of their time, which makes steps longer")
         return lines
 
 
