@@ -71,11 +71,10 @@ def counts(said: str) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"^│ (\S+) +│ (\d+)", said, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("where", [(), ("--out", "runs/mine")])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_dry_run_probes_each_kind_of_run_once_and_leaves_nothing(name, where, cli, probes, small, capsys):
+def test_a_dry_run_probes_each_kind_of_run_once_and_leaves_nothing(name, cli, probes, small, capsys):
     own = {"valley": (), "vit": ("--images", "20", "40", "--examples", "40")}.get(name, small)
-    assert cli("run", name, *own, *where, "--workers", "2", "--dry-run") == 0
+    assert cli("run", name, *own, "--workers", "2", "--dry-run") == 0
     assert there() == {}
     assert {recipe.steps for _, recipe in probes} <= {PROBE}
     *_, last = capsys.readouterr().out.splitlines()
@@ -90,15 +89,26 @@ def test_a_dry_run_probes_each_kind_of_run_once_and_leaves_nothing(name, where, 
     assert len(probes) == max(2, len(kinds))  # no worker idles
 
 
-def test_it_lists_the_runs_that_are_trained(cli, short, capsys):
-    words = ("run", "lm", *short, "--seeds", "0", "1", "--budgets", "1.5")
-    words += ("--tuning.adamw-beta2", "0.99", "--tuning.ademamix-beta3", "0.9")
+LISTED = {  # with their own words: the grids of some wait for the results of others
+    "lm": ("--budgets", "1.5"),
+    "switch": (),
+    "sweep": ("--alpha", "2", "8"),
+    "horizon": ("--lengths", "40", "80"),
+    "mamba": ("--tuning.adamw-lr", "0.01", "--tuning.ademamix-lr", "0.01"),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_it_lists_the_runs_that_are_trained(name, cli, probes, short, capsys):
+    words = ("run", name, *short, "--seeds", "0", "1", *LISTED[name])
     assert cli(*words, "--dry-run") == 0
     said = capsys.readouterr().out
+    probes.clear()
     assert cli(*words, "--out", "out") == 0
     trained = [path.parent.parent.name for path in Path().rglob(RESULT)]
+    assert len(trained) == len(probes)
     assert counts(said) == {name: trained.count(name) for name in trained}
-    assert f"{len(trained)} runs, about" in said
+    assert f"\n{len(trained)} runs, about " in said
 
 
 def test_no_step_is_trained_but_those_of_the_probes(cli, short, monkeypatch, capsys):
@@ -109,7 +119,7 @@ def test_no_step_is_trained_but_those_of_the_probes(cli, short, monkeypatch, cap
         return train(name, recipe, *args, **kwargs)
 
     monkeypatch.setattr(trials, "train", counted)
-    assert cli("run", "switch", *short, *SWITCH, "--workers", "1", "--dry-run") == 0
+    assert cli("run", "switch", *short, *SWITCH, "--workers", "1", "--out", "out", "--dry-run") == 0
     assert sorted(ran) == [("adamw", PROBE), ("ademamix", PROBE)]
     assert "6 runs, about " in capsys.readouterr().out
     assert there() == {}
@@ -218,12 +228,11 @@ def test_nothing_is_probed_if_every_run_is_finished(cli, short, probes, capsys):
     assert not probes
 
 
-def test_a_dry_run_is_no_setting_of_the_run(cli):
-    words = ("run", "valley", "--steps", "5", "--seeds", "0", "1")
-    assert cli(*words, "--out", "out") == 0
+def test_a_dry_run_is_no_setting_of_the_run(cli, short, probes):
+    assert cli("run", "switch", *short, *SWITCH, "--out", "out") == 0
     assert "dry_run" not in json.loads(Path("out/config.json").read_text())["job"]
-    assert cli("run", "valley", "--resume", "out", "--dry-run") == 0
-    assert cli("run", "valley", "--resume", "out") == 0
+    assert cli("run", "switch", "--resume", "out", "--dry-run") == 0
+    assert cli("run", "switch", "--resume", "out") == 0
     assert len(json.loads(Path("out/config.json").read_text())["typed"]) == 2
 
 

@@ -7,8 +7,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Planned:
     optimizer: Optimizer
     recipe: Training
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The same for runs whose steps take equally long."""
         settings = settings_of(self.optimizer, self.recipe)
@@ -45,7 +46,7 @@ class Planned:
 
     @property
     def probe(self) -> Training:
-        """A few steps of it, without what a step's cost does not depend on."""
+        """A few steps of it. Of the recipe, all that a step's cost does not depend on has one and the same value."""
         short = {"steps": PROBE, "warmup": PROBE - 1, "eval_every": LAP, "planned": self.recipe.horizon}
         off = {"seed": 0, "switch_at": 0, "held_out": (), "insert": True, self.of_validation: self.recipe.batch}
         return dataclasses.replace(self.recipe, **short, **off)  # type: ignore[arg-type]
@@ -67,7 +68,8 @@ class Rehearsal:
     """Takes the place of `Trials`: lists the runs, and answers with made-up results, all losses different.
 
     Args:
-        out: the folder of an experiment to resume, where the results of finished runs are; None for a new one.
+        out: the folder of an experiment to resume, where the results of finished runs are (one that diverged has none,
+            and is listed as a run that is left); None for a new one.
     """
 
     def __init__(self, out: Path | None) -> None:
@@ -172,7 +174,7 @@ def _row(name: str, runs: list[Planned | None], seconds: Callable[[Planned], flo
     return (name, count, _span(steps), _span(seen), _span(each), f"{sum(each) / 60:.1f}")
 
 
-def _span(values: list[Any]) -> str:
+def _span(values: Sequence[float]) -> str:
     """The smallest and the largest of some numbers, for people."""
     ends = dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values))) if values else ()
     return " to ".join(ends)
