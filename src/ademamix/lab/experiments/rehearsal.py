@@ -46,7 +46,7 @@ class Planned:
 
     @property
     def probe(self) -> Training:
-        """A few steps of it. Of the recipe, all that a step's cost does not depend on has one and the same value."""
+        """A few steps of it, with none of what differs between runs of a kind but settings of the optimizer."""
         short = {"steps": PROBE, "warmup": PROBE - 1, "eval_every": LAP, "planned": self.recipe.horizon}
         off = {"seed": 0, "switch_at": 0, "held_out": (), "insert": True, self.of_validation: self.recipe.batch}
         return dataclasses.replace(self.recipe, **short, **off)  # type: ignore[arg-type]
