@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import pytest
 
 from ademamix.lab.cli import _finish
 from ademamix.lab.config import BadInputError
+from ademamix.lab.experiments import EXPERIMENTS
 from ademamix.lab.files import alone_in
 
 
@@ -59,6 +61,36 @@ def test_a_preset_gives_the_defaults(cli, capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "(default: 256000)" in text
     assert "(default: 0.9999)" in text
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_shows_its_settings(name, cli, capsys):
+    assert cli("run", name, "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"ademamix run {name}" in text
+    assert all(word in text for word in ("--preset", "--seeds", "--dry-run"))
+
+
+@pytest.fixture
+def overnight(monkeypatch):
+    """A preset that one experiment has, and all others lack."""
+    for name, module in EXPERIMENTS.items():
+        monkeypatch.setattr(module, "PRESETS", {key: s for key, s in module.PRESETS.items() if key != "overnight"})
+        if name == "switch":
+            longer = dataclasses.replace(module.PRESETS["cpu"], preset="overnight", seeds=(71, 72))
+            module.PRESETS["overnight"] = longer
+
+
+@pytest.mark.parametrize("words", [("--preset", "overnight"), ("--preset=overnight",)])
+def test_an_experiment_may_have_a_preset_that_the_others_lack(words, overnight, cli, capsys):
+    assert cli("run", "switch", *words, "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: overnight)" in text
+    assert "(default: 71 72)" in text
+    assert cli("run", "lm", *words) == 2
+    assert refusal(capsys) == "ademamix: unknown preset overnight; there are cpu, gpu, paper"
+    assert cli("run", "switch", "--preset", "huge") == 2
+    assert refusal(capsys) == "ademamix: unknown preset huge; there are cpu, gpu, paper, overnight"
 
 
 BAD_DATA = {

@@ -13,12 +13,13 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ademamix.lab.config import Job
 from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, geometry, horizon, lm, sweep, trials, valley
-from ademamix.lab.experiments.common import Tuning
+from ademamix.lab.experiments.common import Preset, Tuning
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.claims import CLAIMS
 from ademamix.lab.reports.pictures import Chart, HeatMap, Line
@@ -530,5 +531,7 @@ def test_a_line_is_named_even_if_it_is_the_only_one_left():
 
 
 def test_every_module_is_one_experiment():
-    assert all(set(module.PRESETS) == {"cpu", "gpu", "paper"} for module in EXPERIMENTS.values())
+    for module in EXPERIMENTS.values():
+        assert {"cpu", "gpu", "paper"} <= set(module.PRESETS) <= set(get_args(Preset))
+        assert all(settings.preset == name for name, settings in module.PRESETS.items())
     assert all(module.WHAT for module in EXPERIMENTS.values())

@@ -2,11 +2,14 @@
 
 import dataclasses
 import heapq
+import itertools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from ademamix.lab.reports.report import Report
 from ademamix.lab.training.loop import RESULT, Result, looked_at
 from ademamix.lab.training.optimizers import buffers_of, settings_of
 
-PROBE = 50  # steps; the first half, in which kernels are compiled, is not counted
+PROBE, LAP = 50, 5  # steps; the first half, in which kernels are compiled, is not counted
 GOLDEN = (math.sqrt(5) - 1) / 2  # the parts of its multiples after the point are all different
 
 
@@ -30,7 +33,7 @@ class Planned:
     optimizer: Optimizer
     recipe: Training
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The same for runs whose steps take equally long."""
         settings = settings_of(self.optimizer, self.recipe)
@@ -43,8 +46,8 @@ class Planned:
 
     @property
     def probe(self) -> Training:
-        """A few steps of it, without what a step's cost does not depend on."""
-        short = {"steps": PROBE, "warmup": PROBE - 1, "eval_every": PROBE // 2, "planned": self.recipe.horizon}
+        """A few steps of it, with none of what differs between runs of a kind but settings of the optimizer."""
+        short = {"steps": PROBE, "warmup": PROBE - 1, "eval_every": LAP, "planned": self.recipe.horizon}
         off = {"seed": 0, "switch_at": 0, "held_out": (), "insert": True, self.of_validation: self.recipe.batch}
         return dataclasses.replace(self.recipe, **short, **off)  # type: ignore[arg-type]
 
@@ -65,7 +68,8 @@ class Rehearsal:
     """Takes the place of `Trials`: lists the runs, and answers with made-up results, all losses different.
 
     Args:
-        out: the folder of an experiment to resume, where the results of finished runs are; None for a new one.
+        out: the folder of an experiment to resume, where the results of finished runs are (one that diverged has none,
+            and is listed as a run that is left); None for a new one.
     """
 
     def __init__(self, out: Path | None) -> None:
@@ -108,8 +112,9 @@ def rehearsed(run: Callable[[Any, Any], Report], settings: Settings, per_gpu: in
     Raises:
         BadInputError: the data cannot be used, or a probe diverged.
     """
-    rehearsal = Rehearsal(settings.job.resume)
+    rehearsal, began = Rehearsal(settings.job.resume), time.perf_counter()
     run(settings, rehearsal)
+    own = time.perf_counter() - began  # what the experiment itself computes, for its report
     every = [planned for call in rehearsal.calls for grid in call.values() for planned in grid]
     left = [planned for planned in every if planned is not None]
     counted = f"{len(every)} runs" + (f", {len(every) - len(left)} of them finished" if len(left) < len(every) else "")
@@ -117,10 +122,10 @@ def rehearsed(run: Callable[[Any, Any], Report], settings: Settings, per_gpu: in
         return Report("", [counted], [], [], [])
     seconds, workers = _probed(left, settings, per_gpu)
     calls = [[seconds(p) for grid in call.values() for p in grid if p is not None] for call in rehearsal.calls]
-    whole = sum(_together(call, workers) for call in calls)
+    whole = own + sum(_together(call, workers) for call in calls)
     rows = [_row(name, runs, seconds) for call in rehearsal.calls for name, runs in call.items()]
-    heads = ("runs", "number", "left", "steps", left[0].recipe.unit, "seconds for one", "minutes one by one")
-    said = f"{counted}, about {_duration(whole)} with {workers} workers on this machine"
+    heads = ("grid", "runs", "steps", left[0].recipe.unit, "s for one", "min in all")
+    said = f"{counted}, about {_duration(whole)} with {workers} worker{'s' * (workers > 1)} on this machine"
     return Report("", [f"{said} (from {PROBE}-step probes; a busy machine is slower)"], [], [[heads, *rows]], [])
 
 
@@ -146,8 +151,8 @@ def _probed(left: Iterable[Planned], settings: Settings, per_gpu: int) -> tuple[
             raise BadInputError(
                 f"a probe of {planned.optimizer} diverged within {PROBE} steps: try smaller learning rates"
             )
-        first, last = result.curve[0], result.curve[-1]
-        step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        clock = [point["seconds"] for point in result.curve if point["step"] >= PROBE / 2]
+        step = statistics.median(later - earlier for earlier, later in itertools.pairwise(clock)) / LAP
         speeds.setdefault(kind, []).append((step, result.optimizer_ms / 1e3))
     means = {kind: tuple(map(statistics.mean, zip(*of_kind, strict=True))) for kind, of_kind in speeds.items()}
     return lambda planned: planned.seconds(*means[planned.kind]), trials.workers
@@ -165,10 +170,11 @@ def _row(name: str, runs: list[Planned | None], seconds: Callable[[Planned], flo
     left = [planned for planned in runs if planned is not None]
     each = [seconds(planned) for planned in left]
     steps, seen = [p.recipe.steps for p in left], [p.recipe.steps * p.recipe.units_per_step for p in left]
-    return (name, f"{len(runs)}", f"{len(left)}", _span(steps), _span(seen), _span(each), f"{sum(each) / 60:.1f}")
+    count = f"{len(runs)}" + (f", {len(left)} left" if len(left) < len(runs) else "")
+    return (name, count, _span(steps), _span(seen), _span(each), f"{sum(each) / 60:.1f}")
 
 
-def _span(values: list[Any]) -> str:
+def _span(values: Sequence[float]) -> str:
     """The smallest and the largest of some numbers, for people."""
     ends = dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values))) if values else ()
     return " to ".join(ends)
