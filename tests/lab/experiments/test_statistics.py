@@ -1,87 +1,140 @@
 import math
-from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
+from ademamix.lab.experiments.common import decide
 from ademamix.lab.experiments.statistics import (
+    Budgets,
     Paired,
-    clearly_below,
-    difference,
+    against,
+    budgets_for,
+    crossing,
     diverged,
-    final_losses,
     mean_and_error,
     paired,
     shown,
-    students_t,
+    slopes,
     table_of,
 )
 
-
-@pytest.fixture
-def scipy_stats() -> Any:
-    return pytest.importorskip("scipy.stats")
-
-
-@pytest.mark.parametrize("level", [0.5, 0.95, 0.9875, 0.999])
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 8, 31, 1000])
-def test_students_t_is_scipys(freedom: int, level: float, scipy_stats: Any) -> None:
-    # Sums of up to 500 terms in float64; their errors, up to 1e-13, are divided by a density of 1e-3 and more.
-    assert students_t(freedom, level) == pytest.approx(scipy_stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+LOST = math.inf  # the loss of a run that diverged
 
 
 @pytest.mark.parametrize("level", [0.95, 0.9875])
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_a_paired_difference_has_the_interval_of_a_paired_t_test(count: int, level: float, scipy_stats: Any) -> None:
+def test_the_interval_is_that_of_a_paired_t_test(count: int, level: float) -> None:
     a, b = np.random.default_rng(count).normal(2.0, 0.1, (2, count)).tolist()
-    pair, test = paired(a, b, level), scipy_stats.ttest_rel(a, b)
+    pair, test = paired(a, b, level), stats.ttest_rel(a, b)
     low, high = test.confidence_interval(level)
     assert (pair.mean - pair.half, pair.mean + pair.half) == pytest.approx((low, high), rel=1e-9)
-    assert (pair.helps or pair.hurts) == (test.pvalue < 1 - level)
+    assert (pair.lower or pair.higher) == (test.pvalue < 1 - level)
     assert (pair.below, pair.count) == (sum(x < y for x, y in zip(a, b, strict=True)), count)
 
 
-def test_what_a_paired_difference_says() -> None:
-    t = students_t(2)
-    assert t == pytest.approx(4.302653, abs=1e-6)  # of the printed tables
-    low, high = [1.0, 1.1, 1.2], [1.3, 1.4, 1.5]
-    assert (paired(low, high).verdict, paired(high, low).verdict) == ("helps", "hurts")
+def test_95_of_100_intervals_hold_the_true_difference_however_far_seeds_are_apart() -> None:
+    rng = np.random.default_rng(0)
+    seeds = rng.normal(0.0, 10.0, (2000, 1, 8))  # alike on both sides
+    a, b = np.moveaxis(seeds + rng.normal(0.0, 0.1, (2000, 2, 8)), 1, 0)
+    pairs = [paired((x + 0.05).tolist(), y.tolist()) for x, y in zip(a, b, strict=True)]
+    held = sum(abs(pair.mean - 0.05) <= pair.half for pair in pairs)
+    assert abs(held - 1900) < 4 * math.sqrt(2000 * 0.95 * 0.05)  # four standard deviations of a binomial count
+
+
+def test_a_difference_within_seeds_is_seen_where_seeds_differ_by_more() -> None:
+    seeds = [1.0, 1.5, 0.7, 2.0]
+    pair = paired([s - d for s, d in zip(seeds, (0.010, 0.012, 0.009, 0.011), strict=True)], seeds)
+    assert (pair.verdict, (-pair).verdict) == ("helps", "hurts")
+    assert pair.signs == "----"
+    # By hand: t(3) = 3.182446; the standard deviation of 9, 10, 11, 12 thousandths is 1.290994e-3.
+    assert pair.half == pytest.approx(3.182446 * 1.290994e-3 / 2, rel=1e-6)
+
+
+def test_what_a_difference_says() -> None:
     some = paired([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
-    assert str(some) == f"undecided: +0.0000 ({-t / math.sqrt(3):+.4f} to {t / math.sqrt(3):+.4f}), 1 of 3"
-    assert str(paired([1.0], [2.0])) == "undecided: -1.0000 (one seed), 1 of 1"
+    edge = 4.302653 / math.sqrt(3)  # t(2) of the printed tables
+    assert str(some) == f"undecided: +0.0000 ({-edge:+.4f} to {edge:+.4f}; signs -0+)"
+    assert str(paired([1.0], [2.0])) == "undecided: -1.0000 (one seed; signs -)"
+    assert some.told("+.1f") == f"+0.0 ({-edge:+.1f} to {edge:+.1f}; signs -0+)"
 
 
-def test_a_pair_that_diverged_decides_nothing() -> None:
-    lost = [1.0, math.inf, 2.0]
-    for a, b in ((lost, [2.0] * 3), ([2.0] * 3, lost), (lost, lost)):
-        assert str(paired(a, b)).startswith("undecided: (diverged in some seed), ")
-    assert paired(lost, [2.0] * 3) == Paired(math.inf, math.inf, 1, 3)
+@pytest.mark.parametrize(
+    ("a", "b", "verdict", "signs"),
+    [
+        ([1.0] * 6, [2.0] * 5 + [LOST], "helps", "------"),  # 2 / 2^6 = 0.03
+        ([2.0] * 5 + [LOST], [1.0] * 6, "hurts", "++++++"),
+        ([1.0] * 5, [2.0] * 4 + [LOST], "undecided", "-----"),  # 2 / 2^5 = 0.06
+        ([1.0] * 5 + [3.0], [2.0] * 5 + [LOST], "helps", "------"),
+        ([1.0] * 6 + [3.0], [2.0] * 5 + [LOST, 2.0], "undecided", "------+"),
+        ([1.0] * 7 + [LOST], [2.0] * 8, "undecided", "-------+"),  # 2 (1 + 8) / 2^8 = 0.07
+        ([LOST] * 6, [LOST] * 6, "undecided", "??????"),
+    ],
+)
+def test_where_a_run_diverged_the_signs_decide(a, b, verdict, signs) -> None:
+    pair = paired(a, b)
+    assert (pair.verdict, pair.signs) == (verdict, signs)
+    assert pair.interval() == "diverged in some seed"
+    below = signs.count("-")
+    assert pair.lower == (stats.binomtest(below, len(signs)).pvalue <= 0.05 and below > len(signs) / 2)
 
 
-def test_the_mean_and_its_standard_error():
+def test_the_crossing_is_linear_in_the_logarithm_of_the_budget() -> None:
+    trials = [(1.0, 1.5), (1.25, 1.3), (2.0, 1.1)]
+    assert crossing(trials, 1.1) == pytest.approx(2.0)
+    assert crossing(trials, 1.2) == pytest.approx(math.sqrt(1.25 * 2.0))
+    assert crossing(trials, 1.0) == math.inf
+    assert crossing([*trials, (3.0, 1.2)], 1.1) == pytest.approx(2.0)  # the first time counts
+    assert crossing([(1.0, 1.5)], 1.6) == 1.0
+    assert crossing([(1.0, LOST), (2.0, 1.0)], 1.2) == 2.0
+
+
+@given(
+    st.lists(st.floats(1.01, 2.9), min_size=2, max_size=8),
+    st.floats(0.01, 1.0),
+    st.lists(st.floats(-1.0, 1.0), min_size=8, max_size=8),
+)
+def test_where_losses_fall_with_the_logarithm_of_the_budget_the_budget_is_found(factors, fall, seeds) -> None:
+    def loss(budget: float, seed: float) -> float:
+        return seed - fall * math.log(budget)
+
+    few = seeds[: len(factors)]
+    losses = {b: [loss(b, s) for s in few] for b in (3.0, 1.0, 1.5, 2.0)}  # in any order
+    budgets = budgets_for(losses, [loss(x, s) for x, s in zip(factors, few, strict=True)])
+    assert budgets.factors == pytest.approx(factors, rel=1e-9)
+    effect = budgets.above(1.5)
+    assert effect.differences == pytest.approx([math.log(1.5 / x) for x in factors], abs=1e-9)
+
+
+def test_budgets_for_people() -> None:
+    # Logarithms +-0.1 about log 1.5; t(1) = 12.7062, and the standard error of two values is half their distance.
+    low, high = (100 * (1.5 * math.exp(sign * 0.1 * 12.7062) - 1) for sign in (-1, 1))
+    both = Budgets((1.5 * math.exp(0.1), 1.5 * math.exp(-0.1)), 3.0)
+    assert str(both) == f"+50 % ({low:+.0f} to {high:+.0f})"
+    assert str(Budgets((1.5,), 2.0)) == "+50 %"
+    assert str(Budgets((1.5, math.inf, math.inf), 2.0)) == "+50 % at least; more than +100 % in 2 of 3 seeds"
+    assert str(Budgets((math.inf, math.inf), 3.0)) == "more than +200 % in 2 of 2 seeds"
+    # Seeds that need more than the largest budget count as such, by their signs.
+    assert Budgets((1.6,) * 3 + (math.inf,) * 3, 2.0).above(1.5).lower
+    assert not Budgets((1.6,) * 2 + (math.inf,) * 3, 2.0).above(1.5).lower
+
+
+def test_slopes_are_those_of_lines_through_each_seed() -> None:
+    x = [1.0, 2.0, 4.0]
+    samples = [[2.0 * t + 1.0, -t, 0.5] for t in x]
+    assert slopes(x, samples) == pytest.approx([2.0, -1.0, 0.0], abs=1e-12)
+    assert slopes(x, [[1.0, 1.0], [LOST, 1.0], [1.0, 1.0]]) == [math.inf, math.inf]
+
+
+def test_the_mean_and_its_standard_error() -> None:
     assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.0 / math.sqrt(3)))
     assert mean_and_error([1.0]) == (1.0, math.inf)
-    assert mean_and_error([1.0, math.inf]) == (math.inf, 0.0)
+    assert mean_and_error([1.0, LOST]) == (math.inf, 0.0)
 
 
-def test_the_joint_standard_error_is_that_of_both_means():
-    gap, error = difference([1.0, 2.0, 3.0], [5.0, 7.0, 9.0])
-    assert (gap, error) == pytest.approx((5.0, math.sqrt(1 / 3 + 4 / 3)))
-
-
-def test_clearly_below_wants_twice_the_joint_error_and_more_than_one_seed():
-    low, high = [1.0, 1.1, 1.2], [1.3, 1.4, 1.5]
-    joint = difference(low, high)[1]
-    assert clearly_below(low, high)
-    assert not clearly_below(high, low)
-    assert not clearly_below(low, [x + 1.9 * joint for x in low])
-    assert clearly_below(low, [x + 2.1 * joint for x in low])
-    assert not clearly_below([1.0], [9.0])
-    assert clearly_below(low, [math.inf, 2.0])  # a run that diverged is above everything
-    assert not clearly_below([math.inf, 2.0], [math.inf, 2.0])
-
-
-def test_samples_for_people():
+def test_samples_for_people() -> None:
     assert shown([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774"
     assert shown([1.0]) == "1.0000"
     assert table_of({"a": [1.0, 3.0]}, ("", "mean", "each")) == [
@@ -90,16 +143,40 @@ def test_samples_for_people():
     ]
 
 
-def test_a_seed_that_diverged_is_counted_and_makes_no_mean():
-    lost = [1.0, math.inf, 2.0]
+def test_a_seed_that_diverged_is_counted_and_makes_no_mean() -> None:
+    lost = [1.0, LOST, 2.0]
     assert shown(lost) == "diverged in 1 of 3 seeds"
-    assert shown([math.inf]) == "diverged"
+    assert shown([LOST]) == "diverged"
     assert table_of({"a": lost}, ()) == [(), ("a", "diverged in 1 of 3 seeds", "1.0000, diverged, 2.0000")]
-    assert diverged({"a": [1.0], "b": lost, "c": [math.inf]}) == "b diverged in 1 of 3 seeds, c diverged"
+    assert diverged({"a": [1.0], "b": lost, "c": [LOST]}) == "b diverged in 1 of 3 seeds, c diverged"
     assert diverged({"a": [1.0]}) == ""
-    assert final_losses([1.0, 2.0, 3.0], lost) == ("AdEMAMix diverged in 1 of 3 seeds",) * 2
+    said = "AdEMAMix ends below AdamW in 2 of 3 seeds; some runs diverged"
+    assert against(paired(lost, [2.0, 2.0, 3.0]), "AdEMAMix", "AdamW") == said
 
 
-def test_a_difference_of_single_seeds_has_no_error_to_show():
-    gain = "AdEMAMix ends 0.5000 nats below AdamW"
-    assert final_losses([2.0], [1.5]) == (gain, f"{gain} (2.0000 and 1.5000)")
+def test_how_far_one_is_from_another() -> None:
+    assert against(paired([1.5], [2.0]), "It", "AdamW") == "It ends 0.5000 nats below AdamW (one seed)"
+    pair = paired([1.0, 1.1, 1.2], [0.9, 0.9, 0.9])
+    said = f"It ends 0.2000 nats above AdamW (95 % interval {pair.interval()}; lower in 0 of 3 seeds)"
+    assert against(pair, "It", "AdamW") == said
+
+
+BELOW, ABOVE, OPEN, ONE = Paired((-1.0, -1.01)), Paired((1.0, 1.01)), Paired((-1.0, 1.0)), Paired((-1.0,))
+
+
+@pytest.mark.parametrize(
+    ("effects", "verdict"),
+    [
+        ((BELOW,), "reproduced"),
+        ((BELOW, BELOW), "reproduced"),
+        ((BELOW, OPEN), "undecided"),
+        ((ABOVE, OPEN), "contradicted"),
+        ((BELOW, ABOVE), "contradicted"),
+        ((ONE,), "not tested at this size"),
+        ((BELOW, ONE), "not tested at this size"),
+        ((Paired(()),), "not tested at this size"),
+    ],
+)
+def test_a_claim_holds_if_every_effect_does_and_falls_with_any_that_is_opposite(effects, verdict) -> None:
+    finding = decide("tokens", "ours", *effects)
+    assert (finding.claim, finding.verdict, finding.ours) == ("tokens", verdict, "ours")

@@ -147,7 +147,7 @@ class Budgets:
 
     def above(self, factor: float) -> Paired:
         """The difference of the logarithms of a factor and of those found: below zero where more is needed."""
-        return Paired(tuple(math.log(factor / found) for found in self.factors), self.level)
+        return Paired(tuple(math.log(factor) - math.log(found) for found in self.factors), self.level)
 
     def __str__(self) -> str:
         """So many more tokens, for people: the geometric mean, its interval, and the seeds that it does not count."""
