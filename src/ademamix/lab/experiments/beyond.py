@@ -60,7 +60,7 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
 
     b2 = beta2[-1]
     mixed = {"lr": times(0.35), "beta3": beta3}
-    log_time = {"beta3_schedule": "log-time", "alpha": 0.5}
+    log_time = {"beta3_schedule": "log-time", "kappa": 0.85}  # as `suggest(None)` has it, whose alpha is 1
     # Of a sum, not an average, lr is smaller and the decay that it multiplies larger. Both sqrt((1 - 0.9) (1 - 0.99)) =
     # 0.032, its authors' factor of AdamW's lr, and 1 - 0.99 are within what is tried.
     summed = tuple(float(f"{factor * lr:.6g}") for factor in (0.007, 0.018, 0.045))
@@ -71,7 +71,7 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
         "adamw": Entry("AdamW", "adamw", {"lr": times(1.0), "beta2": beta2}),
         "ademamix": Entry("AdEMAMix", "ademamix", mixed),
         "beta1-zero": Entry("AdEMAMix, beta1 = 0", "ademamix", mixed, {"beta1": 0.0}),
-        "log-time": Entry("AdEMAMix, log-time", "ademamix", {"lr": times(0.35), "kappa": (0.85, 0.9)}, log_time),
+        "log-time": Entry("AdEMAMix, log-time", "ademamix", {"lr": times(0.35), "alpha": (0.5, 1.0)}, log_time),
         "simplified": Entry("SimplifiedAdEMAMix", "simplifiedademamix", {"lr": summed, "alpha": (10, 20)}, total),
         "adana": Entry("ADana", "adana", {"lr": times(0.35), "kappa": (0.85, 0.9)}, {"weight_decay": 0.1}),
         "kema": Entry("KEMA, K = 3", "kema", {"lr": times(0.35), "longest": ("0.15T", "0.3T")}, three),
