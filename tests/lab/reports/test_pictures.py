@@ -100,7 +100,7 @@ def test_a_band_is_drawn_in_the_color_of_its_line():
     for scheme in SCHEMES:
         assert band["fillcolor"][scheme][:7] == line["line"]["color"][scheme]
         drawn = svg("", [CURVES], scheme).decode()
-        (style,) = re.findall(r'id="FillBetweenPolyCollection.*?style="(.*?)"', drawn, re.DOTALL)
+        (style,) = re.findall(r'id="(?:FillBetween)?PolyCollection.*?style="(.*?)"', drawn, re.DOTALL)
         assert f"fill: {line['line']['color'][scheme]}".lower() in style
         assert float(re.findall(r"fill-opacity: ([\d.]+)", style)[0]) < 0.3
 
