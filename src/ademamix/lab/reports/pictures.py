@@ -164,6 +164,11 @@ class Chart:
             y += [y + side * bar for y, bar in zip(line.y, line.bars or [], strict=False) for side in (-1, 1)]
         return _axis(x, self.log_x, self.x_range, 0.02), _axis(y, self.log_y, self.y_range, 0.06)
 
+    def edges(self, line: Line) -> list[tuple[float, float, float]]:
+        """Of a line's band: x, lower and upper edge, as far as they can be drawn."""
+        least = self.axes()[1].low if self.log_y else -math.inf
+        return [(x, max(low, least), max(high, least)) for x, low, high in line.edges()]
+
     @property
     def labeled(self) -> bool:
         """Whether the lines are labeled at their ends, or in a legend: labels would hide a field, for one."""
@@ -206,8 +211,7 @@ class Chart:
         }
 
     def _band(self, line: Line, style: Style) -> dict[str, Any]:
-        least = self.axes()[1].low  # what is below cannot be drawn on an axis of logarithms
-        edges = [(x, max(low, least), max(high, least)) for x, low, high in line.edges()]
+        edges = self.edges(line)
         return {
             "type": "scatter",
             "x": [x for x, _, _ in edges] + [x for x, _, _ in reversed(edges)],

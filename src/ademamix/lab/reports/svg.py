@@ -112,10 +112,8 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
         axis.axhline(y, color=SOFT[which], lw=0.8, zorder=1.5)
     for line in chart.lines:
         color, dash = styles[line.name].colors[which], styles[line.name].dash
-        if edges := line.edges():
+        if edges := chart.edges(line):
             x, low, high = zip(*edges, strict=True)
-            if chart.log_y:
-                low = tuple(max(v, y_axis.low) for v in low)
             axis.fill_between(x, low, high, color=color, alpha=0.2 + 0.05 * which, lw=0)
         marker = "o" if "markers" in line.mode else ""
         look = {"color": color, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker, "ms": 5}
