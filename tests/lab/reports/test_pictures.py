@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import memory_picture
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ademamix import suggest
 from ademamix.lab.reports.pictures import (
     ADAMW,
     ADEMAMIX,
@@ -100,7 +102,7 @@ def test_a_band_is_drawn_in_the_color_of_its_line():
     for scheme in SCHEMES:
         assert band["fillcolor"][scheme][:7] == line["line"]["color"][scheme]
         drawn = svg("", [CURVES], scheme).decode()
-        (style,) = re.findall(r'id="FillBetweenPolyCollection.*?style="(.*?)"', drawn, re.DOTALL)
+        (style,) = re.findall(r'id="(?:FillBetween)?PolyCollection.*?style="(.*?)"', drawn, re.DOTALL)
         assert f"fill: {line['line']['color'][scheme]}".lower() in style
         assert float(re.findall(r"fill-opacity: ([\d.]+)", style)[0]) < 0.3
 
@@ -364,6 +366,19 @@ def test_the_page_names_lines_at_their_ends_or_where_it_is_narrow_in_a_legend(wi
         for a, b in itertools.combinations(boxes, 2):
             beside = a["right"] <= b["left"] or b["right"] <= a["left"]
             assert beside or a["bottom"] <= b["top"] + 1 or b["bottom"] <= a["top"] + 1  # a pixel, as Plotly rounds
+
+
+def test_the_picture_of_memories_shows_what_its_title_says():
+    lines = {line.name: line for line in memory_picture.picture(100).lines}
+    adamw = lines["AdamW"]
+    # eps = 1e-8 beside a second moment of 1 takes that part; 0.9^100 is left out of the sum of weights.
+    assert adamw.y == pytest.approx([0.1 * 0.9 ** (age - 1) / (1 - 0.9**100) for age in adamw.x], rel=1e-7)
+    settings = suggest(memory_picture.STEPS)
+    slow, alpha = settings["betas"][2], settings["alpha"]
+    assert f"alpha = {alpha:g} and beta3 = {slow:g}" in memory_picture.CAPTION
+    # The newest gradient weighs 0.1 with both. Below a hundredth of that:
+    assert 10 < math.log(0.01) / math.log(0.9) < 100
+    assert math.log(0.001 / (alpha * (1 - slow))) / math.log(slow) > 2000
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

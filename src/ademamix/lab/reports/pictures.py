@@ -25,6 +25,7 @@ OTHERS = (
 )
 DASHES = ("dot", "dashdot", "longdash", "solid", "dash")  # as many as have no divisor with OTHERS: 30 pairs
 MAP = "Cividis"  # of heat maps: even and readable for all eyes
+OUTLINE = "#D55E00"  # of the best cell: seen on both ends of the map
 
 MOST, LONGEST = 7, 26  # labeled lines, and letters of a label: beyond them a legend is easier to read
 ROOM = 250.0  # pixels of an axis, on a phone
@@ -116,7 +117,7 @@ class Axis:
         """Plotly's."""
         values, texts = zip(*(ticks or self.ticks()), strict=True)
         return {
-            "title": {"text": label},
+            "title": {"text": label, "standoff": 8},
             "type": "log" if self.log else "linear",
             "range": [self.place(self.low), self.place(self.high)],
             "tickvals": values,
@@ -164,6 +165,11 @@ class Chart:
             y += [y + side * bar for y, bar in zip(line.y, line.bars or [], strict=False) for side in (-1, 1)]
         return _axis(x, self.log_x, self.x_range, 0.02), _axis(y, self.log_y, self.y_range, 0.06)
 
+    def edges(self, line: Line) -> list[tuple[float, float, float]]:
+        """Of a line's band: x, lower and upper edge, as far as they can be drawn."""
+        least = self.axes()[1].low if self.log_y else -math.inf
+        return [(x, max(low, least), max(high, least)) for x, low, high in line.edges()]
+
     @property
     def labeled(self) -> bool:
         """Whether the lines are labeled at their ends, or in a legend: labels would hide a field, for one."""
@@ -206,8 +212,7 @@ class Chart:
         }
 
     def _band(self, line: Line, style: Style) -> dict[str, Any]:
-        least = self.axes()[1].low  # what is below cannot be drawn on an axis of logarithms
-        edges = [(x, max(low, least), max(high, least)) for x, low, high in line.edges()]
+        edges = self.edges(line)
         return {
             "type": "scatter",
             "x": [x for x, _, _ in edges] + [x for x, _, _ in reversed(edges)],
@@ -224,7 +229,7 @@ class Chart:
     def layout(self, styles: dict[str, Style] | None = None) -> dict[str, Any]:
         """Plotly's layout, but for the colors of all pictures."""
         (x_axis, y_axis), labels = self.axes(), self.labels(styles or styles_of([self]))
-        boxes = [(ROOM * x_axis.part(s.x), LETTER * len(s.text) + 8, ROOM * y_axis.part(s.y)) for s in labels]
+        boxes = [(ROOM * x_axis.part(s.x), LETTER * len(s.text) + 16, ROOM * y_axis.part(s.y)) for s in labels]
         return {
             "xaxis": x_axis.layout(self.x_label, self.x_ticks),
             "yaxis": y_axis.layout(self.y_label, self.y_ticks),
@@ -307,6 +312,7 @@ class HeatMap:
         shown = {
             "text": texts,
             "texttemplate": "%{text}",
+            "textfont": {"size": 12},
             "hovertext": [[f"{x}, {y}: {texts[j][i]}" for i, x in enumerate(self.x)] for j, y in enumerate(self.y)],
             "hovertemplate": "%{hovertext}<extra></extra>",
         }
@@ -319,9 +325,10 @@ class HeatMap:
         """Plotly's layout, but for the colors of all pictures."""
 
         def axis(label: str, names: list[str]) -> dict[str, Any]:
-            # Numbers, since names such as "1" would be taken for them, and the shapes need numbers.
+            # Numbers, since names such as "1" would be taken for them, and the shapes need numbers. Plotly keeps the
+            # title away from the ticks' texts only where one is right above it.
             places = {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
-            return {"title": {"text": label}, "showgrid": False, **places}
+            return {"title": {"text": label, "standoff": 36}, "showgrid": False, **places}
 
         texts, best = self.texts(), self.outlined()
         last = ("#fee838", "#fee838"), ("#000000", "#000000")  # color of the scale
@@ -334,11 +341,11 @@ class HeatMap:
         if best is not None:
             row, column = best
             sides = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
-            shapes.append({"type": "rect", **sides, "line": {"color": either(INK), "width": 3}})
+            shapes.append({"type": "rect", **sides, "line": {"color": OUTLINE, "width": 3}})
         return {
             "xaxis": axis(self.x_label, self.x),
             "yaxis": axis(self.y_label, self.y),
-            "margin": {"t": 70, "r": MARGIN},
+            "margin": {"t": 70, "r": MARGIN, "autoexpand": False},  # Plotly would misplace the titles of axes
             "shapes": shapes,
             "annotations": [
                 {"x": column, "y": row, "text": texts[row][column], "showarrow": False, "borderpad": 1}

@@ -11,6 +11,7 @@ from ademamix.lab.reports.pictures import (
     GRID,
     INK,
     MAP,
+    OUTLINE,
     PAPER,
     SCHEMES,
     SOFT,
@@ -86,6 +87,15 @@ def _text(text: str) -> str:
     return re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", " ".join(text.split()))
 
 
+def _pale(paper: str) -> Any:
+    """The map's colors, halfway to the paper's. Shades that let it through would show seams where they touch."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.colors import ListedColormap, to_rgba
+
+    return ListedColormap((matplotlib.colormaps[MAP.lower()](np.linspace(0, 1, 256)) + to_rgba(paper)) / 2)
+
+
 def _rows(picture: Picture) -> int:
     """Of a legend, three names in each."""
     return -(-len(picture.lines) // 3) if isinstance(picture, Chart) and not picture.labeled else 0
@@ -96,18 +106,14 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
     axis.set_xscale("log" if chart.log_x else "linear")
     axis.set_yscale("log" if chart.log_y else "linear")
     if chart.field is not None:
-        shades = axis.contourf(
-            chart.field.x, chart.field.y, chart.field.z, levels=24, cmap=MAP.lower(), alpha=0.55, antialiased=False
-        )
+        shades = axis.contourf(chart.field.x, chart.field.y, chart.field.z, levels=24, cmap=_pale(PAPER[which]))
         shades.set_rasterized(True)
     for y, _ in chart.reference:
         axis.axhline(y, color=SOFT[which], lw=0.8, zorder=1.5)
     for line in chart.lines:
         color, dash = styles[line.name].colors[which], styles[line.name].dash
-        if edges := line.edges():
+        if edges := chart.edges(line):
             x, low, high = zip(*edges, strict=True)
-            if chart.log_y:
-                low = tuple(max(v, y_axis.low) for v in low)
             axis.fill_between(x, low, high, color=color, alpha=0.2 + 0.05 * which, lw=0)
         marker = "o" if "markers" in line.mode else ""
         look = {"color": color, "ls": DASHES[dash] if "lines" in line.mode else "", "lw": 2, "marker": marker, "ms": 5}
@@ -165,7 +171,7 @@ def _heat_map(heat_map: HeatMap, axis: Any, which: int) -> None:
     for row, column in beyond:
         axis.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="///", lw=0))
     if (best := heat_map.outlined()) is not None:
-        axis.add_patch(Rectangle(best[::-1], 1, 1, fill=False, ec=INK[which], lw=2.5, zorder=3, clip_on=False))
+        axis.add_patch(Rectangle(best[::-1], 1, 1, fill=False, ec=OUTLINE, lw=2.5, zorder=3, clip_on=False))
     texts = heat_map.texts()
     for row, column, value in heat_map.cells():
         color = PAPER[which] if value is None else cells.to_rgba(value)
