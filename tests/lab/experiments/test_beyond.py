@@ -57,7 +57,7 @@ def found(losses: dict[str, dict[float, list[float]]], sizes: dict[str, float]) 
     seeds = tuple(range(len(losses["adamw"][1.0])))
     settings = dataclasses.replace(CPU, entries=entries, seeds=seeds, fractions=fractions, budgets=())
     results = {
-        (key, x, seed): Result("", 0, 0, 0.0, loss, 1.5, sizes.get(key, 12.0), 0, 0, "", "", curve(loss), [])
+        (key, x, seed): Result("", 0, 0, 0.0, loss, 1.5, sizes.get(key, 12.0), 0, 0.0, 0, "", "", curve(loss), [])
         for key, of_key in losses.items()
         for x, values in of_key.items()
         for seed, loss in enumerate(values)

@@ -32,7 +32,7 @@ def test_the_crossing_is_linear_in_the_logarithm_of_the_budget():
 
 def test_the_fraction_at_which_a_loss_was_first_reached():
     curve = [{"step": step, "valid_loss": loss} for step, loss in ((10, 3.0), (20, 2.0), (30, 2.2), (40, 1.0))]
-    run = Result("adamw", 40, 0, 0.0, 1.0, 0.0, 0.0, 0, 0, "", "", curve, [])
+    run = Result("adamw", 40, 0, 0.0, 1.0, 0.0, 0.0, 0, 0.0, 0, "", "", curve, [])
     assert reached_at(run, 2.5) == pytest.approx(15 / 40)
     assert reached_at(run, 1.6) == pytest.approx(35 / 40)
     assert reached_at(run, 3.5) == 10 / 40
@@ -45,7 +45,7 @@ def result(name: str, end: float, *, step_ms: float = 2.0, core_share: float | N
         {"step": step, "tokens": 10 * step, "valid_loss": 3 - (3 - end) * step / 100} for step in range(0, 101, 10)
     ]
     about = {"seen": 1000, "seconds": 1.0, "optimizer_ms": 0.5, "state_bytes_per_parameter": 8.0, "skipped_steps": 0}
-    about |= {"parameters": 10, "initial_weights": "", "device": "cpu, 1 threads", "held_out": []}
+    about |= {"clipped_share": 0.0, "parameters": 10, "initial_weights": "", "device": "cpu, 1 threads", "held_out": []}
     return Result(name, 100, valid_loss=end, curve=curve, step_ms=step_ms, core_share=core_share, **about)
 
 

@@ -39,7 +39,7 @@ def probes(monkeypatch):
         # The first steps are slow, as kernels are compiled in them.
         times = {n: 60.0 + STEP * n for n in range(recipe.eval_every, recipe.steps + 1, recipe.eval_every)}
         curve = [{"step": n, recipe.unit: n, "seconds": t, "valid_loss": 3.0} for n, t in times.items()]
-        result = Result(optimizer, recipe.steps, 0, 1.0, 3.0, 1e3 * OPTIMIZER, 1.0, 0, 1, "", "", curve, [])
+        result = Result(optimizer, recipe.steps, 0, 1.0, 3.0, 1e3 * OPTIMIZER, 1.0, 0, 0.0, 1, "", "", curve, [])
         out.mkdir(parents=True)
         to_json(out / RESULT, dataclasses.asdict(result))
         return 3.0

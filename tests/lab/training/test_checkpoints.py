@@ -142,7 +142,7 @@ def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
         load(tmp_path, model, AdEMAMix(model.parameters()))
 
 
-@pytest.mark.parametrize("field", ["step", "seconds", "skipped_steps"])
+@pytest.mark.parametrize("field", ["step", "seconds", "skipped_steps", "clipped_steps"])
 def test_a_changed_number_in_the_manifest_is_noticed(field, run, recipe):
     manifest = complete(run / "checkpoints")[-1] / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -162,6 +162,7 @@ def test_a_changed_number_in_the_manifest_is_noticed(field, run, recipe):
         {"recipe": []},
         {"optimizer": 3},
         {"skipped_steps": {}},
+        {"clipped_steps": 0.5},
     ],
 )
 def test_a_manifest_with_other_kinds_of_values_is_refused_though_its_sum_is_right(change, run, recipe):

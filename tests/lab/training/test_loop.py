@@ -29,8 +29,9 @@ def recipe(tokens) -> Recipe:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """What a run wrote, without the times."""
+    times = ("seconds", "optimizer_ms", "step_ms", "core_share")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "optimizer_ms")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
