@@ -110,7 +110,7 @@ def run(settings: Lm, trials: Trials) -> Report:
     final_table = table_of({**of_budgets, "AdEMAMix": losses["AdEMAMix"]}, ("run", "final validation loss", "by seed"))
     return Report(
         "Language models: AdamW against AdEMAMix",
-        [f"{gain}; {tokens}", *ends],
+        [tokens, gain, *ends],
         pictures,
         [final_table, *tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),

@@ -228,3 +228,16 @@ def against(pair: Paired, name: str, other: str, unit: str = "nats") -> str:
     if math.isinf(pair.half):
         return f"{ends} (one seed)"
     return f"{ends} ({100 * pair.level:g} % interval {pair.interval()}; lower in {pair.below} of {pair.count} seeds)"
+
+
+def grouped(pairs: Mapping[str, Paired], link: str = ": ") -> str:
+    """What helps, hurts, or is undecided, with the interval where it is: ``helps: A, B; undecided: C (...)``."""
+    said = []
+    for verdict in ("helps", "hurts", "undecided"):
+        names = [
+            text + (f" ({pair.interval()})" if verdict == "undecided" else "")
+            for text, pair in pairs.items()
+            if pair.verdict == verdict
+        ]
+        said += [f"{verdict}{link}{', '.join(names)}"] if names else []
+    return "; ".join(said)
