@@ -81,7 +81,7 @@ class Comparison:
         lines = [f"A training step takes {ratio:.2f} times as long with {b} as with {a}: {ms}, medians"]
         if self.core_shares and any((run.core_share or 0) < BUSY for run in (adamw, other)):
             had = " and ".join(self.core_shares)
-            lines.append(f"The machine was busy: the runs had a core for {had} of their time, which makes steps longer")
+            lines.append(f"The machine was busy: the runs had a core for {had} of their time, so the times are rough")
         return lines
 
 
