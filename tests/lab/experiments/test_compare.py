@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ademamix.lab.training.loop import Result, train
 
 COMMAND = [sys.executable, "-m", "ademamix", "compare"]
 NAMES = ("adamw", "ademamix")
+RULE = Path(__file__).parents[2] / "data/runs/own.py"
 
 
 def test_the_crossing_is_linear_in_the_logarithm_of_the_budget():
@@ -327,3 +329,11 @@ def test_a_full_disk_is_reported_once_with_how_to_go_on(recipe, tmp_path):
     assert process.returncode == 1, process.stderr
     assert "could not be written (File too large)" in process.stderr
     assert f"--resume {out}" in process.stderr
+
+
+@pytest.mark.slow
+def test_a_rule_of_ones_own_is_found_from_the_folder_in_which_the_command_is_given(cli, tiny):
+    """In a process that went there after its start, as this one."""
+    shutil.copy(RULE, "own.py")
+    assert cli("compare", *tiny, "--device", "cpu", "--optimizer", "own.py:lion", "--out", "out") == 0
+    assert {path.parent.name for path in Path("out").glob("*/result.json")} == {"adamw", "own-lion"}

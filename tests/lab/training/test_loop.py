@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from reliability import metrics
 
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
 from ademamix.lab.training import checkpoints
@@ -25,12 +26,6 @@ from ademamix.lab.training.tasks import Batch, task_of
 def recipe(tokens) -> Recipe:
     small = {"layers": 1, "width": 16, "context": 16, "batch": 4, "steps": 20, "warmup": 2}
     return dataclasses.replace(Recipe(), data=str(tokens), eval_every=5, eval_sequences=8, **small)
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    """What a run wrote, without the times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "optimizer_ms")} for line in lines]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

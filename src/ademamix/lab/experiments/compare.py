@@ -18,7 +18,9 @@ RESULTS = "results.json"
 # Nats. The standard deviation over seeds of AdamW's final loss minus AdEMAMix's, same seed: 0.023 for the 3 seeds of
 # docs/results/lm.md, 0.021, 0.022 and 0.019 for the 8 seeds at each batch size of docs/results/geometry.md.
 BETWEEN_SEEDS = 0.02
-BUSY = 0.9  # a run that had a core for less of its time had to wait for one; on an idle machine it is 0.97 and more
+BUSY = (
+    0.9  # a run that had a core for less of its time had to wait for one: a single thread has little else to wait for
+)
 
 
 @dataclass(frozen=True)
