@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from ademamix.lab.cli import main
 from ademamix.lab.config import Job, Recipe
 from ademamix.lab.experiments.arms import Arm, _look, carry_out
 from ademamix.lab.experiments.compare import Comparison, crossing, reached_at, report_of
+from ademamix.lab.experiments.workers import Workers
+from ademamix.lab.training.checkpoints import SaveError
 from ademamix.lab.training.loop import Result, train
 
 COMMAND = [sys.executable, "-m", "ademamix", "compare"]
@@ -193,6 +196,30 @@ def test_an_arm_that_diverges_is_named(lr, name, cli, inline, tiny, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"with {name} at lr" in line
     assert "a smaller learning rate may help" in line
+
+
+def test_a_killed_worker_gives_one_line_with_how_to_go_on(cli, inline, tiny, capsys, monkeypatch):
+    def gone(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("ademamix.lab.experiments.arms.train_here", gone)
+    assert cli("compare", *tiny, "--device", "cpu", "--out", "out") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was killed, perhaps because memory ran out; go on with: python -m ademamix compare --resume out" in line
+
+
+@pytest.mark.parametrize("failure", [SaveError("no space"), OSError(28, "No space left on device")])
+def test_a_run_that_a_stop_could_not_save_is_reported(failure, inline):
+    def fail():
+        raise failure
+
+    def stopped():
+        with Workers(["cpu"], 1) as workers:
+            workers.submit(fail)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(type(failure), match="space"):
+        stopped()
 
 
 def test_off_the_cpu_the_runs_come_one_after_the_other_in_this_process(monkeypatch, tmp_path):

@@ -231,3 +231,16 @@ def test_the_stopwatch_asks_the_stream_of_the_run_s_device(monkeypatch: pytest.M
     with Stopwatch(torch.device("cuda:1")):
         pass
     assert recorded == ["the stream of cuda:1"] * 2
+
+
+def test_time_spent_waiting_is_time_without_a_core():
+    watch = Stopwatch(torch.device("cpu"))
+    with watch:
+        time.sleep(0.1)
+    assert watch.core_share() < 0.5
+    watch.median_ms()
+    with watch:
+        began = time.thread_time()
+        while time.thread_time() < began + 0.05:
+            pass
+    assert 49.9 <= watch.core_share() * watch.median_ms() < 100
