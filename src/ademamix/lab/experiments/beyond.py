@@ -323,7 +323,7 @@ class Found:
         label = "steps, in T"
         return [
             common.curves("Validation loss, T steps", runs, count, unit),
-            Chart("Stopped early and extended: final loss", label, common.LOSS, losses),
+            Chart("Stopped early and extended: final loss", label, common.MEAN_LOSS, losses),
             Chart("The same, above AdamW's of that length", label, "nats, with 95 % interval", gaps),
         ]
 

@@ -224,8 +224,8 @@ class Found:
 
     def takeaway(self) -> str:
         grows = "grows" if self.slope.higher else "shrinks" if self.slope.lower else "does not decidedly change"
-        each = ", ".join(f"{self.needed[t]} at {t:,} steps" for t in self.settings.lengths)
-        return f"AdEMAMix's gain {grows} with the number of steps: AdamW needs {each} tokens for its loss"
+        each = ", ".join(f"{self.needed[t]} tokens at {t:,} steps" for t in self.settings.lengths)
+        return f"AdEMAMix's gain {grows} with the number of steps: for its loss AdamW needs {each}"
 
     def trend(self) -> str:
         """How the gain goes with the length."""
@@ -335,7 +335,7 @@ class Found:
                 Chart(
                     f"Loss by AdamW's budget, T = {t:,}",
                     "AdamW's budget (AdEMAMix = 1)",
-                    common.LOSS,
+                    common.MEAN_LOSS,
                     [common.ends("AdamW", curve)],
                     reference=common.level("AdEMAMix's loss", self.losses[t, "ademamix", 1.0]),
                 )

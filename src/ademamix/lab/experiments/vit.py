@@ -96,7 +96,7 @@ def run(settings: Vit, trials: Trials) -> Report:
         Chart(
             "Final validation loss by the number of images",
             "images in the data set",
-            common.LOSS,
+            common.MEAN_LOSS,
             [
                 common.ends(name, {n: mean_and_error(losses[name, n]) for n in settings.images})
                 for name in NAMES.values()
