@@ -276,7 +276,8 @@ class Train:
 class Compare:
     """Train with AdamW and with AdEMAMix (or another) on the same text from the same weights; show the difference.
 
-    Writes report.html (one file, opens without a network), its pictures (SVG), results.json and both runs to a folder.
+    On a CPU both train at the same time, with one thread each, elsewhere one after the other. Writes report.html (one
+    file, opens without a network), its pictures (SVG), results.json and both runs to a folder.
     """
 
     optimizer: Optimizer = "ademamix"

@@ -2,10 +2,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,13 @@ from ademamix.lab.cli import main
 from ademamix.lab.config import Job, Recipe
 from ademamix.lab.experiments.arms import Arm, _look, carry_out
 from ademamix.lab.experiments.compare import Comparison, crossing, reached_at, report_of
+from ademamix.lab.experiments.workers import Workers
+from ademamix.lab.training.checkpoints import SaveError
 from ademamix.lab.training.loop import Result, train
 
 COMMAND = [sys.executable, "-m", "ademamix", "compare"]
 NAMES = ("adamw", "ademamix")
+RULE = Path(__file__).parents[2] / "data/runs/own.py"
 
 
 def test_the_crossing_is_linear_in_the_logarithm_of_the_budget():
@@ -193,6 +198,30 @@ def test_an_arm_that_diverges_is_named(lr, name, cli, inline, tiny, capsys):
     assert "a smaller learning rate may help" in line
 
 
+def test_a_killed_worker_gives_one_line_with_how_to_go_on(cli, inline, tiny, capsys, monkeypatch):
+    def gone(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("ademamix.lab.experiments.arms.train_here", gone)
+    assert cli("compare", *tiny, "--device", "cpu", "--out", "out") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was killed, perhaps because memory ran out; go on with: python -m ademamix compare --resume out" in line
+
+
+@pytest.mark.parametrize("failure", [SaveError("no space"), OSError(28, "No space left on device")])
+def test_a_run_that_a_stop_could_not_save_is_reported(failure, inline):
+    def fail():
+        raise failure
+
+    def stopped():
+        with Workers(["cpu"], 1) as workers:
+            workers.submit(fail)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(type(failure), match="space"):
+        stopped()
+
+
 def test_off_the_cpu_the_runs_come_one_after_the_other_in_this_process(monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr("ademamix.lab.experiments.arms.side_by_side", lambda device: False)
@@ -327,3 +356,11 @@ def test_a_full_disk_is_reported_once_with_how_to_go_on(recipe, tmp_path):
     assert process.returncode == 1, process.stderr
     assert "could not be written (File too large)" in process.stderr
     assert f"--resume {out}" in process.stderr
+
+
+@pytest.mark.slow
+def test_a_rule_of_ones_own_is_found_from_the_folder_in_which_the_command_is_given(cli, tiny):
+    """In a process that went there after its start, as this one."""
+    shutil.copy(RULE, "own.py")
+    assert cli("compare", *tiny, "--device", "cpu", "--optimizer", "own.py:lion", "--out", "out") == 0
+    assert {path.parent.name for path in Path("out").glob("*/result.json")} == {"adamw", "own-lion"}

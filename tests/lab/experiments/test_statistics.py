@@ -114,6 +114,8 @@ def test_budgets_for_people() -> None:
     both = Budgets((1.5 * math.exp(0.1), 1.5 * math.exp(-0.1)), 3.0)
     assert str(both) == f"+50 % ({low:+.0f} to {high:+.0f})"
     assert str(Budgets((1.5,), 2.0)) == "+50 %"
+    assert str(Budgets((1.0, 1.0), 2.0)) == "no more"
+    assert str(Budgets((1.0, 1.0, 1.5), 2.0)).endswith("), no more in 2 of 3 seeds")
     assert str(Budgets((1.5, math.inf, math.inf), 2.0)) == "+50 % at least; more than +100 % in 2 of 3 seeds"
     assert str(Budgets((math.inf, math.inf), 3.0)) == "more than +200 % in 2 of 2 seeds"
     # Seeds that need more than the largest budget count as such, by their signs.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from reliability import metrics
 
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
 from ademamix.lab.training import checkpoints
@@ -25,13 +26,6 @@ from ademamix.lab.training.tasks import Batch, task_of
 def recipe(tokens) -> Recipe:
     small = {"layers": 1, "width": 16, "context": 16, "batch": 4, "steps": 20, "warmup": 2}
     return dataclasses.replace(Recipe(), data=str(tokens), eval_every=5, eval_sequences=8, **small)
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    """What a run wrote, without the times."""
-    times = ("seconds", "optimizer_ms", "step_ms", "core_share")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -237,3 +231,16 @@ def test_the_stopwatch_asks_the_stream_of_the_run_s_device(monkeypatch: pytest.M
     with Stopwatch(torch.device("cuda:1")):
         pass
     assert recorded == ["the stream of cuda:1"] * 2
+
+
+def test_time_spent_waiting_is_time_without_a_core():
+    watch = Stopwatch(torch.device("cpu"))
+    with watch:
+        time.sleep(0.1)
+    assert watch.core_share() < 0.5
+    watch.median_ms()
+    with watch:
+        began = time.thread_time()
+        while time.thread_time() < began + 0.05:
+            pass
+    assert 49.9 <= watch.core_share() * watch.median_ms() < 100

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,10 @@ def carry_out(arms: Sequence[Arm], job: Job) -> list[Result]:
 
 def _together(arms: Sequence[Arm], job: Job) -> dict[Arm, Result]:
     results: dict[Arm, Result] = {}
-    with Workers(["cpu"] * len(arms), threads=1) as workers, ExitStack() as shown:
+    first, *others = arms
+    with Workers(["cpu"] * len(arms), threads=1) as workers, Show(first.label, first.recipe, 0) as top:
+        shows = {first: top} | {arm: Show(arm.label, arm.recipe, 0, below=top) for arm in others}
         running = {workers.submit(train_here, arm.optimizer, arm.recipe, job, arm.out): arm for arm in arms}
-        shows: dict[Arm, Show] = {}
-        for arm in arms:
-            first = next(iter(shows.values()), None)
-            shows[arm] = shown.enter_context(Show(arm.label, arm.recipe, 0, below=first))
         while running:
             done, under_way = wait(running, LOOK_EVERY, FIRST_COMPLETED)
             for run in done:

@@ -179,7 +179,7 @@ def run(settings: Batch, trials: Trials) -> Report:
     all_found = Found(settings, chosen, results)
     return Report(
         "Batch size: which memory of past gradients, at equal tokens and at equal steps",
-        [*all_found.best(), *all_found.raw(), *all_found.rules(), *ends],
+        [all_found.lowest(), *all_found.best(), *all_found.raw(), *all_found.rules(), *ends],
         all_found.charts(),
         [*all_found.tables(), *all_found.pairs_tables(), all_found.by_seed(), *tables],
         common.settings_of(settings),
@@ -210,12 +210,19 @@ class Found:
         tokens = batch * self.settings.recipe.units_per_step
         return f"{tokens:,} {self.settings.recipe.unit} per step, {self.settings.steps(line, batch):,} steps"
 
+    def order(self, line: Line, batch: int) -> list[str]:
+        """The entries, the lowest mean loss first."""
+        return sorted(self.settings.keys(batch), key=lambda k: mean_and_error(self.of(line, batch, k))[0])
+
+    def lowest(self) -> str:
+        cells = [f"{TITLES[self.order(*cell)[0]]} at {self.at(*cell)}" for cell in self.settings.cells()]
+        return f"The lowest loss: {'; '.join(cells)}"
+
     def best(self) -> list[str]:
         """Which is best, where."""
         said = []
         for line, batch in self.settings.cells():
-            keys = self.settings.keys(batch)
-            first, second = sorted(keys, key=lambda k: mean_and_error(self.of(line, batch, k))[0])[:2]
+            first, second = self.order(line, batch)[:2]
             than = [k for k in dict.fromkeys((second, "ademamix", "adamw")) if k != first]
             gaps = "; ".join(against(self.pair(line, batch, first, k), "it", TITLES[k]) for k in than)
             said.append(f"At {self.at(line, batch)} {TITLES[first]} is lowest: {gaps}")

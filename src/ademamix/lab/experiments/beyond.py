@@ -229,8 +229,8 @@ class Found:
             return "After T steps none is lowest: each diverged in some seed"
         others = [k for k in ("ademamix", "adamw") if k != key]
         than = "; ".join(self.against(key, k) for k in others)
-        tokens = "" if key == "adamw" else f"; AdamW needs {self.tokens(key)} tokens for its loss"
-        return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest: {than}{tokens}"
+        tokens = "" if key == "adamw" else f", and AdamW needs {self.tokens(key)} tokens for its loss"
+        return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest{tokens}: {than}"
 
     def lean(self) -> str:
         """Whether a rule with no more memory than AdEMAMix's is better."""
@@ -323,7 +323,7 @@ class Found:
         label = "steps, in T"
         return [
             common.curves("Validation loss, T steps", runs, count, unit),
-            Chart("Stopped early and extended: final loss", label, common.LOSS, losses),
+            Chart("Stopped early and extended: final loss", label, common.MEAN_LOSS, losses),
             Chart("The same, above AdamW's of that length", label, "nats, with 95 % interval", gaps),
         ]
 

@@ -13,7 +13,7 @@ from ademamix.lab.config import BadInputError, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import Paired, by_seed, mean_and_error, paired, shown
+from ademamix.lab.experiments.statistics import Paired, by_seed, grouped, mean_and_error, paired, shown
 from ademamix.lab.experiments.trials import Grid, Trials, Value
 from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, Rows
@@ -77,9 +77,14 @@ def run(settings: Clip, trials: Trials) -> Report:
         f"{title} " + ", ".join(f"{100 * shares[o, norm]:.0f} % at {told(norm)}" for norm in settings.norms)
         for o, title in NAMES.items()
     )
+    named = {f"{NAMES[o]} with {told(norm)}": pair for (o, norm), pair in above.items()}
     return Report(
         "Clipping the gradient's norm",
-        [*said, f"Share of steps clipped: {clipped}"],
+        [
+            f"In place of a norm of {told(first)}: {grouped(named)}",
+            *said,
+            f"Share of steps clipped: {clipped}",
+        ],
         [
             _chart(
                 f"Loss above that with a norm of {told(first)}",

@@ -26,7 +26,7 @@ Preset = Literal["cpu", "overnight", "gpu", "paper"]
 TUNING_SEED = 200  # no result comes from the seed that settings were chosen by
 SEEDS_OF_PAPER = (201, 202, 203)  # a run of its sizes takes days
 NAMES = {"adamw": "AdamW", "ademamix": "AdEMAMix"}
-LOSS = "validation loss, nats"
+LOSS, MEAN_LOSS = "validation loss, nats", "validation loss, nats; bars: standard error"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ RESULTS = "results.json"
 # Nats. The standard deviation over seeds of AdamW's final loss minus AdEMAMix's, same seed: 0.023 for the 3 seeds of
 # docs/results/lm.md, 0.021, 0.022 and 0.019 for the 8 seeds at each batch size of docs/results/geometry.md.
 BETWEEN_SEEDS = 0.02
-BUSY = 0.9  # a run that had a core for less of its time had to wait for one; on an idle machine it is 0.97 and more
+BUSY = (
+    0.9  # a run that had a core for less of its time had to wait for one: a single thread has little else to wait for
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Comparison:
         lines = [f"A training step takes {ratio:.2f} times as long with {b} as with {a}: {ms}, medians"]
         if self.core_shares and any((run.core_share or 0) < BUSY for run in (adamw, other)):
             had = " and ".join(self.core_shares)
-            lines.append(f"The machine was busy: the runs had a core for {had} of their time, which makes steps longer")
+            lines.append(f"The machine was busy: the runs had a core for {had} of their time, so the times are rough")
         return lines
 
 

@@ -33,7 +33,16 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Candidate, Settings, at_the_ends, changed
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import Paired, against, budgets_for, by_seed, mean_and_error, paired, shown
+from ademamix.lab.experiments.statistics import (
+    Paired,
+    against,
+    budgets_for,
+    by_seed,
+    grouped,
+    mean_and_error,
+    paired,
+    shown,
+)
 from ademamix.lab.experiments.trials import Grid, Point, Trials
 from ademamix.lab.reports.pictures import Chart, Line, Picture
 from ademamix.lab.reports.report import Report, Rows
@@ -281,7 +290,7 @@ class Found:
         decided = f"memory {pair.verdict}" if pair.lower or pair.higher else "whether memory helps is undecided"
         best_of = against(pair, f"{MEMORIES[best]}, the best of {len(OTHERS)},", "Muon")
         each = {MEMORIES[m]: self.pair(size, f"muon-{m}", "muon-ema") for m in OTHERS}
-        return f"At {self.at(size)} {decided} in Muon's geometry: {best_of}. One by one: {_grouped(each)}"
+        return f"At {self.at(size)} {decided} in Muon's geometry: {best_of}. One by one: {grouped(each)}"
 
     def raw_gradient(self) -> list[str]:
         """Whether the gradient itself is better than a fast average of it: a sentence for each geometry."""
@@ -299,7 +308,7 @@ class Found:
         """Which memories are better in Muon's geometry than in Adam's: a sentence for each batch size."""
         return [
             f"At {self.at(size)} Muon's geometry in place of Adam's, by memory: "
-            + _grouped({text: self.pair(size, f"muon-{m}", f"adam-{m}") for m, text in MEMORIES.items()})
+            + grouped({text: self.pair(size, f"muon-{m}", f"adam-{m}") for m, text in MEMORIES.items()})
             for size in self.sizes
         ]
 
@@ -382,16 +391,3 @@ def matrix_bytes(optimizer: Optimizer, recipe: Recipe) -> float:
     made = kind([p], **given)
     slots = state_of(None, p, slot_formats(p, made.formats(made.param_groups[0]))).values()
     return float(sum(slot.nbytes for slot in slots if slot.is_meta) / p.numel())
-
-
-def _grouped(pairs: Mapping[str, Paired]) -> str:
-    """What helps, hurts, or is undecided, with the interval where it is."""
-    said = []
-    for verdict in ("helps", "hurts", "undecided"):
-        names = [
-            text + (f" ({pair.interval()})" if verdict == "undecided" else "")
-            for text, pair in pairs.items()
-            if pair.verdict == verdict
-        ]
-        said += [f"{verdict}: {', '.join(names)}"] if names else []
-    return "; ".join(said)

@@ -148,7 +148,7 @@ def run(settings: Length, trials: Trials) -> Report:
     found_all = Found(settings, recipes, results, of_ages)
     return Report(
         "Length: what AdEMAMix gains, by the number of steps",
-        [sentence(found_all.trend()), *found_all.gains(), found_all.oldest(), *ends],
+        [found_all.takeaway(), sentence(found_all.trend()), *found_all.gains(), found_all.oldest(), *ends],
         found_all.charts(),
         [found_all.table(), found_all.ages_table(), found_all.by_seed(), *tables],
         common.settings_of(settings),
@@ -221,6 +221,11 @@ class Found:
     def _slope(self, values: Mapping[int, list[float]]) -> Paired:
         few = [of_length[: self.common_seeds] for of_length in values.values()]
         return Paired(tuple(slopes([math.log(t) for t in values], few)))
+
+    def takeaway(self) -> str:
+        grows = "grows" if self.slope.higher else "shrinks" if self.slope.lower else "does not decidedly change"
+        each = ", ".join(f"{self.needed[t]} tokens at {t:,} steps" for t in self.settings.lengths)
+        return f"AdEMAMix's gain {grows} with the number of steps: for its loss AdamW needs {each}"
 
     def trend(self) -> str:
         """How the gain goes with the length."""
@@ -330,7 +335,7 @@ class Found:
                 Chart(
                     f"Loss by AdamW's budget, T = {t:,}",
                     "AdamW's budget (AdEMAMix = 1)",
-                    common.LOSS,
+                    common.MEAN_LOSS,
                     [common.ends("AdamW", curve)],
                     reference=common.level("AdEMAMix's loss", self.losses[t, "ademamix", 1.0]),
                 )

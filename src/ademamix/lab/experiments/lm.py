@@ -101,7 +101,7 @@ def run(settings: Lm, trials: Trials) -> Report:
         Chart(
             "AdamW's tokens to AdEMAMix's loss",
             "AdamW's budget (AdEMAMix = 1)",
-            common.LOSS,
+            common.MEAN_LOSS,
             [common.ends("AdamW", {b: mean_and_error(values) for b, values in budgets.items()})],
             reference=common.level("AdEMAMix's loss", losses["AdEMAMix"]),
         )
@@ -110,7 +110,7 @@ def run(settings: Lm, trials: Trials) -> Report:
     final_table = table_of({**of_budgets, "AdEMAMix": losses["AdEMAMix"]}, ("run", "final validation loss", "by seed"))
     return Report(
         "Language models: AdamW against AdEMAMix",
-        [f"{gain}; {tokens}", *ends],
+        [tokens, gain, *ends],
         pictures,
         [final_table, *tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),

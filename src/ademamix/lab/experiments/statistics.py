@@ -141,7 +141,7 @@ def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float:
 class Budgets:
     """The budgets that an optimizer needs for the losses of another, seed by seed, in budgets of that other."""
 
-    factors: tuple[float, ...]  # infinite where the largest budget does not reach the loss
+    factors: tuple[float, ...]  # infinite where the largest budget does not reach the loss, 1 where 1 is enough
     largest: float
     level: float = LEVEL
 
@@ -154,9 +154,12 @@ class Budgets:
         if beyond := sum(map(math.isinf, self.factors)):
             few = f"{100 * (min(self.factors) - 1):+.0f} % at least; " if beyond < len(self.factors) else ""
             return f"{few}more than {100 * (self.largest - 1):+.0f} % in {beyond} of {len(self.factors)} seeds"
+        if (enough := self.factors.count(1.0)) == len(self.factors):
+            return "no more"
         pair = -self.above(1.0)
         low, mean, high = (100 * math.expm1(x) for x in (pair.mean - pair.half, pair.mean, pair.mean + pair.half))
-        return f"{mean:+.0f} %" + ("" if math.isinf(pair.half) else f" ({low:+.0f} to {high:+.0f})")
+        none = f", no more in {enough} of {len(self.factors)} seeds" if enough else ""
+        return f"{mean:+.0f} %" + ("" if math.isinf(pair.half) else f" ({low:+.0f} to {high:+.0f})") + none
 
 
 def budgets_for(losses: Mapping[float, Sequence[float]], goal: Sequence[float], level: float = LEVEL) -> Budgets:
@@ -228,3 +231,16 @@ def against(pair: Paired, name: str, other: str, unit: str = "nats") -> str:
     if math.isinf(pair.half):
         return f"{ends} (one seed)"
     return f"{ends} ({100 * pair.level:g} % interval {pair.interval()}; lower in {pair.below} of {pair.count} seeds)"
+
+
+def grouped(pairs: Mapping[str, Paired], link: str = ": ") -> str:
+    """What helps, hurts, or is undecided, with the interval where it is: ``helps: A, B; undecided: C (...)``."""
+    said = []
+    for verdict in ("helps", "hurts", "undecided"):
+        names = [
+            text + (f" ({pair.interval()})" if verdict == "undecided" else "")
+            for text, pair in pairs.items()
+            if pair.verdict == verdict
+        ]
+        said += [f"{verdict}{link}{', '.join(names)}"] if names else []
+    return "; ".join(said)

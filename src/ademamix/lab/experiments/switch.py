@@ -11,7 +11,7 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Settings, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import paired, table_of
+from ademamix.lab.experiments.statistics import grouped, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart
 from ademamix.lab.reports.report import Report
@@ -61,10 +61,15 @@ def run(settings: Switch, trials: Trials) -> Report:
     ours = f"above AdamW's loss by {said} of the run; {to_adamw[0.0].told()} with AdEMAMix from the start"
     earlier = ", ".join(f"{pair.told()} after {100 * x:.0f} %" for x, pair in to_next.items())
     ordered = f"above the loss of the next later switch by {earlier} of the run"
+    parts = {f"after {100 * x:.0f} %": pair for x, pair in to_adamw.items() if x}
     runs = {names[x]: common.of(results, x) for x in points}
     return Report(
         "From AdamW to AdEMAMix in the middle of a run",
-        [f"After a switch from AdamW to AdEMAMix the final loss is {ours}", f"Each is {ordered}"],
+        [
+            f"A switch from AdamW to AdEMAMix {grouped(parts, link=' ')} of the run",
+            f"After a switch the final loss is {ours}",
+            f"Each is {ordered}",
+        ],
         [
             common.curves("Validation loss", runs, len(settings.seeds), recipe.unit),
             Chart(

@@ -56,7 +56,9 @@ class Valley(Settings):
         betas = (self.small, 0.999, self.large)
         return {
             "AdamW": lambda p: AdamW([p], lr=self.lr, betas=(self.small, 0.999), weight_decay=0.0),
-            f"beta1 = {self.large:g}": lambda p: AdamW([p], lr=self.lr, betas=(self.large, 0.999), weight_decay=0.0),
+            f"Adam, beta1 = {self.large:g}": lambda p: AdamW(
+                [p], lr=self.lr, betas=(self.large, 0.999), weight_decay=0.0
+            ),
             "AdEMAMix": lambda p: AdEMAMix([p], lr=self.lr, betas=betas, alpha=self.alpha),
         }
 
@@ -83,12 +85,9 @@ def run(settings: Valley, trials: Trials) -> Report:
     farther = (
         paired([math.log10(b) for _, b in arrived], [math.log10(a) for a, _ in arrived]) if arrived else Paired(())
     )
-    names = {
-        "AdamW": f"Adam, beta1 = {settings.small:g}",
-        f"beta1 = {settings.large:g}": f"Adam, beta1 = {settings.large:g}",
-        "AdEMAMix": "AdEMAMix",
-    }
+    names = {name: name for name in paths} | {"AdamW": f"Adam, beta1 = {settings.small:g}"}
     steps_of = ", ".join(f"{names[name]} {_steps(of_name)}" for name, of_name in arrivals.items())
+    both_steps = " and ".join(_steps(of_name) for name, of_name in arrivals.items() if name != "AdEMAMix")
     to_small, to_large = paired(mixed, small), paired(mixed, large)
     ours = (
         f"steps until the distance to the minimum is below {NEAR:g} (median of {len(settings.seeds)} starts): "
@@ -104,7 +103,12 @@ def run(settings: Valley, trials: Trials) -> Report:
     steps = list(range(0, settings.steps + 1, max(1, settings.steps // 300)))
     return Report(
         "Rosenbrock's valley",
-        [sentence(ours), sentence(overshot)],
+        [
+            f"AdEMAMix is at the minimum after {_steps(arrivals['AdEMAMix'])} steps, Adam after {both_steps}; then it "
+            f"leaves it by {_farthest(after['AdEMAMix'])}, Adam with the large beta1 by {_farthest(both[0])}",
+            sentence(ours),
+            sentence(overshot),
+        ],
         [
             Chart(
                 "From (-3, 5) towards the minimum at (1, 1)",

@@ -9,7 +9,7 @@ import tyro
 from ademamix.lab.config import AdamWSettings, AdEMAMixSettings, BadInputError, ImageRecipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import NAMES, Settings, Tuning, decide
-from ademamix.lab.experiments.statistics import mean_and_error, paired, table_of
+from ademamix.lab.experiments.statistics import grouped, mean_and_error, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report, sentence
@@ -96,7 +96,7 @@ def run(settings: Vit, trials: Trials) -> Report:
         Chart(
             "Final validation loss by the number of images",
             "images in the data set",
-            common.LOSS,
+            common.MEAN_LOSS,
             [
                 common.ends(name, {n: mean_and_error(losses[name, n]) for n in settings.images})
                 for name in NAMES.values()
@@ -115,7 +115,12 @@ def run(settings: Vit, trials: Trials) -> Report:
     ]
     return Report(
         "Vision transformers: AdamW against AdEMAMix",
-        [ours, sentence(shrunk), *ends],
+        [
+            f"AdEMAMix {grouped({f'with {n:,} images': pair for n, pair in above.items()}, link=' ')}",
+            ours,
+            sentence(shrunk),
+            *ends,
+        ],
         pictures,
         [table_of(named, ("run", "final validation loss", "by seed")), *tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),

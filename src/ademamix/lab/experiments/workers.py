@@ -58,10 +58,12 @@ class Workers:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
         try:
-            while error is not None and wait(self.runs, timeout=0).not_done:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()  # saves the run that is under way
+            while error is not None and (workers := multiprocessing.active_children()):
+                for worker in workers:
+                    worker.terminate()  # saves the run that is under way, or ends a worker that has none
                 wait(self.runs, timeout=ASK_AGAIN)
+                for worker in workers:
+                    worker.join(0.1)
             self.pool.shutdown(cancel_futures=True)
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
