@@ -364,7 +364,9 @@ def test_the_vertex_of_a_parabola():
 
 def test_the_heat_map_has_every_loss_in_its_place():
     results = {
-        (a, b): Result("ademamix", 0, 0, 0.0, 10 * a + b, 0, 0, 0, 0.0, 0, "", "", [], []) for a in (1, 2) for b in (3, 4)
+        (a, b): Result("ademamix", 0, 0, 0.0, 10 * a + b, 0, 0, 0, 0.0, 0, "", "", [], [])
+        for a in (1, 2)
+        for b in (3, 4)
     }
     results[2, 4] = None
     shown = sweep._map("", "beta3", "alpha", (3, 4), (1, 2), results)

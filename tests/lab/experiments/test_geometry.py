@@ -159,7 +159,9 @@ def test_memory_helps_hurts_or_is_undecided_by_the_best_of_four_within_seeds() -
     hurt = found({**muon, "muon-beta1-zero": near(2.2), "muon-adana": near(2.3)}).memory()[0]
     assert "memory hurts in Muon's geometry: AdEMAMix, the best of 4, ends 0.1000 nats above Muon (" in hurt
     unsure = found({**muon, "muon-adana": near(1.99, 0.1)}).memory()[0]
-    assert "whether memory helps is undecided in Muon's geometry: ADana, the best of 4, ends 0.0100 nats below" in unsure
+    assert (
+        "whether memory helps is undecided in Muon's geometry: ADana, the best of 4, ends 0.0100 nats below" in unsure
+    )
 
 
 def test_the_raw_gradient_is_compared_with_the_fast_average() -> None:

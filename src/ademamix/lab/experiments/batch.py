@@ -103,8 +103,12 @@ class Batch(Settings):
         return (line, batch) if (line, batch) in self.cells() else ("tokens", batch)
 
     def keys(self, batch: int) -> list[str]:
-        """What is compared at a batch size: at the smallest, both rules for beta3 are the same."""
+        """What is tuned at a batch size: at the smallest, both rules for beta3 are the same."""
         return [key for key in TITLES if key != "other" or batch > 1]
+
+    def compared(self, line: Line, batch: int) -> list[str]:
+        """What is compared there. The cell that both lines have in common has the other rule of one of them."""
+        return [key for key in self.keys(batch) if key != "other" or self.cell(line, batch)[0] == line]
 
     def beta3(self, line: Line, batch: int, other: bool = False) -> float:
         """1 - 8 / T at the smallest batch; at others by a rule. Never below AdamW's beta1."""
@@ -245,7 +249,8 @@ class Found:
             f"At {text} a slow average of {OTHER_RULE[line]} as at the smallest batch, in place of suggest(T)'s: "
             + "; ".join(
                 f"{self.pair(line, b, 'other', 'ademamix')} at a batch of {b * self.settings.recipe.batch}"
-                for b in self.settings.batches[1:]
+                for b in self.settings.batches
+                if "other" in self.settings.compared(line, b)
             )
             for line, text in LINES.items()
         ]
@@ -268,13 +273,13 @@ class Found:
         return tables
 
     def _cell(self, line: Line, batch: int, key: str) -> str:
-        if key not in self.settings.keys(batch):
+        if key not in self.settings.compared(line, batch):
             return ""
         tuned = ", ".join(f"{name} {value:g}" for name, value in self.chosen[batch, key].items())
         return f"{shown(self.of(line, batch, key))} ({tuned})"
 
     def _gap(self, line: Line, batch: int, key: str) -> str:
-        return str(self.pair(line, batch, key, "adamw")) if key in self.settings.keys(batch) else ""
+        return str(self.pair(line, batch, key, "adamw")) if key in self.settings.compared(line, batch) else ""
 
     def pairs_tables(self) -> list[Rows]:
         """The values of beta3."""
@@ -315,7 +320,7 @@ class Found:
                         {
                             float(b * size): self.pair(line, b, key, "adamw")
                             for b in batches
-                            if key in self.settings.keys(b)
+                            if key in self.settings.compared(line, b)
                         },
                     )
                     for key, title in TITLES.items()

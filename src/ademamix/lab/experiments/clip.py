@@ -15,7 +15,7 @@ from ademamix.lab.experiments.common import NAMES, Settings
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.experiments.statistics import Paired, by_seed, grouped, mean_and_error, paired, shown
 from ademamix.lab.experiments.trials import Grid, Trials, Value
-from ademamix.lab.reports.pictures import Chart, Line
+from ademamix.lab.reports.pictures import Chart
 from ademamix.lab.reports.report import Report, Rows
 from ademamix.lab.training.loop import Result
 
@@ -64,6 +64,7 @@ def run(settings: Clip, trials: Trials) -> Report:
         )
     )
     first, *others = settings.norms
+    places = _places(settings.norms)
     losses = {(str(o), float(clip)): values for (o, clip), values in common.sample(results).items()}
     shares = {(o, norm): _share(common.of(results, o, str(norm))) for o in NAMES for norm in settings.norms}
     above = {(o, norm): paired(losses[o, norm], losses[o, first]) for o in NAMES for norm in others}
@@ -74,7 +75,7 @@ def run(settings: Clip, trials: Trials) -> Report:
         for o, title in NAMES.items()
     ]
     clipped = "; ".join(
-        f"{title} " + ", ".join(f"{100 * shares[o, norm]:.0f} % at {told(norm)}" for norm in settings.norms)
+        f"{title} " + ", ".join(f"{_percent(shares[o, norm], '.0f')} at {told(norm)}" for norm in settings.norms)
         for o, title in NAMES.items()
     )
     named = {f"{NAMES[o]} with {told(norm)}": pair for (o, norm), pair in above.items()}
@@ -90,23 +91,18 @@ def run(settings: Clip, trials: Trials) -> Report:
                 f"Loss above that with a norm of {told(first)}",
                 "nats, with 95 % interval",
                 {title: {norm: above[o, norm] for norm in others} for o, title in NAMES.items()},
-                (first, *others),
+                places,
             ),
             Chart(
                 "Share of steps clipped",
                 "largest norm",
                 "%",
                 [
-                    Line(
-                        title,
-                        list(map(_at, settings.norms)),
-                        [100 * shares[o, norm] for norm in settings.norms],
-                        mode="markers",
-                    )
+                    common.ends(title, {places[n]: (100 * shares[o, n], math.inf) for n in settings.norms}, "markers")
                     for o, title in NAMES.items()
                 ],
                 log_x=True,
-                x_ticks=tuple((_at(norm), told(norm)) for norm in settings.norms),
+                x_ticks=tuple((at, told(norm)) for norm, at in places.items()),
             ),
         ],
         [_table(settings, losses, shares, above, gains)],
@@ -118,27 +114,33 @@ def told(norm: float) -> str:
     return "off" if math.isinf(norm) else f"{norm:g}"
 
 
-def _at(norm: float) -> float:
-    """Where a norm stands on an axis: no clipping beyond all others."""
-    return min(norm, 10.0)
+def _places(norms: Sequence[float]) -> dict[float, float]:
+    """Where norms stand on an axis of logarithms: no clipping beyond all others."""
+    beyond = 10 * max(norm for norm in norms if norm < math.inf)
+    return {norm: min(norm, beyond) for norm in norms}
 
 
 def _share(runs: Sequence[Result]) -> float:
-    return mean_and_error([run.clipped_share for run in runs])[0] if runs else math.nan
+    """The mean share of steps clipped, of the runs that did not diverge; infinite if all did."""
+    return mean_and_error([run.clipped_share for run in runs])[0] if runs else math.inf
 
 
-def _chart(title: str, label: str, pairs: Mapping[str, Mapping[float, Paired]], norms: Sequence[float]) -> Chart:
+def _percent(share: float, form: str) -> str:
+    return "diverged" if math.isinf(share) else f"{100 * share:{form}} %"
+
+
+def _chart(title: str, label: str, pairs: Mapping[str, Mapping[float, Paired]], places: Mapping[float, float]) -> Chart:
     return Chart(
         title,
         "largest norm",
         label,
         [
-            dataclasses.replace(common.effects(name, {_at(norm): p for norm, p in of_name.items()}), mode="markers")
+            dataclasses.replace(common.effects(name, {places[norm]: p for norm, p in of_name.items()}), mode="markers")
             for name, of_name in pairs.items()
         ],
         log_x=True,
-        x_ticks=tuple((_at(norm), told(norm)) for norm in norms),
-        reference=((0.0, told(norms[0])),),
+        x_ticks=tuple((at, told(norm)) for norm, at in places.items()),
+        reference=((0.0, told(next(iter(places)))),),
     )
 
 
@@ -158,7 +160,7 @@ def _table(
                 title,
                 told(norm),
                 shown(losses[o, norm]),
-                f"{100 * shares[o, norm]:.1f} %",
+                _percent(shares[o, norm], ".1f"),
                 str(above.get((o, norm), "")),
                 "" if o == "adamw" else str(gains[norm]),
                 by_seed(losses[o, norm]),

@@ -84,7 +84,7 @@ def run(settings: Forgetting, trials: Trials) -> Report:
         f"more by {(-less).told('+.3f')}"
     )
     if lost := len(settings.seeds) - len(found):
-        ours += f"; {lost} seeds are left out, for a run diverged"
+        ours += f"; {lost} of {len(settings.seeds)} seeds left out: a run diverged"
     lines = []
     for name in NAMES:
         at = [n for n in drops[name][0] if n > 0]

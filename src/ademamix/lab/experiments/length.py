@@ -229,12 +229,13 @@ class Found:
 
     def trend(self) -> str:
         """How the gain goes with the length."""
-        factors = self.slope
+        enough = all(math.isfinite(x) for budgets in self.needed.values() for x in budgets.factors)
+        power = self.slope.told("+.3f") if enough else "not known, for its largest is not enough in every seed"
         nats = self._slope({t: [-d for d in pair.differences] for t, pair in self.above.items()})
         span = f"from {self.settings.lengths[0]:,} to {self.settings.lengths[-1]:,} steps"
         return (
             f"{span} the budget that AdamW needs for AdEMAMix's loss goes with the number of steps to the power "
-            f"{factors.told('+.3f')}; the gain in nats changes by {nats.told()} for each factor of e, over the "
+            f"{power}; the gain in nats changes by {nats.told()} for each factor of e, over the "
             f"{self.common_seeds} seeds that every length has"
         )
 
@@ -254,13 +255,17 @@ class Found:
         """Up to which half-life a longer slow average helps."""
         if not self.older:
             return "How old a gradient still helps was not tried"
-        best = min(self.older, key=lambda b: self.older[b].mean)
-        beyond = [b for b in self.older if b > best]
-        worse = f"; with the longest, {half_life(max(beyond)):,.0f}, it is {self.older[max(beyond)]}" if beyond else ""
-        return (
-            f"At {self.settings.lengths[-1]:,} steps a half-life of {half_life(best):,.0f} steps (beta3 = {best:g}) is "
-            f"best: its loss is above that with {half_life(min(self.older)):,.0f} by {self.older[best].told()}{worse}"
-        )
+        means = {float(b): mean_and_error(values)[0] for (b,), values in common.sample(self.of_ages).items()}
+        best, shortest, longest = min(means, key=lambda b: means[b]), min(means), max(means)
+        at = f"At {self.settings.lengths[-1]:,} steps"
+        if math.isinf(means[best]):
+            return f"{at} AdEMAMix diverged in some seed with every beta3 that was tried"
+        gaps = [
+            f"the loss with {half_life(b):,.0f} is above that with {half_life(shortest):,.0f} by {self.older[b].told()}"
+            for b in dict.fromkeys((best, longest))
+            if b > shortest
+        ]
+        return "; ".join([f"{at} a half-life of {half_life(best):,.0f} steps (beta3 = {best:g}) is best", *gaps])
 
     def table(self) -> Rows:
         heads = ("AdamW", "AdEMAMix", "AdEMAMix above AdamW", "AdamW's tokens", "lr", "beta2", "beta3")

@@ -31,7 +31,7 @@ class Paired:
     @cached_property
     def mean(self) -> float:
         """Infinite, or not a number, if a run diverged."""
-        return math.fsum(self.differences) / len(self.differences)
+        return sum(self.differences) / len(self.differences)
 
     @cached_property
     def half(self) -> float:
@@ -176,7 +176,7 @@ def budgets_for(losses: Mapping[float, Sequence[float]], goal: Sequence[float], 
 
 
 def slopes(x: Sequence[float], samples: Sequence[Sequence[float]]) -> list[float]:
-    """The slope of a line of least squares through each seed's values.
+    """The slope of a line of least squares through each seed's values; not a number where one of them is infinite.
 
     Args:
         x: what the values depend on.
@@ -184,10 +184,8 @@ def slopes(x: Sequence[float], samples: Sequence[Sequence[float]]) -> list[float
     """
     import numpy as np
 
-    columns = np.array(samples)
-    if not np.isfinite(columns).all():
-        return [math.inf] * columns.shape[1]
-    return [float(slope) for slope in np.polyfit(x, columns, 1)[0]]
+    columns = np.array(samples).T
+    return [float(np.polyfit(x, of_seed, 1)[0]) if np.isfinite(of_seed).all() else math.nan for of_seed in columns]
 
 
 def plus_minus(mean: float, error: float, form: str = ".4f") -> str:

@@ -60,7 +60,7 @@ def run(settings: Switch, trials: Trials) -> Report:
     said = ", ".join(f"{pair.told()} after {100 * x:.0f} %" for x, pair in to_adamw.items() if x)
     ours = f"above AdamW's loss by {said} of the run; {to_adamw[0.0].told()} with AdEMAMix from the start"
     earlier = ", ".join(f"{pair.told()} after {100 * x:.0f} %" for x, pair in to_next.items())
-    ordered = f"above the loss of the next later switch by {earlier} of the run"
+    ordered = f"above the loss of the next later switch by {earlier} of the run" if to_next else "one switch only"
     parts = {f"after {100 * x:.0f} %": pair for x, pair in to_adamw.items() if x}
     runs = {names[x]: common.of(results, x) for x in points}
     return Report(
@@ -68,7 +68,7 @@ def run(settings: Switch, trials: Trials) -> Report:
         [
             f"A switch from AdamW to AdEMAMix {grouped(parts, link=' ')} of the run",
             f"After a switch the final loss is {ours}",
-            f"Each is {ordered}",
+            *([f"Each is {ordered}"] if to_next else []),
         ],
         [
             common.curves("Validation loss", runs, len(settings.seeds), recipe.unit),
