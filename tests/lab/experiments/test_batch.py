@@ -147,8 +147,12 @@ def test_the_other_rule_is_compared_where_it_was_trained(done: Any) -> None:
     )
     of_tokens, gaps_tokens, of_steps, gaps_steps, *_ = ({row[0]: row[1:] for row in rows} for rows in report.tables)
     title = TITLES["other"]
-    assert [bool(cell) for cell in of_tokens[title]] == [bool(cell) for cell in gaps_tokens[title]] == [False, True, True]
-    assert [bool(cell) for cell in of_steps[title]] == [bool(cell) for cell in gaps_steps[title]] == [False, False, True]
+    assert (
+        [bool(cell) for cell in of_tokens[title]] == [bool(cell) for cell in gaps_tokens[title]] == [False, True, True]
+    )
+    assert (
+        [bool(cell) for cell in of_steps[title]] == [bool(cell) for cell in gaps_steps[title]] == [False, False, True]
+    )
     by_title = [{line.name: line.x for line in chart.lines} for chart in report.pictures]
     assert [lines[title] for lines in by_title] == [[1024.0, 4096.0], [4096.0]]
 

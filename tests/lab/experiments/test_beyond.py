@@ -65,6 +65,21 @@ def found(losses: dict[str, dict[float, list[float]]], sizes: dict[str, float]) 
     return Found(settings, {key: settings.base(entry) for key, entry in entries.items()}, results)
 
 
+T_OF_TWO = 12.7062  # Student's t for two seeds, whose mean has an error of half their distance
+
+
+def interval_of_budgets(*powers: float) -> str:
+    """Of two seeds that need these powers of two, in percent more."""
+    mean, half = sum(powers) / 2, T_OF_TWO * abs(powers[0] - powers[1]) / 2
+    return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * (2**x - 1) for x in (mean, mean - half, mean + half)))
+
+
+def interval(a: float, b: float) -> str:
+    """Of two differences."""
+    mean, half = (a + b) / 2, T_OF_TWO * abs(a - b) / 2
+    return f"{mean - half:+.4f} to {mean + half:+.4f}"
+
+
 ADAMW = {0.5: [2.2, 2.3], 1.0: [2.0, 2.1], 2.0: [1.8, 1.9]}
 
 
@@ -79,12 +94,11 @@ def test_adamw_needs_the_tokens_at_which_it_has_the_same_loss_seed_by_seed() -> 
         },
         {},
     )
-    factors = [math.sqrt(2), 2.0]  # halfway between 1 and 2 in the logarithm; the second seed is just there at 2
-    error = 100 * (factors[1] - factors[0]) / 2
-    assert some.tokens("ademamix") == f"{100 * (sum(factors) / 2 - 1):+.0f} % ± {error:.0f}"
-    assert some.tokens("far") == "> +100 %"
-    # The first seed has it with fewer tokens than T steps: halfway between 1/2 and 1 in the logarithm.
-    assert some.tokens("mixed") == f"{100 * ((math.sqrt(0.5) + 2.0) / 2 - 1):+.0f} % ± 65"
+    # Halfway between 1 and 2 in the logarithm; the second seed is just there at 2.
+    assert some.tokens("ademamix") == interval_of_budgets(0.5, 1.0)
+    assert some.tokens("far") == "+100 % at least; more than +100 % in 1 of 2 seeds"
+    # In the first seed AdamW has that loss, and a lower one, after T steps.
+    assert some.tokens("mixed") == f"{interval_of_budgets(0.0, 1.0)}, no more in 1 of 2 seeds"
     assert some.tokens("above") == "its loss is above AdamW's"
     assert some.tokens("adamw") == ""
 
@@ -96,10 +110,15 @@ def short(**losses: list[float]) -> dict[str, dict[float, list[float]]]:
 @pytest.mark.parametrize(
     ("lean", "size", "said"),
     [
-        ([1.5, 1.51], 8.0, "With at most AdEMAMix's memory (12.0 bytes a parameter), clearly better: LEAN (8.0) 0.4"),
-        ([1.5, 1.51], 12.0, "clearly better: LEAN (12.0)"),
-        ([1.5, 1.51], 16.0, "No rule with at most AdEMAMix's memory (12.0 bytes a parameter) ends below it by more"),
-        ([1.5, 2.0], 8.0, "No rule with at most"),  # within twice the joint standard error
+        (
+            [1.5, 1.51],
+            8.0,
+            "With at most AdEMAMix's memory (12.0 bytes a parameter), decidedly below it (95 % intervals): LEAN (8.0), "
+            f"-0.4200 ({interval(-0.4, -0.44)}; signs --)",
+        ),
+        ([1.5, 1.51], 12.0, "decidedly below it (95 % intervals): LEAN (12.0), "),
+        ([1.5, 1.51], 16.0, "No rule with at most AdEMAMix's memory (12.0 bytes a parameter) is decidedly below it"),
+        ([1.5, 1.7], 8.0, "No rule with at most"),  # below it in both seeds, by 0.4 and 0.25
         ([2.5, 2.6], 8.0, "No rule with at most"),
     ],
 )
@@ -113,16 +132,28 @@ def test_a_rule_with_no_more_memory_than_ademamix_is_better_or_none_is(
 def test_one_seed_does_not_tell() -> None:
     some = found(short(adamw=[2.0], ademamix=[1.9], lean=[1.5]), {"lean": 8.0})
     assert some.lean().startswith("One seed does not tell")
-    assert some.lowest().startswith("After T = 2,000 steps LEAN is lowest, 0.4000 nats below ADEMAMIX and 0.5000")
+    assert some.lowest().startswith("After T = 2,000 steps LEAN is lowest, and AdamW needs more than")
+    assert some.lowest().endswith(
+        "for its loss: it ends 0.4000 nats below ADEMAMIX (one seed); it ends 0.5000 nats below ADAMW (one seed)"
+    )
 
 
 def test_the_sentences_and_tables_follow_the_losses() -> None:
     mixed = {0.5: [2.5, 2.6], 1.0: [1.9, 1.95], 2.0: [1.85, 1.9]}
     some = found({"adamw": ADAMW, "ademamix": mixed}, {"adamw": 8.0})
-    assert some.lowest().startswith("After T = 2,000 steps ADEMAMIX is lowest, 0.1250 ± 0.0559 nats below ADAMW, which")
+    assert some.lowest() == (
+        f"After T = 2,000 steps ADEMAMIX is lowest, and AdamW needs {interval_of_budgets(0.5, 0.75)} tokens for its "
+        f"loss: it ends 0.1250 nats below ADAMW (95 % interval {interval(-0.1, -0.15)}; lower in 2 of 2 seeds)"
+    )
     early, late = some.stopped()
-    assert early.startswith("Stopped at 0.5 T, ADAMW is lowest, 0.3000 ± 0.0707 nats below ADEMAMIX; the next is ADEM")
-    assert late.startswith("Extended to 2 T, ADAMW is lowest, 0.0250 ± 0.0559 nats below ADEMAMIX")
+    assert early == (
+        "Stopped at 0.5 T, ADAMW is lowest: it ends 0.3000 nats below ADEMAMIX (95 % interval -0.3000 to -0.3000; lower "
+        "in 2 of 2 seeds); the next is ADEMAMIX"
+    )
+    assert late.startswith(
+        "Extended to 2 T, ADAMW is lowest: it ends 0.0250 nats below ADEMAMIX (95 % interval "
+        f"{interval(0.0, -0.05)}; lower in 1 of 2 seeds)"
+    )
     heads, adamw, ademamix = some.table()
     assert adamw[:4] == ("ADAMW", "2.0500 ± 0.0500", "2.0000, 2.1000", "")
     assert ademamix[-3:] == ("12.0", "1.50", 3)
@@ -130,7 +161,12 @@ def test_the_sentences_and_tables_follow_the_losses() -> None:
     means, gaps = some.by_length()
     assert means[0] == ("final loss of a run of", "0.5 T", "1 T", "2 T")
     assert means[2] == ("ADEMAMIX", "2.5500 ± 0.0500", "1.9250 ± 0.0250", "1.8750 ± 0.0250")
-    assert gaps[1] == ("ADEMAMIX", "+0.3000 ± 0.0707", "-0.1250 ± 0.0559", "+0.0250 ± 0.0559")
+    assert gaps[1] == (
+        "ADEMAMIX",
+        "hurts: +0.3000 (+0.3000 to +0.3000; signs ++)",
+        f"undecided: -0.1250 ({interval(-0.1, -0.15)}; signs --)",
+        f"undecided: +0.0250 ({interval(0.05, 0.0)}; signs +0)",
+    )
 
 
 def test_a_run_that_diverged_is_worse_than_all_and_is_not_drawn() -> None:
@@ -138,15 +174,19 @@ def test_a_run_that_diverged_is_worse_than_all_and_is_not_drawn() -> None:
     some = dataclasses.replace(some, results={**some.results, ("wild", 1.0, 1): None})
     assert some.lean().startswith("No rule")
     assert "ADEMAMIX is lowest" in some.lowest()
-    assert some.by_length()[1][2] == ("WILD", "diverged")
+    means, gaps = some.by_length()
+    assert means[3] == ("WILD", "diverged in 1 of 2 seeds")
+    assert gaps[2] == ("WILD", "undecided: (diverged in some seed; signs -+)")
     assert some.charts()[1].lines[2].y == []
 
 
 def test_a_best_learning_rate_at_an_end_is_named() -> None:
-    entries = {"a": Entry("A", "adamw", {"lr": (1.0, 2.0, 3.0)}), "b": Entry("B", "adamw", {"lr": (1.0, 2.0, 3.0)})}
-    assert beyond._ends(entries, {"a": {"lr": 2.0}, "b": {"lr": 2.0}}) == []
-    (said,) = beyond._ends(entries, {"a": {"lr": 2.0}, "b": {"lr": 3.0}})
-    assert said.endswith("tried: B")
+    tried = {"A": (1.0, 2.0, 3.0), "B": (3.0, 1.0, 2.0), "C": (2.0,)}
+    assert common.at_the_ends({"A": 2.0, "B": 2.0, "C": 2.0}, tried) == []  # of one value there are no ends
+    assert common.at_the_ends({"A": 3.0, "B": 1.0, "C": 2.0}, tried) == [
+        "The best learning rate is the smallest that was tried: B",
+        "The best learning rate is the largest that was tried: A",
+    ]
 
 
 def candidates(preset: str, **recipe: int) -> dict[str, common.Candidate]:

@@ -9,7 +9,10 @@ from scipy import stats
 from ademamix.lab.experiments import clip
 
 CPU = dataclasses.replace(clip.PRESETS["cpu"], seeds=(201, 202, 203))
-OFF = {"adamw": {1.0: 0.0, 0.5: -0.1, 0.1: 0.2, math.inf: 0.0}, "ademamix": {1.0: 0.0, 0.5: 0.1, 0.1: 0.3, math.inf: 0.5}}
+OFF = {
+    "adamw": {1.0: 0.0, 0.5: -0.1, 0.1: 0.2, math.inf: 0.0},
+    "ademamix": {1.0: 0.0, 0.5: 0.1, 0.1: 0.3, math.inf: 0.5},
+}
 TILT = {201: 0.01, 202: -0.01, 203: 0.0}  # with the smallest norm
 
 
@@ -32,7 +35,9 @@ def test_each_norm_is_compared_with_the_first_within_seeds(pretended: Any) -> No
     assert len(trials.recipes) == 2 * 4 * 3
     edge = stats.sem(list(TILT.values())) * stats.t.isf(0.025, 2)
     grouped, adamw, ademamix, clipped = report.headlines
-    assert grouped.startswith("In place of a norm of 1: helps: AdamW with 0.5; hurts: AdamW with 0.1, AdEMAMix with 0.5")
+    assert grouped.startswith(
+        "In place of a norm of 1: helps: AdamW with 0.5; hurts: AdamW with 0.1, AdEMAMix with 0.5"
+    )
     assert adamw == (
         "AdamW, compared with a norm of 1: 0.5 helps: -0.1000 (-0.1000 to -0.1000; signs ---); "
         f"0.1 hurts: +0.2000 ({0.2 - edge:+.4f} to {0.2 + edge:+.4f}; signs +++); "

@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -36,6 +37,12 @@ TINY = {  # of each experiment its settings, after those of a tiny language mode
     "horizon": ("--lengths", "12", "24", "--beta3", "0.5", "0.8", "0.9"),
     "vit": (*IMAGES, "--examples", "40", "--size", "8", "--patch", "4", "--layers", "1", "--width", "32"),
     "mamba": ("--tuning.adamw-lr", "0.01", "--tuning.ademamix-lr", "0.01"),
+    "length": (
+        *("--lengths", "100", "120", "--lrs", "1", "1", "--seed-counts", "2", "2", "--budgets", "1.5"),
+        *("--adamw-lr", "0.01", "--ademamix-lr", "0.01", "--beta2", "0.99", "--beta3", "0.9", "0.95"),
+    ),
+    "batch": ("--steps", "40", "--batches", "1", "2", "--equal-steps", "20"),
+    "clip": ("--norms", "1", "0.1"),
     "valley": ("--steps", "50"),
     "beyond": (
         *(word for key in beyond.PRESETS["cpu"].entries for word in (f"--entries.{key}.tried", "lr=1e-3")),
@@ -88,6 +95,7 @@ def inline(monkeypatch, once):
     monkeypatch.setattr("ademamix.lab.experiments.workers.ProcessPoolExecutor", Inline)
     monkeypatch.setattr("ademamix.lab.experiments.trials._train", once)
     monkeypatch.setattr("ademamix.lab.data.images.VALID_GLYPHS", 30)
+    monkeypatch.setattr("ademamix.lab.experiments.batch.LRS", (0.5,))
 
 
 def arguments(name: str, tiny: tuple[str, ...], seeds: tuple[str, ...] = SEEDS) -> tuple[str, ...]:
@@ -101,14 +109,20 @@ def arguments(name: str, tiny: tuple[str, ...], seeds: tuple[str, ...] = SEEDS) 
     return ("run", name, *(() if name in ("vit", "valley") else text), *seeds, *TINY[name])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def marked(names: Iterable[str]) -> list[Any]:
+    """The names of experiments, some of which have many runs at any size."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ("length", "batch") else name for name in names]
+
+
+@pytest.mark.parametrize("name", marked(EXPERIMENTS))
 def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inline, tiny, capsys):
     assert cli(*arguments(name, tiny), "--out", "out") == 0
     said = capsys.readouterr().out
     outcome = json.loads(Path("out/outcome.json").read_text())
     claims = {key for key, claim in CLAIMS.items() if claim.experiment == name}
     assert {finding["claim"] for finding in outcome["findings"]} == claims
-    assert all(finding["verdict"] in ("reproduced", "not reproduced") for finding in outcome["findings"])
+    untested = [f["claim"] for f in outcome["findings"] if f["verdict"] == "not tested at this size"]
+    assert untested == (["valley-overshoot"] if name == "valley" else [])  # nobody arrives so soon
     assert all(finding["ours"] in said for finding in outcome["findings"])
     page, markdown = Path("out/report.html").read_text(), Path("out/report.md").read_text()
     marks = ["class=picture", *["class=verdict"] * bool(claims), "<h2>Results", "<h2>Command", "Settings<"]
@@ -139,7 +153,7 @@ NO_NUMBER = re.compile(r"\b(inf|nan)\b")
 TRAINED = [name for name in EXPERIMENTS if name != "valley"]  # by `train`
 
 
-EITHER = [(name, ("ademamix",)) for name in TRAINED if name != "horizon"]
+EITHER = [(name, ("ademamix",)) for name in TRAINED if name not in ("horizon", "length", "batch")]
 
 
 @pytest.mark.parametrize(("name", "optimizers"), [*EITHER, ("lm", ("adamw",)), ("beyond", ("adamw", "ademamix"))])
@@ -148,7 +162,7 @@ def test_a_seed_that_diverged_is_counted_and_gives_no_figure(name, optimizers, c
     assert cli(*arguments(name, tiny), "--out", "out") == 0
     text = capsys.readouterr().out + Path("out/report.md").read_text()
     assert not NO_NUMBER.search(text)
-    assert "diverged in 1 of 2 seeds" in text
+    assert ("1 of 2 seeds left out: a run diverged" if name == "forgetting" else "diverged in 1 of 2 seeds") in text
 
 
 def test_a_beta3_that_diverged_is_counted_and_not_the_best(cli, diverge, tiny, capsys):
@@ -159,20 +173,20 @@ def test_a_beta3_that_diverged_is_counted_and_not_the_best(cli, diverge, tiny, c
     assert "diverged in 1 of 2 seeds" in text
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", marked(TRAINED))
 def test_a_report_or_one_line_comes_of_runs_that_all_diverged(name, cli, diverge, tiny, capsys):
     diverge(lambda *_: True)
     code = cli(*arguments(name, tiny), "--out", "out")
     shown = capsys.readouterr()
     if name in ("horizon", "forgetting"):  # of which nothing is left to report
         assert code == 2
-        assert re.fullmatch(r"ademamix: every run .* diverged: try .*\n", shown.err)
+        assert re.fullmatch(r"ademamix: (every run .*|in every seed a run) diverged: try .*\n", shown.err)
     else:
         assert code == 0
         assert not NO_NUMBER.search(shown.out + Path("out/report.md").read_text())
 
 
-@pytest.mark.parametrize("name", ["lm", "horizon", "vit", "mamba"])
+@pytest.mark.parametrize("name", ["lm", "horizon", "vit", "mamba", "clip"])
 def test_a_mean_of_one_seed_has_no_error_to_show(name, cli, inline, tiny):
     assert cli(*arguments(name, tiny, ("--seeds", "3")), "--out", "out") == 0
     assert not NO_NUMBER.search(Path("out/report.md").read_text())
@@ -180,14 +194,28 @@ def test_a_mean_of_one_seed_has_no_error_to_show(name, cli, inline, tiny):
 
 def test_a_point_that_is_no_number_is_not_at_the_minimum(cli):
     assert cli("run", "valley", "--lr", "1e100", "--steps", "50", "--seeds", "0", "1", "--out", "out") == 0
-    (finding,) = json.loads(Path("out/outcome.json").read_text())["findings"]
-    assert finding["ours"].count("diverged in 2 of 2 seeds") == 3
+    arrival, overshoot = json.loads(Path("out/outcome.json").read_text())["findings"]
+    assert "Adam, beta1 = 0.9 51, Adam, beta1 = 0.999 51, AdEMAMix 51;" in arrival["ours"]  # after the last step
+    assert arrival["verdict"] == "undecided"
+    assert overshoot["ours"].count("never there") == 3
+    assert overshoot["verdict"] == "not tested at this size"
+    assert not NO_NUMBER.search(Path("out/report.md").read_text())
 
 
 def test_one_seed_reproduces_nothing(cli, inline, tiny):
     assert cli(*arguments("forgetting", tiny, ("--seeds", "3")), "--out", "out") == 0
     (finding,) = json.loads(Path("out/outcome.json").read_text())["findings"]
     assert finding["verdict"] == "not tested at this size"
+
+
+def test_no_clipping_is_a_norm_that_no_gradient_reaches(cli, inline, tiny):
+    words = arguments("clip", tiny)[: -len(TINY["clip"])]
+    assert cli(*words, "--norms", "1e9", "inf", "--out", "out") == 0
+    assert cli("run", "clip", "--resume", "out", "--norms", "1e9", "inf") == 0
+    report = Path("out/report.md").read_text()
+    same = "off undecided: +0.0000 (+0.0000 to +0.0000; signs 00)"
+    assert report.count(f"compared with a norm of 1e+09: {same}") == 2  # to the bit
+    assert report.count(" 0 % at 1e+09, 0 % at off") == 2
 
 
 def test_a_finished_experiment_is_not_done_again(cli, inline, tiny, monkeypatch):
@@ -243,6 +271,20 @@ BAD = {
     ),
     "no such file: nowhere.py": ("beyond", "--own", "nowhere.py:mine"),
     "is for other optimizers": ("lm", "--settings", "kappa=0.5"),
+    "lengths must be two or more growing numbers from 100 on, got (99, 200)": ("length", "--lengths", "99", "200"),
+    "budgets must be growing numbers above 1, got (1.0, 2.0)": ("length", "--budgets", "1", "2"),
+    "beta3 must be growing numbers between 0 and 1, got (0.9, 1.0)": ("length", "--beta3", "0.9", "1"),
+    "lrs must be 3 positive numbers, as lengths, got (1.0, -1.0, 1.0)": ("length", "--lrs", "1", "-1", "1"),
+    "seed_counts must be 3 numbers from 1 on, got (8, 0, 4)": ("length", "--seed-counts", "8", "0", "4"),
+    "learning rates, and beta2 one value or more: 1 of AdamW, 3 of AdEMAMix": ("length", "--adamw-lr", "0.1"),
+    "batches must be two or more growing numbers from 1 on, got (2, 4)": ("batch", "--batches", "2", "4"),
+    "every run must have 20 steps or more, got 19 at the largest batch": ("batch", "--steps", "319"),
+    "lr must be positive, got 0.0": ("batch", "--lr", "0"),
+    "beta2 must be in [0, 1), got 1.0": ("batch", "--beta2", "1"),
+    "settings are those of the experiment here": ("batch", "--settings", "geometry=muon"),
+    "norms must be two or more different positive numbers, got (1.0, 1.0)": ("clip", "--norms", "1", "1"),
+    "norms must be two or more different positive numbers, got (1.0, nan)": ("clip", "--norms", "1", "nan"),
+    "norms must be two or more different positive numbers, got (inf,)": ("clip", "--norms", "inf"),
     "batches must be growing numbers above 0, got (4, 1)": ("geometry", "--batches", "4", "1"),
     "budgets must be growing numbers above 1, got (1.0,)": ("geometry", "--budgets", "1"),
     "lengths must be 3 positive numbers, as batches, got (1.0, 0.5)": ("geometry", "--lengths", "1", "0.5"),

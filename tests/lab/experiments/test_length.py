@@ -119,7 +119,7 @@ def test_ademamix_has_the_settings_of_the_published_rules_at_each_length(carried
         assert set(of_length) == {(name, 1.0, seed) for name in ("adamw", "ademamix") for seed in SEEDS[:count]}
         for (name, _, seed), recipe in of_length.items():
             assert (recipe.steps, recipe.warmup, recipe.seed) == (t, t // 20, seed)
-            kind, given = arguments_of(name, recipe)
+            _, given = arguments_of(name, recipe)
             assert given["lr"] == LR[name]
             if name == "ademamix":
                 assert given["betas"] == (0.9, 0.999, pytest.approx(1 - 8 / t))
@@ -144,7 +144,9 @@ def test_budgets_beyond_the_longest_are_left_out(carried_out: Any) -> None:
         ("longer-32000", 1.5): 48_000, ("longer-32000", 2.0): 64_000,
     }  # fmt: skip
     assert report.findings[0].verdict == "reproduced"
-    (far,) = [line for line in carried_out(settings, losses(lambda *_: 2.5))[0].headlines if "At 32,000 steps Ad" in line]
+    (far,) = [
+        line for line in carried_out(settings, losses(lambda *_: 2.5))[0].headlines if "At 32,000 steps Ad" in line
+    ]
     assert far.endswith("; AdamW needs more than +100 % in 4 of 4 seeds tokens")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ademamix.lab.config import ImageRecipe, Job, to_json
-from ademamix.lab.experiments import EXPERIMENTS, lm, rehearsal, trials
+from ademamix.lab.experiments import EXPERIMENTS, lm, rehearsal, trials, workers
 from ademamix.lab.experiments.rehearsal import PROBE, Planned, Rehearsal
 from ademamix.lab.experiments.trials import Grid
 from ademamix.lab.training.loop import RESULT, Result, train
@@ -22,7 +22,7 @@ SWITCH = ("--seeds", "0", "1", "--after", "0.5")
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """All runs in this process: starting others takes seconds."""
-    monkeypatch.setattr(trials, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr("ademamix.lab.data.images.VALID_GLYPHS", 30)
     # What takes seconds and is not looked at here: reports, and a picture in one that a dry run throws away.
     monkeypatch.setattr("ademamix.lab.reports.report.write", lambda *_: None)
@@ -114,11 +114,11 @@ def test_it_lists_the_runs_that_are_trained(name, cli, probes, short, capsys):
 def test_no_step_is_trained_but_those_of_the_probes(cli, short, monkeypatch, capsys):
     ran = []
 
-    def counted(name, recipe, *args, **kwargs):
+    def counted(name, recipe, job, out):
         ran.append((name, recipe.steps))
-        return train(name, recipe, *args, **kwargs)
+        return train(name, recipe, job, out, quiet=True)
 
-    monkeypatch.setattr(trials, "train", counted)
+    monkeypatch.setattr(trials, "train_here", counted)
     assert cli("run", "switch", *short, *SWITCH, "--workers", "1", "--out", "out", "--dry-run") == 0
     assert sorted(ran) == [("adamw", PROBE), ("ademamix", PROBE)]
     assert "6 runs, about " in capsys.readouterr().out

@@ -71,6 +71,7 @@ def test_what_a_difference_says() -> None:
         ([1.0] * 6 + [3.0], [2.0] * 5 + [LOST, 2.0], "undecided", "------+"),
         ([1.0] * 7 + [LOST], [2.0] * 8, "undecided", "-------+"),  # 2 (1 + 8) / 2^8 = 0.07
         ([LOST] * 6, [LOST] * 6, "undecided", "??????"),
+        ([1.0, LOST], [LOST, 1.0], "undecided", "-+"),  # differences of both infinities
     ],
 )
 def test_where_a_run_diverged_the_signs_decide(a, b, verdict, signs) -> None:
@@ -127,7 +128,9 @@ def test_slopes_are_those_of_lines_through_each_seed() -> None:
     x = [1.0, 2.0, 4.0]
     samples = [[2.0 * t + 1.0, -t, 0.5] for t in x]
     assert slopes(x, samples) == pytest.approx([2.0, -1.0, 0.0], abs=1e-12)
-    assert slopes(x, [[1.0, 1.0], [LOST, 1.0], [1.0, 1.0]]) == [math.inf, math.inf]
+    lost, kept = slopes(x, [[1.0, 1.0], [LOST, 2.0], [1.0, 4.0]])
+    assert math.isnan(lost)  # which decides nothing, and says nothing of the other seeds
+    assert kept == pytest.approx(1.0)
 
 
 def test_the_mean_and_its_standard_error() -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from reliability import metrics
 
+from ademamix import RuleOptimizer
 from ademamix.lab.config import PRESETS, AdEMAMixSettings, Job, Recipe
 from ademamix.lab.training import checkpoints
 from ademamix.lab.training.devices import Stopwatch
-from ademamix.lab.training.loop import DivergedError, _Run, train
+from ademamix.lab.training.loop import DivergedError, _Run, looked_at, train
 from ademamix.lab.training.model import checksum, language_model
 from ademamix.lab.training.tasks import Batch, task_of
 
@@ -244,3 +245,66 @@ def test_time_spent_waiting_is_time_without_a_core():
         while time.thread_time() < began + 0.05:
             pass
     assert 49.9 <= watch.core_share() * watch.median_ms() < 100
+
+
+# --------------------------------------------------------------------------------- clipping, and held-out batches
+
+
+def norms_by_torch(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Train; what torch's own clipping says of the gradients of each step."""
+    found: list[float] = []
+    step = RuleOptimizer.step
+
+    def measured(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        copies = [torch.zeros_like(p, requires_grad=True) for p in params]
+        for copy, p in zip(copies, params, strict=True):
+            copy.grad = p.grad.clone()
+        found.append(torch.nn.utils.clip_grad_norm_(copies, 1.0).item())
+        return step(optimizer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RuleOptimizer, "step", measured)
+        train("adamw", dataclasses.replace(recipe, clip=math.inf), Job(), out)
+    return found
+
+
+def test_the_share_of_steps_clipped_is_that_of_larger_norms_also_after_a_resume(recipe, tmp_path, monkeypatch):
+    free = norms_by_torch(recipe, tmp_path / "free", monkeypatch)
+    assert len(free) == recipe.steps
+    assert train("adamw", dataclasses.replace(recipe, clip=math.inf), Job(), tmp_path / "off").clipped_share == 0.0
+    assert (
+        train("adamw", dataclasses.replace(recipe, clip=2 * max(free)), Job(), tmp_path / "high").clipped_share == 0.0
+    )
+    # In the middle of what there is, so that clipping changes later norms: those that the run logs are counted.
+    some = dataclasses.replace(recipe, clip=sorted(free)[recipe.steps // 2])
+    whole = train("adamw", some, Job(log_every=1), tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert norms[0] == pytest.approx(free[0], rel=1e-5)  # summed in another order
+    assert 0 < whole.clipped_share == sum(norm > some.clip for norm in norms) / recipe.steps < 1
+    monkeypatch.setattr(_Run, "evaluate", lambda run, loss: 1 / 0 if run.step == 10 else 0.0)
+    with pytest.raises(ZeroDivisionError):
+        train("adamw", some, Job(save_every=8), tmp_path / "cut")
+    monkeypatch.undo()
+    assert train("adamw", some, Job(), tmp_path / "cut").clipped_share == whole.clipped_share
+
+
+def test_a_step_that_was_skipped_was_not_clipped(recipe, tmp_path, monkeypatch):
+    sound = _Run._loss
+    monkeypatch.setattr(_Run, "_loss", lambda run, batch: sound(run, batch) * (math.inf if run.step % 2 else 1.0))
+    monkeypatch.setattr(_Run, "evaluate", lambda run, loss: run._write(valid_loss=1.0) or 1.0)
+    result = train("adamw", dataclasses.replace(recipe, clip=1e-6, steps=8), Job(), tmp_path)
+    assert (result.skipped_steps, result.clipped_share) == (4, 0.5)
+
+
+def test_no_clipping_can_be_asked_for(cli, tiny):
+    assert cli("train", *tiny, "--optimizer", "adamw", "--clip", "inf", "--out", "out") == 0
+    assert cli("train", "--resume", "out") == 0
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["clipped_share"] == 0.0
+
+
+def test_a_held_out_batch_is_looked_at_two_times_per_doubling() -> None:
+    looks = [-1, 0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256]
+    assert [n for n in range(-50, 300) if looked_at(n)] == looks
