@@ -147,8 +147,8 @@ def test_the_sentences_and_tables_follow_the_losses() -> None:
     )
     early, late = some.stopped()
     assert early == (
-        "Stopped at 0.5 T, ADAMW is lowest: it ends 0.3000 nats below ADEMAMIX (95 % interval -0.3000 to -0.3000; lower "
-        "in 2 of 2 seeds); the next is ADEMAMIX"
+        "Stopped at 0.5 T, ADAMW is lowest: it ends 0.3000 nats below ADEMAMIX (95 % interval -0.3000 to -0.3000; "
+        "lower in 2 of 2 seeds); the next is ADEMAMIX"
     )
     assert late.startswith(
         "Extended to 2 T, ADAMW is lowest: it ends 0.0250 nats below ADEMAMIX (95 % interval "
