@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from reliability import losses, same, saved, until
 from ademamix.lab.cli import main
 from ademamix.lab.config import Job, Recipe
 from ademamix.lab.experiments.arms import Arm, _look, carry_out
-from ademamix.lab.experiments.compare import Comparison, crossing, reached_at, report_of
+from ademamix.lab.experiments.compare import Comparison, reached_at, report_of
 from ademamix.lab.experiments.workers import Workers
 from ademamix.lab.training.checkpoints import SaveError
 from ademamix.lab.training.loop import Result, train
@@ -24,15 +23,6 @@ from ademamix.lab.training.loop import Result, train
 COMMAND = [sys.executable, "-m", "ademamix", "compare"]
 NAMES = ("adamw", "ademamix")
 RULE = Path(__file__).parents[2] / "data/runs/own.py"
-
-
-def test_the_crossing_is_linear_in_the_logarithm_of_the_budget():
-    trials = [(1.0, 1.5), (1.25, 1.3), (2.0, 1.1)]
-    assert crossing(trials, 1.1) == pytest.approx(2.0)
-    assert crossing(trials, 1.2) == pytest.approx(math.sqrt(1.25 * 2.0))
-    assert crossing(trials, 1.0) is None
-    assert crossing([*trials, (3.0, 1.2)], 1.1) == pytest.approx(2.0)  # the first time counts
-    assert crossing([(1.0, 1.5)], 1.6) == 1.0
 
 
 def test_the_fraction_at_which_a_loss_was_first_reached():
