@@ -125,7 +125,7 @@ def test_sentences_follow_the_losses(done: Any) -> None:
         "At 4,096 tokens per step, 1,000 steps AdEMAMix, beta1 = 0 is lowest",
     ]
     assert report.headlines[0].startswith("The lowest loss: AdEMAMix at 256 tokens per step, 4,000 steps; ")
-    raw = [line for line in report.headlines if "beta1 = 0 above" in line]
+    raw = [line for line in report.headlines if "beta1 = 0 minus" in line]
     assert len(raw) == 2
     for line in raw:
         assert line.count("hurts: +0.2000 (") == 2  # at batches of 4 and 16

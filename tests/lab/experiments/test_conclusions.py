@@ -167,11 +167,11 @@ def test_switches_are_compared_with_adamw_and_with_the_next_later_one(
     tilt = {x: [10 * factor * TILT[seed] for seed in SEEDS] for x, factor in tilts.items()}
     if verdicts == ("reproduced", "reproduced"):
         assert ours.ours.startswith(
-            f"above AdamW's loss by {told([x - 0.3 for x in tilt[0.25]])} after 25 %, "
+            f"final loss minus AdamW's: {told([x - 0.3 for x in tilt[0.25]])} after 25 %, "
             f"{told([x - 0.2 for x in tilt[0.5]])} after 50 %, "
         )
         steps = [a - b - 0.1 for a, b in zip(tilt[0.25], tilt[0.5], strict=True)]
-        assert ordered.ours.startswith(f"above the loss of the next later switch by {told(steps)} after 25 %, ")
+        assert ordered.ours.startswith(f"final loss minus that of the next later switch: {told(steps)} after 25 %, ")
 
 
 def test_of_one_switch_there_is_no_order(pretended: Any) -> None:
@@ -215,11 +215,9 @@ def test_the_gain_with_most_images_and_how_much_smaller_it_is_with_fewest(
     ours = [(few - TILT[seed], many + TILT[seed]) for seed in SEEDS]
     if many and few:
         least, most = (told([pair[i] for pair in ours]) for i in (0, 1))
-        assert gain.ours == f"AdEMAMix's loss is above AdamW's by {least} with 2,000 images, {most} with 30,000 images"
+        assert gain.ours == f"AdEMAMix's loss minus AdamW's: {least} with 2,000 images, {most} with 30,000 images"
     if many != few:
-        assert shrinks.ours == (
-            f"the gain with 2,000 images is above that with 30,000 by {told([b - a for a, b in ours])}"
-        )
+        assert shrinks.ours == (f"gain with 2,000 images minus gain with 30,000: {told([b - a for a, b in ours])}")
 
 
 # --------------------------------------------------------------------------------- valley

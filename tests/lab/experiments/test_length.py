@@ -167,8 +167,8 @@ def test_the_best_half_life_at_the_longest_length(carried_out: Any) -> None:
     off = {b: 0.01 * math.log((1 - b) * 32_000 / 8) ** 2 for b in (0.99, 0.9997, 0.9999)}
     best, longest = off[0.9997] - off[0.99], off[0.9999] - off[0.99]
     assert said == (
-        "At 32,000 steps a half-life of 2,310 steps (beta3 = 0.9997) is best; the loss with 2,310 is above that with "
-        f"69 by {best:+.4f} ({best:+.4f} to {best:+.4f}; signs ----); the loss with 6,931 is above that with 69 by "
+        "At 32,000 steps a half-life of 2,310 steps (beta3 = 0.9997) is best; the loss with 2,310 minus that with "
+        f"69: {best:+.4f} ({best:+.4f} to {best:+.4f}; signs ----); the loss with 6,931 minus that with 69: "
         f"{longest:+.4f} ({longest:+.4f} to {longest:+.4f}; signs ----)"
     )
     _, first, *_, last = report.tables[1]

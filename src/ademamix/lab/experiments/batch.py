@@ -235,7 +235,7 @@ class Found:
     def raw(self) -> list[str]:
         """Whether the raw gradient is better than a fast average of it."""
         return [
-            f"At {text} the loss with beta1 = 0 above that with beta1 = 0.9: "
+            f"At {text} the loss with beta1 = 0 minus that with beta1 = 0.9: "
             + "; ".join(
                 f"{self.pair(line, b, 'beta1-zero', 'ademamix')} at a batch of {b * self.settings.recipe.batch}"
                 for b in self.settings.batches

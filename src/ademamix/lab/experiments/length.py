@@ -261,7 +261,7 @@ class Found:
         if math.isinf(means[best]):
             return f"{at} AdEMAMix diverged in some seed with every beta3 that was tried"
         gaps = [
-            f"the loss with {half_life(b):,.0f} is above that with {half_life(shortest):,.0f} by {self.older[b].told()}"
+            f"the loss with {half_life(b):,.0f} minus that with {half_life(shortest):,.0f}: {self.older[b].told()}"
             for b in dict.fromkeys((best, longest))
             if b > shortest
         ]

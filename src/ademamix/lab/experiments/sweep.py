@@ -109,20 +109,20 @@ def run(settings: Sweep, trials: Trials) -> Report:
     warm, long_warm, momentous, lean = (
         paired(mix, cold), paired(long, long_cold), paired(mix, large), paired(without_fast, adamw),
     )  # fmt: skip
-    said_warm = f"at alpha = {alpha:g}, beta3 = {beta3:g} the loss with warmups is above that without by {warm.told()}"
-    said_long = (
-        f"at alpha = {alpha:g}, beta3 = {longest:g} the loss with warmups is above that without by {long_warm.told()}"
-    )
-    said_beta1 = f"AdEMAMix's loss is above that of AdamW with its best larger beta1, {other:g}, by {momentous.told()}"
+    of_warmups = "loss with warmups minus loss without, at"
+    said_warm = f"{of_warmups} alpha = {alpha:g}, beta3 = {beta3:g}: {warm.told()}"
+    said_long = f"{of_warmups} alpha = {alpha:g}, beta3 = {longest:g}: {long_warm.told()}"
+    said_beta1 = f"AdEMAMix's loss minus that of AdamW with its best larger beta1, {other:g}: {momentous.told()}"
     said_zero = (
-        f"the loss of AdEMAMix with beta1 = 0 is above AdamW's by {lean.told()}, and above that with beta1 = 0.9 by "
+        f"loss of AdEMAMix with beta1 = 0 minus AdamW's: {lean.told()}; minus that of AdEMAMix with beta1 = 0.9: "
         f"{paired(without_fast, mix).told()}"
     )
     return Report(
         "Sweep: alpha, beta3, warmups and beta1",
         [
             f"The best of alpha x beta3 is alpha = {alpha:g}, beta3 = {beta3:g} over {recipe.steps:,} steps",
-            f"{sentence(said_warm)}; {said_long}",
+            sentence(said_warm),
+            sentence(said_long),
             said_beta1,
             sentence(said_zero),
             *at_the_ends(

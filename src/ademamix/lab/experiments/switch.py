@@ -14,7 +14,7 @@ from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.experiments.statistics import grouped, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart
-from ademamix.lab.reports.report import Report
+from ademamix.lab.reports.report import Report, sentence
 
 WHAT = "AdEMAMix takes over a run from AdamW, at several times"
 
@@ -58,17 +58,17 @@ def run(settings: Switch, trials: Trials) -> Report:
     to_adamw = {x: paired(losses[x], losses[1.0]) for x in (0.0, *settings.after)}
     to_next = {a: paired(losses[a], losses[b]) for a, b in zip(settings.after, settings.after[1:], strict=False)}
     said = ", ".join(f"{pair.told()} after {100 * x:.0f} %" for x, pair in to_adamw.items() if x)
-    ours = f"above AdamW's loss by {said} of the run; {to_adamw[0.0].told()} with AdEMAMix from the start"
+    ours = f"final loss minus AdamW's: {said} of the run, {to_adamw[0.0].told()} with AdEMAMix from the start"
     earlier = ", ".join(f"{pair.told()} after {100 * x:.0f} %" for x, pair in to_next.items())
-    ordered = f"above the loss of the next later switch by {earlier} of the run" if to_next else "one switch only"
+    ordered = f"final loss minus that of the next later switch: {earlier} of the run" if to_next else "one switch only"
     parts = {f"after {100 * x:.0f} %": pair for x, pair in to_adamw.items() if x}
     runs = {names[x]: common.of(results, x) for x in points}
     return Report(
         "From AdamW to AdEMAMix in the middle of a run",
         [
             f"A switch from AdamW to AdEMAMix {grouped(parts, link=' ')} of the run",
-            f"After a switch the final loss is {ours}",
-            *([f"Each is {ordered}"] if to_next else []),
+            sentence(ours),
+            *([sentence(ordered)] if to_next else []),
         ],
         [
             common.curves("Validation loss", runs, len(settings.seeds), recipe.unit),

@@ -88,9 +88,9 @@ def run(settings: Vit, trials: Trials) -> Report:
     few = min(settings.images)
     above = {n: paired(losses["AdEMAMix", n], losses["AdamW", n]) for n in settings.images}
     said = ", ".join(f"{pair.told()} with {n:,} images" for n, pair in above.items())
-    ours = f"AdEMAMix's loss is above AdamW's by {said}"
+    ours = f"AdEMAMix's loss minus AdamW's: {said}"
     shrinks = paired(above[most].differences, above[few].differences)
-    shrunk = f"the gain with {few:,} images is above that with {most:,} by {shrinks.told()}"
+    shrunk = f"gain with {few:,} images minus gain with {most:,}: {shrinks.told()}"
     named = {f"{name}, {n:,} images": values for (name, n), values in losses.items()}
     pictures: list[Picture] = [
         Chart(
