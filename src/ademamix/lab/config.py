@@ -111,7 +111,7 @@ class Training:
     """Steps at each of which a batch of validation text takes the place of the step's own; its loss is followed."""
     insert: bool = True
     """False: the batches of held_out are followed but never trained on, for comparison."""
-    adamw: AdamWSettings = AdamWSettings(lr=8e-3, beta2=0.99)
+    adamw: AdamWSettings = AdamWSettings(lr=4e-3, beta2=0.99)  # as `ademamix run lm` tuned them
     ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=2e-3, beta2=0.99, beta3=0.998)
     settings: Values = field(default_factory=dict)
     """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps.

@@ -9,6 +9,8 @@ Fixed before the first run:
 - Two rules for beta3 as the batch grows: as many steps as at the smallest batch, or as many tokens. AdEMAMix has the
   one that gives ``suggest(T)`` on a line; the other one is an entry of its own, tuned alike.
 - SimplifiedAdEMAMix has that beta1, and learning rates about AdamW's times sqrt((1 - 0.9) (1 - beta1)), its authors'.
+  Its long sum weighs 1 / (1 - beta1), so it is tried with alphas that give this 4 and 8 times the gradient's weight. At
+  equal steps, where its beta1 is another, both are scaled along.
 - Losses are compared within seeds.
 """
 
@@ -50,14 +52,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "simplified": "simplifiedademamix",
 }
 LRS = (0.25, 0.5, 1.0, 2.0)
-FACTORS = {"adamw": 1.0}  # of AdamW's learning rate; of the others 0.35, and that of a sum
 TRIED: dict[str, tuple[str, tuple[float, float]]] = {
     "adamw": ("beta1", (0.5, 0.9)),
     "ademamix": ("alpha", (4.0, 8.0)),
     "other": ("alpha", (4.0, 8.0)),
     "beta1-zero": ("alpha", (4.0, 8.0)),
     "adana": ("kappa", (0.8, 0.9)),
-    "simplified": ("alpha", (2.0, 16.0)),
+    "simplified": ("alpha", (1 / 8, 1 / 4)),  # of the long sum's weight
 }
 
 
@@ -135,13 +136,22 @@ class Batch(Settings):
 
     def candidate(self, batch: int, key: str) -> Candidate:
         """What an entry is tuned over at a batch size."""
-        factor = FACTORS.get(key, 0.35)
-        if key == "simplified":
-            factor = math.sqrt((1 - 0.9) * (1 - self.beta3("tokens", batch)))
+        factor = 1.0 if key == "adamw" else 0.35
         name, values = TRIED[key]
+        if key == "simplified":
+            new = 1 - self.beta3("tokens", batch)
+            factor, values = math.sqrt((1 - 0.9) * new), (values[0] / new, values[1] / new)
         space = {"lr": tuple(float(f"{x * factor * self.lr:.3g}") for x in LRS), name: values}
         title = f"{TITLES[key]}, batch {batch * self.recipe.batch}"
         return Candidate(title, OPTIMIZERS.get(key, key), self.base("tokens", batch, key), space)
+
+    def tuned(self, line: Line, batch: int, key: str, chosen: Mapping[str, Any]) -> Recipe:
+        """The recipe of an entry with the settings that were best at equal tokens."""
+        own = dict(chosen)
+        if key == "simplified":
+            shorter = (1 - self.beta3(line, batch)) / (1 - self.beta3("tokens", batch))
+            own = {"lr": own["lr"] * math.sqrt(shorter), "alpha": own["alpha"] / shorter}
+        return changed(self.base(line, batch, key), OPTIMIZERS.get(key, key), **own)
 
 
 PRESETS = {
@@ -161,9 +171,8 @@ def run(settings: Batch, trials: Trials) -> Report:
 
     def runs(line: Line, batch: int) -> None:
         def made(entry: str, seed: int) -> tuple[Optimizer, Recipe]:
-            optimizer = OPTIMIZERS.get(entry, entry)
-            recipe = changed(settings.base(line, batch, entry), optimizer, **chosen[batch, entry])
-            return optimizer, dataclasses.replace(recipe, seed=seed)
+            recipe = settings.tuned(line, batch, entry, chosen[batch, entry])
+            return OPTIMIZERS.get(entry, entry), dataclasses.replace(recipe, seed=seed)
 
         grid = Grid(f"final-{line}-{batch}", {"entry": settings.keys(batch), "seed": settings.seeds}, made)
         (of_cell,) = trials.run(grid)

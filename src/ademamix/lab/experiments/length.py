@@ -59,7 +59,7 @@ class Length(Settings):
     """AdamW's budgets that have more steps are left out."""
     seed_counts: tuple[int, ...] = (8, 8, 4)
     """How many of the seeds, the first ones, train at each length, at most."""
-    adamw_lr: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
+    adamw_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """Peak learning rates of AdamW."""
     ademamix_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Peak learning rates of AdEMAMix."""
@@ -132,7 +132,7 @@ def run(settings: Length, trials: Trials) -> Report:
     tables: list[Rows] = []
     ends: list[str] = []
     results: dict[Point, Result | None] = {}
-    for steps in settings.lengths:  # the short ones first, so that they are there when the long ones are not
+    for steps in settings.lengths:
         candidates = settings.candidates(steps)
         found, tried = common.search(trials, {f"{steps}-{name}": c for name, c in candidates.items()})
         recipes[steps] = settings.base(steps)
@@ -141,8 +141,7 @@ def run(settings: Length, trials: Trials) -> Report:
         best = {c.title: chosen["lr"] for c, chosen in zip(candidates.values(), found.values(), strict=True)}
         ends += at_the_ends(best, {c.title: c.space["lr"] for c in candidates.values()})  # type: ignore[misc]
         tables += tried
-        for grid in _grids(settings, steps, recipes[steps]):
-            (of_grid,) = trials.run(grid)
+        for of_grid in trials.run(*_grids(settings, steps, recipes[steps])):
             results |= {(steps, *point): result for point, result in of_grid.items()}
     (of_ages,) = trials.run(_ages(settings, recipes[settings.lengths[-1]]))
     found_all = Found(settings, recipes, results, of_ages)

@@ -90,7 +90,7 @@ def run(settings: Sweep, trials: Trials) -> Report:
         f"AdamW, beta1 {own}": ("adamw", changed(recipe, "adamw", beta1=own, lr=lr)),
         f"AdamW, beta1 {other}": ("adamw", changed(recipe, "adamw", beta1=other, lr=other_lr)),
         "AdEMAMix": ("ademamix", changed(recipe, "ademamix", alpha=alpha, beta3=beta3)),
-        "AdEMAMix, beta1 0": ("ademamix", changed(recipe, "ademamix", alpha=alpha, beta3=zero_beta3, beta1=0.0)),
+        "AdEMAMix, beta1 0": ("ademamix", changed(recipe, "ademamix", beta3=zero_beta3, beta1=0.0)),
         "AdEMAMix, no warmups": (
             "ademamix",
             changed(recipe, "ademamix", alpha=alpha, beta3=beta3, warmup=0.0),
