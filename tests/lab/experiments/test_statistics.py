@@ -13,7 +13,8 @@ from ademamix.lab.experiments.statistics import (
     against,
     budgets_for,
     crossing,
-    diverged,
+    grouped,
+    jointly,
     mean_and_error,
     paired,
     shown,
@@ -113,12 +114,14 @@ def test_budgets_for_people() -> None:
     # Logarithms +-0.1 about log 1.5; t(1) = 12.7062, and the standard error of two values is half their distance.
     low, high = (100 * (1.5 * math.exp(sign * 0.1 * 12.7062) - 1) for sign in (-1, 1))
     both = Budgets((1.5 * math.exp(0.1), 1.5 * math.exp(-0.1)), 3.0)
-    assert str(both) == f"+50 % ({low:+.0f} to {high:+.0f})"
-    assert str(Budgets((1.5,), 2.0)) == "+50 %"
-    assert str(Budgets((1.0, 1.0), 2.0)) == "no more"
+    assert both.told(" tokens") == f"50 % more tokens ({low:.0f} to {high:.0f})"
+    assert str(both) == f"50 % more ({low:.0f} to {high:.0f})"
+    assert str(Budgets((1.5,), 2.0)) == "50 % more"
+    assert Budgets((1.0, 1.0), 2.0).told(" tokens") == "no more tokens"
     assert str(Budgets((1.0, 1.0, 1.5), 2.0)).endswith("), no more in 2 of 3 seeds")
-    assert str(Budgets((1.5, math.inf, math.inf), 2.0)) == "+50 % at least; more than +100 % in 2 of 3 seeds"
-    assert str(Budgets((math.inf, math.inf), 3.0)) == "more than +200 % in 2 of 2 seeds"
+    some = Budgets((1.5, math.inf, math.inf), 2.0)
+    assert some.told(" tokens") == "50 % more tokens at least, over 100 % more in 2 of 3 seeds"
+    assert Budgets((math.inf, math.inf), 3.0).told(" tokens") == "over 200 % more tokens in 2 of 2 seeds"
     # Seeds that need more than the largest budget count as such, by their signs.
     assert Budgets((1.6,) * 3 + (math.inf,) * 3, 2.0).above(1.5).lower
     assert not Budgets((1.6,) * 2 + (math.inf,) * 3, 2.0).above(1.5).lower
@@ -153,17 +156,30 @@ def test_a_seed_that_diverged_is_counted_and_makes_no_mean() -> None:
     assert shown(lost) == "diverged in 1 of 3 seeds"
     assert shown([LOST]) == "diverged"
     assert table_of({"a": lost}, ()) == [(), ("a", "diverged in 1 of 3 seeds", "1.0000, diverged, 2.0000")]
-    assert diverged({"a": [1.0], "b": lost, "c": [LOST]}) == "b diverged in 1 of 3 seeds, c diverged"
-    assert diverged({"a": [1.0]}) == ""
     said = "AdEMAMix ends below AdamW in 2 of 3 seeds; some runs diverged"
     assert against(paired(lost, [2.0, 2.0, 3.0]), "AdEMAMix", "AdamW") == said
 
 
 def test_how_far_one_is_from_another() -> None:
     assert against(paired([1.5], [2.0]), "It", "AdamW") == "It ends 0.5000 nats below AdamW (one seed)"
-    pair = paired([1.0, 1.1, 1.2], [0.9, 0.9, 0.9])
-    said = f"It ends 0.2000 nats above AdamW (95 % interval {pair.interval()}; lower in 0 of 3 seeds)"
-    assert against(pair, "It", "AdamW") == said
+    high, low = [1.00, 1.11, 1.21], [0.9, 0.9, 0.9]
+    edge = 4.302653 * stats.sem([0.10, 0.21, 0.31])
+    mean = 0.62 / 3
+    within = f"(95 % interval {mean - edge:.4f} to {mean + edge:.4f}"
+    said = f"It ends {mean:.4f} nats above AdamW {within}; lower in 0 of 3 seeds)"
+    assert against(paired(high, low), "It", "AdamW") == said
+    said = f"It ends {mean:.4f} nats below AdamW {within}; lower in 3 of 3 seeds)"
+    assert against(paired(low, high), "It", "AdamW") == said
+
+
+def test_intervals_that_hold_together_are_wider() -> None:
+    assert [jointly(count) for count in (0, 1, 4)] == pytest.approx([0.95, 0.95, 0.9875])
+
+
+def test_pairs_by_what_they_do() -> None:
+    pairs = {"a": BELOW, "b": OPEN, "c": ABOVE, "d": BELOW}
+    assert grouped(pairs) == f"helps: a, d; hurts: c; undecided: b ({OPEN.interval()})"
+    assert grouped({"after 1": BELOW}, link=" ") == "helps after 1"
 
 
 BELOW, ABOVE, OPEN, ONE = Paired((-1.0, -1.01)), Paired((1.0, 1.01)), Paired((-1.0, 1.0)), Paired((-1.0,))

@@ -28,7 +28,7 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import Candidate, Settings, at_the_ends, changed
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import Paired, against, by_seed, mean_and_error, paired, shown
+from ademamix.lab.experiments.statistics import Paired, against, by_seed, jointly, mean_and_error, paired, shown
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value
 from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report, Rows
@@ -229,7 +229,7 @@ class Found:
 
     def lowest(self) -> str:
         cells = [f"{TITLES[self.order(*cell)[0]]} at {self.at(*cell)}" for cell in self.settings.cells()]
-        return f"The lowest loss: {'; '.join(cells)}"
+        return f"The lowest mean loss: {'; '.join(cells)}"
 
     def best(self) -> list[str]:
         """Which is best, where."""
@@ -237,7 +237,9 @@ class Found:
         for line, batch in self.settings.cells():
             first, second = self.order(line, batch)[:2]
             than = [k for k in dict.fromkeys((second, "ademamix", "adamw")) if k != first]
-            gaps = "; ".join(against(self.pair(line, batch, first, k), "it", TITLES[k]) for k in than)
+            level = jointly(len(self.settings.keys(batch)) - 1)  # for it is the best of all
+            pairs = {k: dataclasses.replace(self.pair(line, batch, first, k), level=level) for k in than}
+            gaps = "; ".join(against(pair, "it", TITLES[k]) for k, pair in pairs.items())
             said.append(f"At {self.at(line, batch)} {TITLES[first]} is lowest: {gaps}")
         return said
 

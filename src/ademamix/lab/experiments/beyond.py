@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -21,6 +21,7 @@ from ademamix.lab.experiments.statistics import (
     against,
     budgets_for,
     by_seed,
+    jointly,
     mean_and_error,
     paired,
     shown,
@@ -229,14 +230,14 @@ class Found:
             return "After T steps none is lowest: each diverged in some seed"
         others = [k for k in ("ademamix", "adamw") if k != key]
         than = "; ".join(self.against(key, k) for k in others)
-        tokens = "" if key == "adamw" else f", and AdamW needs {self.tokens(key)} tokens for its loss"
+        tokens = "" if key == "adamw" else f", and AdamW needs {self.tokens(key, ' tokens')} for its loss"
         return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest{tokens}: {than}"
 
     def lean(self) -> str:
         """Whether a rule with no more memory than AdEMAMix's is better."""
         mixed, most = self.final("ademamix"), self.bytes_of("ademamix")
         no_larger = [k for k in self.titles if k not in ("adamw", "ademamix") and self.bytes_of(k) <= most]
-        better = [k for k in no_larger if paired(self.final(k), mixed, self.corrected(no_larger)).lower]
+        better = [k for k in no_larger if paired(self.final(k), mixed, jointly(len(no_larger))).lower]
         if math.isinf(most):
             return "AdEMAMix diverged in every run, so its memory is not known"
         held = f"AdEMAMix's memory ({most:.1f} bytes a parameter)"
@@ -244,20 +245,16 @@ class Found:
             return f"One seed does not tell whether a rule with at most {held} beats it"
         if not better:
             return f"No rule with at most {held} is decidedly below it"
-        level = self.corrected(no_larger)
+        level = jointly(len(no_larger))
         said = [
             f"{self.titles[k]} ({self.bytes_of(k):.1f}), {paired(self.final(k), mixed, level).told()}" for k in better
         ]
         return f"With at most {held}, decidedly below it ({100 * level:.4g} % intervals): {'; '.join(said)}"
 
-    @staticmethod
-    def corrected(keys: Sequence[str]) -> float:
-        """The level of each of several intervals that together hold at 95 %."""
-        return 1 - 0.05 / max(1, len(keys))
-
     def against(self, key: str, other: str, x: float = 1.0) -> str:
-        """How far an entry ends from another in runs of one length."""
-        return against(paired(self.losses[key, x], self.losses[other, x]), "it", self.titles[other])
+        """How far the best of all entries ends from another in runs of one length."""
+        pair = paired(self.losses[key, x], self.losses[other, x], jointly(len(self.titles) - 1))
+        return against(pair, "it", self.titles[other])
 
     def stopped(self) -> list[str]:
         """The sentences on the shortest and the longest run."""
@@ -274,14 +271,14 @@ class Found:
             said.append(f"{how} {x:g} T, {self.titles[first]} is lowest: {than}; the next is {self.titles[second]}")
         return said
 
-    def tokens(self, key: str) -> str:
+    def tokens(self, key: str, unit: str = "") -> str:
         """How many more tokens AdamW needs for an entry's loss, by its runs of all lengths."""
         if key == "adamw" or self.lost(key):
             return ""
         if mean_and_error(self.final(key))[0] > mean_and_error(self.final("adamw"))[0]:
             return "its loss is above AdamW's"
         adamw = {x: of_length for (k, x), of_length in self.losses.items() if k == "adamw" and x >= 1.0}
-        return str(budgets_for(adamw, self.final(key)))
+        return budgets_for(adamw, self.final(key)).told(unit)
 
     def table(self) -> Rows:
         heads = ("loss after T steps", "by seed", "AdamW's tokens", "bytes a parameter", "optimizer, ms", "buffers")

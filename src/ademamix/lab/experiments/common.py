@@ -86,6 +86,9 @@ class Tuning:
     """Values of beta3 of AdEMAMix."""
 
     def __post_init__(self) -> None:
+        for name in ("adamw_lr", "adamw_beta2", "ademamix_lr", "ademamix_beta3"):
+            if len(set(values := getattr(self, name))) < len(values):
+                raise BadInputError(f"{name} must be different numbers, got {values}")
         sizes = [len(self.adamw_lr) * len(self.adamw_beta2), len(self.ademamix_lr) * len(self.ademamix_beta3)]
         if sizes[0] != sizes[1] or not sizes[0]:
             raise BadInputError(

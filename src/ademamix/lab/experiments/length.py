@@ -32,15 +32,17 @@ from ademamix.lab.experiments.statistics import (
     against,
     budgets_for,
     by_seed,
+    grouped,
     mean_and_error,
     paired,
     shown,
     slopes,
 )
 from ademamix.lab.experiments.trials import Grid, Point, Trials
-from ademamix.lab.reports.pictures import Chart, Picture
+from ademamix.lab.reports.pictures import Chart, Line, Picture
 from ademamix.lab.reports.report import Report, Rows, sentence
 from ademamix.lab.training.loop import Result
+from ademamix.schedules import half_life
 
 WHAT = "what AdEMAMix gains by the length of the run, and how old a gradient still helps"
 
@@ -223,12 +225,13 @@ class Found:
 
     def takeaway(self) -> str:
         grows = "grows" if self.slope.higher else "shrinks" if self.slope.lower else "does not decidedly change"
-        each = ", ".join(f"{self.needed[t]} tokens at {t:,} steps" for t in self.settings.lengths)
+        each = ", ".join(f"{self.needed[t].told(' tokens')} at {t:,} steps" for t in self.settings.lengths)
         return f"AdEMAMix's gain {grows} with the number of steps: for its loss AdamW needs {each}"
 
     def trend(self) -> str:
         """How the gain goes with the length."""
-        enough = all(math.isfinite(x) for budgets in self.needed.values() for x in budgets.factors)
+        of_seeds = [budgets.factors[: self.common_seeds] for budgets in self.needed.values()]
+        enough = all(math.isfinite(x) for factors in of_seeds for x in factors)
         power = self.slope.told("+.3f") if enough else "not known, for its largest is not enough in every seed"
         nats = self._slope({t: [-d for d in pair.differences] for t, pair in self.above.items()})
         span = f"from {self.settings.lengths[0]:,} to {self.settings.lengths[-1]:,} steps"
@@ -240,7 +243,8 @@ class Found:
 
     def gains(self) -> list[str]:
         return [
-            f"At {t:,} steps {against(self.above[t], 'AdEMAMix', 'AdamW')}; AdamW needs {self.needed[t]} tokens"
+            f"At {t:,} steps {against(self.above[t], 'AdEMAMix', 'AdamW')}; "
+            f"AdamW needs {self.needed[t].told(' tokens')}"
             for t in self.settings.lengths
         ]
 
@@ -254,17 +258,17 @@ class Found:
         """Up to which half-life a longer slow average helps."""
         if not self.older:
             return "How old a gradient still helps was not tried"
-        means = {float(b): mean_and_error(values)[0] for (b,), values in common.sample(self.of_ages).items()}
-        best, shortest, longest = min(means, key=lambda b: means[b]), min(means), max(means)
-        at = f"At {self.settings.lengths[-1]:,} steps"
+        losses = {float(b): values for (b,), values in sorted(common.sample(self.of_ages).items())}
+        means = {b: mean_and_error(values)[0] for b, values in losses.items()}
+        best, at = min(means, key=lambda b: means[b]), f"At {self.settings.lengths[-1]:,} steps"
         if math.isinf(means[best]):
             return f"{at} AdEMAMix diverged in some seed with every beta3 that was tried"
-        gaps = [
-            f"the loss with {half_life(b):,.0f} minus that with {half_life(shortest):,.0f}: {self.older[b].told()}"
-            for b in dict.fromkeys((best, longest))
-            if b > shortest
-        ]
-        return "; ".join([f"{at} a half-life of {half_life(best):,.0f} steps (beta3 = {best:g}) is best", *gaps])
+        steps = list(zip(losses, [*losses][1:], strict=False))
+        each = grouped({f"{half_life(b):,.0f}": paired(losses[b], losses[a]) for a, b in steps})
+        return (
+            f"{at} a half-life of {half_life(best):,.0f} steps (beta3 = {best:g}) has the lowest mean loss. Each "
+            f"half-life in place of the next shorter one, from {half_life(min(losses)):,.0f}: {each}"
+        )
 
     def table(self) -> Rows:
         heads = ("AdamW", "AdEMAMix", "AdEMAMix above AdamW", "AdamW's tokens", "lr", "beta2", "beta3")
@@ -297,16 +301,17 @@ class Found:
     def charts(self) -> list[Picture]:
         x = self.settings.lengths
         ticks = tuple((float(t), f"{t:,}") for t in x)
-        more = {float(t): -self.needed[t].above(1.0) for t in x}
-        factor = {
-            t: (100 * math.expm1(p.mean), 100 * (math.exp(p.mean + p.half) - math.exp(p.mean))) for t, p in more.items()
-        }
+        more = {float(t): -self.needed[t].above(1.0) for t in x if math.isfinite(self.needed[t].above(1.0).mean)}
+        low, mean, high = (
+            [100 * math.expm1(p.mean + side * (p.half if math.isfinite(p.half) else 0.0)) for p in more.values()]
+            for side in (-1, 0, 1)
+        )
         charts: list[Picture] = [
             Chart(
                 "AdamW's further tokens for AdEMAMix's loss",
                 "steps T",
                 "%, with 95 % interval",
-                [common.ends("AdamW needs", factor)],
+                [Line("AdamW needs", list(more), mean, mode="lines+markers", band=(low, high))],
                 log_x=True,
                 x_ticks=ticks,
             ),
@@ -345,8 +350,3 @@ class Found:
                 )
             )
         return charts
-
-
-def half_life(beta: float) -> float:
-    """Steps after which an EMA's weight of one gradient has halved."""
-    return math.log(0.5) / math.log(beta)

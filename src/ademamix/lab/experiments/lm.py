@@ -94,7 +94,7 @@ def run(settings: Lm, trials: Trials) -> Report:
     below = paired(losses["AdEMAMix"], losses["AdamW"])
     needed = budgets_for(budgets, losses["AdEMAMix"])
     gain = against(below, "AdEMAMix", "AdamW")
-    tokens = f"AdamW needs {needed} tokens for AdEMAMix's loss"
+    tokens = f"AdamW needs {needed.told(' tokens')} for AdEMAMix's loss"
     runs = {name: common.of(results, n) for n, name in NAMES.items()}
     pictures: list[Picture] = [common.curves("Validation loss", runs, len(seeds), recipe.unit)]
     pictures.append(

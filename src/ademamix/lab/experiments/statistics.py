@@ -149,17 +149,25 @@ class Budgets:
         """The difference of the logarithms of a factor and of those found: below zero where more is needed."""
         return Paired(tuple(math.log(factor) - math.log(found) for found in self.factors), self.level)
 
-    def __str__(self) -> str:
-        """So many more tokens, for people: the geometric mean, its interval, and the seeds that it does not count."""
-        if beyond := sum(map(math.isinf, self.factors)):
-            few = f"{100 * (min(self.factors) - 1):+.0f} % at least; " if beyond < len(self.factors) else ""
-            return f"{few}more than {100 * (self.largest - 1):+.0f} % in {beyond} of {len(self.factors)} seeds"
-        if (enough := self.factors.count(1.0)) == len(self.factors):
-            return "no more"
+    def told(self, unit: str) -> str:
+        """How much more it needs, for people: the geometric mean, its interval, and seeds that are not counted."""
+        count, enough, beyond = len(self.factors), self.factors.count(1.0), self.factors.count(math.inf)
+        most = f"over {100 * (self.largest - 1):.0f} % more"
+        if enough == count:
+            return f"no more{unit}"
+        if beyond == count:
+            return f"{most}{unit} in {count} of {count} seeds"
+        if beyond:
+            return f"{100 * (min(self.factors) - 1):.0f} % more{unit} at least, {most} in {beyond} of {count} seeds"
         pair = -self.above(1.0)
-        low, mean, high = (100 * math.expm1(x) for x in (pair.mean - pair.half, pair.mean, pair.mean + pair.half))
-        none = f", no more in {enough} of {len(self.factors)} seeds" if enough else ""
-        return f"{mean:+.0f} %" + ("" if math.isinf(pair.half) else f" ({low:+.0f} to {high:+.0f})") + none
+        low, mean, high = (
+            f"{100 * math.expm1(x):.0f}" for x in (pair.mean - pair.half, pair.mean, pair.mean + pair.half)
+        )
+        spread = "" if math.isinf(pair.half) else f" ({low} to {high})"
+        return f"{mean} % more{unit}{spread}" + (f", no more in {enough} of {count} seeds" if enough else "")
+
+    def __str__(self) -> str:
+        return self.told("")
 
 
 def budgets_for(losses: Mapping[float, Sequence[float]], goal: Sequence[float], level: float = LEVEL) -> Budgets:
@@ -188,21 +196,12 @@ def slopes(x: Sequence[float], samples: Sequence[Sequence[float]]) -> list[float
     return [float(np.polyfit(x, of_seed, 1)[0]) if np.isfinite(of_seed).all() else math.nan for of_seed in columns]
 
 
-def plus_minus(mean: float, error: float, form: str = ".4f") -> str:
-    """A number with its standard error, for people; without it, where one seed gives none."""
-    return f"{mean:{form}}" if math.isinf(error) else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
-
-
 def shown(values: Sequence[float]) -> str:
     """A mean with its standard error, for people, or in how many seeds the run diverged: then there is no mean."""
     if lost := sum(map(math.isinf, values)):
         return f"diverged in {lost} of {len(values)} seeds" if len(values) > 1 else "diverged"
-    return plus_minus(*mean_and_error(values))
-
-
-def diverged(samples: Mapping[str, Sequence[float]]) -> str:
-    """Who diverged, and in how many seeds, in place of a sentence on differences; empty if nobody did."""
-    return ", ".join(f"{name} {shown(values)}" for name, values in samples.items() if any(map(math.isinf, values)))
+    mean, error = mean_and_error(values)
+    return f"{mean:.4f}" if math.isinf(error) else f"{mean:.4f} ± {error:.4f}"
 
 
 def loss_of(value: float) -> str:
@@ -220,15 +219,21 @@ def table_of(samples: Mapping[str, Sequence[float]], heads: tuple[str, ...]) -> 
     return [heads, *((name, shown(values), by_seed(values)) for name, values in samples.items())]
 
 
-def against(pair: Paired, name: str, other: str, unit: str = "nats") -> str:
+def against(pair: Paired, name: str, other: str) -> str:
     """How far a loss is from another, in a sentence: ``AdEMAMix ends 0.05 nats below AdamW (...)``."""
     if not math.isfinite(pair.mean):
         return f"{name} ends below {other} in {pair.below} of {pair.count} seeds; some runs diverged"
-    side = "below" if pair.mean < 0 else "above"
-    ends = f"{name} ends {abs(pair.mean):.4f} {unit} {side} {other}"
+    side, apart = ("below", -pair) if pair.mean < 0 else ("above", pair)
+    ends = f"{name} ends {apart.mean:.4f} nats {side} {other}"
     if math.isinf(pair.half):
         return f"{ends} (one seed)"
-    return f"{ends} ({100 * pair.level:g} % interval {pair.interval()}; lower in {pair.below} of {pair.count} seeds)"
+    within = f"{100 * pair.level:.4g} % interval {apart.interval('.4f')}"
+    return f"{ends} ({within}; lower in {pair.below} of {pair.count} seeds)"
+
+
+def jointly(count: int) -> float:
+    """The level of each of several intervals that all hold together at 95 % (Bonferroni)."""
+    return 1 - (1 - LEVEL) / max(1, count)
 
 
 def grouped(pairs: Mapping[str, Paired], link: str = ": ") -> str:

@@ -1,7 +1,7 @@
 """alpha and beta3 as a heat map; then what the warmups, beta1 = 0, and a larger beta1 in AdamW are worth."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,12 +12,13 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import TUNING_SEED, Settings, at_the_ends, changed, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import paired, table_of
+from ademamix.lab.experiments.statistics import loss_of, mean_and_error, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Point, Trials, best
-from ademamix.lab.reports.pictures import HeatMap
-from ademamix.lab.reports.report import Report, sentence
+from ademamix.lab.reports.pictures import HeatMap, Picture
+from ademamix.lab.reports.report import Report, Rows, sentence
 from ademamix.lab.training.loop import Result
 
+CLOSE = 0.01  # nats: seeds differ by as much
 WHAT = "alpha x beta3 as a heat map; warmups, beta1 = 0, AdamW's beta1"
 
 
@@ -112,17 +113,24 @@ def run(settings: Sweep, trials: Trials) -> Report:
     of_warmups = "loss with warmups minus loss without, at"
     said_warm = f"{of_warmups} alpha = {alpha:g}, beta3 = {beta3:g}: {warm.told()}"
     said_long = f"{of_warmups} alpha = {alpha:g}, beta3 = {longest:g}: {long_warm.told()}"
+    best_warm = paired(_lower(mix, long), _lower(cold, long_cold))
     said_beta1 = f"AdEMAMix's loss minus that of AdamW with its best larger beta1, {other:g}: {momentous.told()}"
     said_zero = (
         f"loss of AdEMAMix with beta1 = 0 minus AdamW's: {lean.told()}; minus that of AdEMAMix with beta1 = 0.9: "
         f"{paired(without_fast, mix).told()}"
     )
+    maps: list[Picture] = [
+        _map("Final loss of AdEMAMix", "beta3", "alpha", settings.beta3, settings.alpha, mixed),
+        _map("Final loss of AdamW", "learning rate", "beta1", settings.adamw_lr, beta1, momentum),
+    ]
     return Report(
         "Sweep: alpha, beta3, warmups and beta1",
         [
-            f"The best of alpha x beta3 is alpha = {alpha:g}, beta3 = {beta3:g} over {recipe.steps:,} steps",
+            f"Over {recipe.steps:,} steps alpha = {alpha:g}, beta3 = {beta3:g} is lowest with the seed of the grids; "
+            f"{_close(mixed)} of {len(mixed)} settings are within {CLOSE:g} nats",
             sentence(said_warm),
             sentence(said_long),
+            f"The better one of both with warmups minus the better one without: {best_warm.told()}",
             said_beta1,
             sentence(said_zero),
             *at_the_ends(
@@ -130,12 +138,10 @@ def run(settings: Sweep, trials: Trials) -> Report:
                 dict.fromkeys((f"AdamW, beta1 = {own:g}", f"AdamW, beta1 = {other:g}"), settings.adamw_lr),
             ),
         ],
+        maps,
         [
-            _map("Final loss of AdEMAMix", "beta3", "alpha", settings.beta3, settings.alpha, mixed),
-            _map("Final loss of AdamW", "learning rate", "beta1", settings.adamw_lr, beta1, momentum),
-        ],
-        [
-            table_of(losses, ("run", "final validation loss", "by seed")),
+            table_of({name: losses[name] for name in kinds}, ("run", "final validation loss", "by seed")),
+            *(_table(shown) for shown in maps if isinstance(shown, HeatMap)),
             [
                 ("AdEMAMix, beta1 = 0: beta3", "loss, seed of the grids"),
                 *((p[0], common.final_loss(r)) for p, r in sorted(zero.items())),
@@ -149,6 +155,26 @@ def run(settings: Sweep, trials: Trials) -> Report:
             decide("beta1-zero", said_zero, lean),
         ],
     )
+
+
+def _lower(a: Sequence[float], b: Sequence[float]) -> Sequence[float]:
+    """The sample with the lower mean."""
+    return min(a, b, key=lambda values: mean_and_error(values)[0])
+
+
+def _close(results: Mapping[Point, Result | None]) -> int:
+    """How many settings have a loss that is close to the lowest."""
+    losses = [result.valid_loss for result in results.values() if result is not None]
+    return sum(loss <= min(losses) + CLOSE for loss in losses)
+
+
+def _table(shown: HeatMap) -> Rows:
+    """The numbers of a heat map."""
+    rows = zip(shown.y, shown.z, strict=True)
+    return [
+        (f"{shown.title}: {shown.y_label}, {shown.x_label}", *shown.x),
+        *((y, *("diverged" if loss is None else loss_of(loss) for loss in row)) for y, row in rows),
+    ]
 
 
 def _map(

@@ -3,7 +3,7 @@
 A criterion names differences. Each is taken within seeds: both sides have the same initial weights and batches. It is
 decided by the 95 % interval of its mean by Student's t, or, where a run diverged, by a sign test at the same level. A
 claim is reproduced if every difference that it names is decidedly as it says, contradicted if one is decidedly the
-opposite, and undecided otherwise. Among 20 true claims that have no effect one would be decided by chance.
+opposite, and undecided otherwise. At 95 %, one in 20 differences that are zero in truth is decided by chance.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ CLAIMS = {
         "AdEMAMix reaches AdamW's final loss with about half the tokens",
         "1.3B parameters: AdamW needs 197B tokens for the loss that AdEMAMix has after 101B (+95 %)",
         "lm",
-        "both tuned with as many trials, AdEMAMix's loss is below AdamW's, and AdamW needs more than +50 % tokens for "
-        "it, by the logarithm of its budget, interpolated within each seed between runs with full schedules",
+        "both tuned with the same number of trials, AdEMAMix's loss is below AdamW's, and AdamW needs more than +50 % "
+        "tokens for it, by the logarithm of its budget, interpolated within each seed between runs with full schedules",
     ),
     "length": Claim(
         "the gain grows with the number of steps",
@@ -47,7 +47,7 @@ CLAIMS = {
         "logarithm of the number of steps: the slope of a line through each seed's values is above zero",
     ),
     "horizon": Claim(
-        "short runs want a shorter slow average",
+        "short runs need a shorter slow EMA",
         "beta3 = 0.9999 for 256,000 steps and more; 0.999 and below for short runs",
         "horizon",
         "with the same values of beta3 tried at every length, the slope of log(1 - best beta3) over log(steps), of a "
@@ -112,10 +112,11 @@ CLAIMS = {
         "the gain carries over to Mamba",
         "a 168M Mamba ends lower with AdEMAMix",
         "mamba",
-        "both tuned with as many trials, the loss of AdEMAMix is below AdamW's",
+        "both tuned with the same number of trials, the loss of AdEMAMix is below AdamW's",
     ),
     "valley-arrival": Claim(
-        "in a narrow valley AdEMAMix arrives at the minimum before Adam with a small and with a large beta1",
+        "in a narrow valley, at one learning rate, AdEMAMix arrives at the minimum before Adam with a small and with a "
+        "large beta1",
         "Rosenbrock's function: AdEMAMix is at the minimum long before both",
         "valley",
         "over starting points around the paper's, the logarithm of the step after which the distance to the minimum is "
@@ -123,7 +124,7 @@ CLAIMS = {
         "the last step",
     ),
     "valley-overshoot": Claim(
-        "in a narrow valley AdEMAMix overshoots less than Adam with a large beta1",
+        "in a narrow valley, at one learning rate, AdEMAMix overshoots less than Adam with a large beta1",
         "Rosenbrock's function: a large beta1 overshoots, the mixture does not",
         "valley",
         "over starting points from which both arrive, the logarithm of the largest distance to the minimum after the "
