@@ -282,7 +282,7 @@ def test_arrival_and_overshoot_are_those_of_torchs_trajectories(large: float, mo
     both = [i for i in range(3) if arrivals[large][i] <= steps]
     farthest = [[max(paths[beta1][i][arrivals[beta1][i] :]) for i in both] for beta1 in (0.9, large)]
     farther = [math.log10(a / b) for a, b in zip(*farthest, strict=True)]
-    assert overshoot.ours.endswith(f"Adam with the large beta1: {told(farther, '+.2f')}")
+    assert overshoot.ours.endswith(f"Adam's with the large beta1: {told(farther, '+.2f')}")
 
 
 def test_where_nobody_arrives_nothing_is_said_of_overshoots() -> None:

@@ -107,7 +107,8 @@ def test_sentences_and_tables_have_the_budgets_and_gains(carried_out: Any) -> No
     )
     rows = {row[0]: row for row in report.tables[0]}
     assert rows["8,000"][3:] == (
-        f"helps: {gain:+.4f} ({interval}; signs --------)", f"{middle:.0f} % more {spread}", "0.004, 0.002", "0.999, 0.999", "0.999",
+        f"helps: {gain:+.4f} ({interval}; signs --------)", f"{middle:.0f} % more {spread}",
+        "0.004, 0.002", "0.999, 0.999", "0.999",
     )  # fmt: skip
     assert rows["32,000"][-1] == "0.99975"
     of_seeds = [f"{adamw(3 * 8000) + 0.3 * math.sin(seed):.4f}" for seed in SEEDS]

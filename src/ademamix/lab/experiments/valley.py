@@ -95,13 +95,13 @@ def run(settings: Valley, trials: Trials) -> Report:
     ours = (
         f"steps until the distance to the minimum is below {NEAR:g} (median of {len(settings.seeds)} starts): "
         f"{steps_of}; "
-        f"log10 of AdEMAMix's steps minus that of Adam's with the small beta1: {to_small.told('+.2f')}, "
+        f"log10 of AdEMAMix's steps minus log10 of Adam's with the small beta1: {to_small.told('+.2f')}, "
         f"with the large one: {to_large.told('+.2f')}"
     )
     largest = "; ".join(f"{names[name]} {_farthest(of_name)}" for name, of_name in after.items())
     overshot = (
         f"the largest distance after that (median, range): {largest}; "
-        "log10 of AdEMAMix's minus that of Adam's with the large beta1: "
+        "log10 of AdEMAMix's minus log10 of Adam's with the large beta1: "
         f"{farther.told('+.2f') if arrived else 'unknown, both arrive from no start'}"
     )
     across, up = [-4 + 0.1 * i for i in range(71)], [-3 + 0.15 * i for i in range(81)]
