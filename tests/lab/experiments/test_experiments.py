@@ -196,7 +196,7 @@ def test_a_point_that_is_no_number_is_not_at_the_minimum(cli):
     assert cli("run", "valley", "--lr", "1e100", "--steps", "50", "--seeds", "0", "1", "--out", "out") == 0
     arrival, overshoot = json.loads(Path("out/outcome.json").read_text())["findings"]
     # After the last step, for each.
-    assert "Adam, beta1 = 0.9 51, Adam, beta1 = 0.999 51, AdEMAMix 51, Adam, lr 1e+101 51;" in arrival["ours"]
+    assert "Adam, beta1 = 0.9: 51; Adam, beta1 = 0.999: 51; AdEMAMix: 51; Adam, lr 1e+101: 51;" in arrival["ours"]
     assert arrival["verdict"] == "undecided"
     assert overshoot["ours"].count("never arrives") == 4
     assert overshoot["verdict"] == "not tested at this size"

@@ -89,18 +89,18 @@ def run(settings: Valley, trials: Trials) -> Report:
         paired([math.log10(b) for _, b in arrived], [math.log10(a) for a, _ in arrived]) if arrived else Paired(())
     )
     names = {name: name for name in paths} | {"AdamW": f"Adam, beta1 = {settings.small:g}"}
-    steps_of = ", ".join(f"{names[name]} {_steps(of_name)}" for name, of_name in arrivals.items())
+    steps_of = "; ".join(f"{names[name]}: {_steps(of_name)}" for name, of_name in arrivals.items())
     at_small, at_large, ours_at, faster = map(_steps, arrivals.values())
     to_small, to_large = paired(mixed, small), paired(mixed, large)
     ours = (
-        f"steps until the distance to the minimum is below {NEAR:g} (median of {len(settings.seeds)} starts): "
+        f"steps until the distance to the minimum is below {NEAR:g} (median of {len(settings.seeds)} starts) - "
         f"{steps_of}; "
         f"log10 of AdEMAMix's steps minus log10 of Adam's with the small beta1: {to_small.told('+.2f')}, "
         f"with the large one: {to_large.told('+.2f')}"
     )
-    largest = "; ".join(f"{names[name]} {_farthest(of_name)}" for name, of_name in after.items())
+    largest = "; ".join(f"{names[name]}: {_farthest(of_name)}" for name, of_name in after.items())
     overshot = (
-        f"the largest distance after that (median, range): {largest}; "
+        f"the largest distance after that (median, range) - {largest}; "
         "log10 of AdEMAMix's minus log10 of Adam's with the large beta1: "
         f"{farther.told('+.2f') if arrived else 'unknown, both arrive from no start'}"
     )
