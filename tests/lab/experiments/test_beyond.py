@@ -68,16 +68,17 @@ def found(losses: dict[str, dict[float, list[float]]], sizes: dict[str, float]) 
 T_OF_TWO = 12.7062  # Student's t for two seeds, whose mean has an error of half their distance
 
 
-def interval_of_budgets(*powers: float) -> str:
+def interval_of_budgets(*powers: float, unit: str = "") -> str:
     """Of two seeds that need these powers of two, in percent more."""
     mean, half = sum(powers) / 2, T_OF_TWO * abs(powers[0] - powers[1]) / 2
-    return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * (2**x - 1) for x in (mean, mean - half, mean + half)))
+    percent = (100 * (2**x - 1) for x in (mean, mean - half, mean + half))
+    return "{:.0f} % more{} ({:.0f} to {:.0f})".format(next(percent), unit, *percent)
 
 
-def interval(a: float, b: float) -> str:
+def interval(a: float, b: float, form: str = "+.4f", t: float = T_OF_TWO) -> str:
     """Of two differences."""
-    mean, half = (a + b) / 2, T_OF_TWO * abs(a - b) / 2
-    return f"{mean - half:+.4f} to {mean + half:+.4f}"
+    mean, half = (a + b) / 2, t * abs(a - b) / 2
+    return f"{mean - half:{form}} to {mean + half:{form}}"
 
 
 ADAMW = {0.5: [2.2, 2.3], 1.0: [2.0, 2.1], 2.0: [1.8, 1.9]}
@@ -96,7 +97,7 @@ def test_adamw_needs_the_tokens_at_which_it_has_the_same_loss_seed_by_seed() -> 
     )
     # Halfway between 1 and 2 in the logarithm; the second seed is just there at 2.
     assert some.tokens("ademamix") == interval_of_budgets(0.5, 1.0)
-    assert some.tokens("far") == "+100 % at least; more than +100 % in 1 of 2 seeds"
+    assert some.tokens("far") == "at least 100 % more, over 100 % more in 1 of 2 seeds"
     # In the first seed AdamW has that loss, and a lower one, after T steps.
     assert some.tokens("mixed") == f"{interval_of_budgets(0.0, 1.0)}, no more in 1 of 2 seeds"
     assert some.tokens("above") == "its loss is above AdamW's"
@@ -132,9 +133,9 @@ def test_a_rule_with_no_more_memory_than_ademamix_is_better_or_none_is(
 def test_one_seed_does_not_tell() -> None:
     some = found(short(adamw=[2.0], ademamix=[1.9], lean=[1.5]), {"lean": 8.0})
     assert some.lean().startswith("One seed does not tell")
-    assert some.lowest().startswith("After T = 2,000 steps LEAN is lowest, and AdamW needs more than")
+    assert some.lowest().startswith("After T = 2,000 steps LEAN is lowest, and AdamW needs over ")
     assert some.lowest().endswith(
-        "for its loss: it ends 0.4000 nats below ADEMAMIX (one seed); it ends 0.5000 nats below ADAMW (one seed)"
+        "to reach that loss: it ends 0.4000 nats below ADEMAMIX (one seed); it ends 0.5000 nats below ADAMW (one seed)"
     )
 
 
@@ -142,17 +143,18 @@ def test_the_sentences_and_tables_follow_the_losses() -> None:
     mixed = {0.5: [2.5, 2.6], 1.0: [1.9, 1.95], 2.0: [1.85, 1.9]}
     some = found({"adamw": ADAMW, "ademamix": mixed}, {"adamw": 8.0})
     assert some.lowest() == (
-        f"After T = 2,000 steps ADEMAMIX is lowest, and AdamW needs {interval_of_budgets(0.5, 0.75)} tokens for its "
-        f"loss: it ends 0.1250 nats below ADAMW (95 % interval {interval(-0.1, -0.15)}; lower in 2 of 2 seeds)"
+        "After T = 2,000 steps ADEMAMIX is lowest, and AdamW needs "
+        f"{interval_of_budgets(0.5, 0.75, unit=' tokens')} to reach that loss: it ends 0.1250 nats below ADAMW "
+        f"(95 % interval {interval(0.1, 0.15, '.4f')}; lower in 2 of 2 seeds)"
     )
     early, late = some.stopped()
     assert early == (
-        "Stopped at 0.5 T, ADAMW is lowest: it ends 0.3000 nats below ADEMAMIX (95 % interval -0.3000 to -0.3000; "
+        "Stopped at 0.5 T, ADAMW is lowest: it ends 0.3000 nats below ADEMAMIX (95 % interval 0.3000 to 0.3000; "
         "lower in 2 of 2 seeds); the next is ADEMAMIX"
     )
     assert late.startswith(
         "Extended to 2 T, ADAMW is lowest: it ends 0.0250 nats below ADEMAMIX (95 % interval "
-        f"{interval(0.0, -0.05)}; lower in 1 of 2 seeds)"
+        f"{interval(0.0, 0.05, '.4f')}; lower in 1 of 2 seeds)"
     )
     heads, adamw, ademamix = some.table()
     assert adamw[:4] == ("ADAMW", "2.0500 ± 0.0500", "2.0000, 2.1000", "")
@@ -166,6 +168,22 @@ def test_the_sentences_and_tables_follow_the_losses() -> None:
         "hurts: +0.3000 (+0.3000 to +0.3000; signs ++)",
         f"undecided: -0.1250 ({interval(-0.1, -0.15)}; signs --)",
         f"undecided: +0.0250 ({interval(0.05, 0.0)}; signs +0)",
+    )
+
+
+def test_intervals_of_the_lowest_of_several_hold_together() -> None:
+    losses = short(adamw=[2.0, 2.1], ademamix=[1.9, 1.95], lean=[1.5, 1.54], next=[1.6, 1.7])
+    some = found(losses, {"lean": 8.0, "next": 8.0})
+    # With one degree of freedom Student's t is Cauchy's distribution, whose quantiles are tangents.
+    of_three, of_two = (math.tan(math.pi * (0.5 - 0.05 / count / 2)) for count in (3, 2))
+    assert some.lowest().endswith(
+        ": it ends 0.4050 nats below ADEMAMIX "
+        f"(98.33 % interval {interval(0.4, 0.41, '.4f', of_three)}; lower in 2 of 2 seeds); it ends 0.5300 nats below "
+        f"ADAMW (98.33 % interval {interval(0.5, 0.56, '.4f', of_three)}; lower in 2 of 2 seeds)"
+    )
+    assert some.lean() == (  # and not NEXT, by 0.3 and 0.25
+        "With at most AdEMAMix's memory (12.0 bytes a parameter), decidedly below it (97.5 % intervals): LEAN (8.0), "
+        f"-0.4050 ({interval(-0.4, -0.41, t=of_two)}; signs --)"
     )
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ademamix.lab.config import BadInputError
-from ademamix.lab.experiments import EXPERIMENTS, forgetting, horizon, switch, valley, vit
+from ademamix.lab.experiments import EXPERIMENTS, forgetting, horizon, sweep, switch, valley, vit
 from ademamix.lab.reports.claims import CLAIMS
 from ademamix.lab.reports.report import Report
 
@@ -254,7 +254,11 @@ def test_arrival_and_overshoot_are_those_of_torchs_trajectories(large: float, mo
         beta1: [max(path[at:]) for path, at in zip(paths[beta1], arrivals[beta1], strict=True) if at <= steps]
         for beta1 in paths
     }
-    for row, beta1 in zip(report.tables[0][1:], (0.9, large, 0.9), strict=True):
+    # Without a slow average all but the one with the large beta1 are the same Adam.
+    assert [row[0] for row in report.tables[0][1:]] == [
+        "Adam, beta1 = 0.9", f"Adam, beta1 = {large:g}", "AdEMAMix", "Adam, lr 0.02",
+    ]  # fmt: skip
+    for row, beta1 in zip(report.tables[0][1:], (0.9, large, 0.9, 0.9), strict=True):
         there = after[beta1]
         assert row[1:] == (
             f"{statistics.median(arrivals[beta1]):,.0f}",
@@ -264,20 +268,127 @@ def test_arrival_and_overshoot_are_those_of_torchs_trajectories(large: float, mo
     assert len(after[large]) == (3 if large < 0.99 else 2)  # the second start is too far for the largest
     arrival, overshoot = report.findings
     gaps = [math.log10(a / b) for a, b in zip(arrivals[0.9], arrivals[large], strict=True)]
-    assert arrival.ours.endswith(f": +0.00 (+0.00 to +0.00; signs 000), {told(gaps, '+.2f')}")
+    assert arrival.ours.endswith(
+        f"Adam's with the small beta1: +0.00 (+0.00 to +0.00; signs 000), with the large one: {told(gaps, '+.2f')}"
+    )
+    own, other = (f"{statistics.median(arrivals[beta1]):,.0f}" for beta1 in (0.9, large))
+    far = after[0.9]
+    assert report.headlines[0] == (
+        f"AdEMAMix comes within 0.5 of the minimum after {own} steps. Adam needs {own} (beta1 = 0.9) or {other} "
+        f"(beta1 = {large:g}) at the same learning rate, {own} (beta1 = 0.9) at 1 times that rate. AdEMAMix's largest "
+        f"distance after that (median, range): {statistics.median(far):.2f} ({min(far):.2f} to {max(far):.2f})"
+    )
     assert arrival.verdict == "undecided"  # not before itself
     both = [i for i in range(3) if arrivals[large][i] <= steps]
     farthest = [[max(paths[beta1][i][arrivals[beta1][i] :]) for i in both] for beta1 in (0.9, large)]
     farther = [math.log10(a / b) for a, b in zip(*farthest, strict=True)]
-    assert overshoot.ours.endswith(f"Adam with the large beta1: {told(farther, '+.2f')}")
+    assert overshoot.ours.endswith(f"Adam's with the large beta1: {told(farther, '+.2f')}")
 
 
 def test_where_nobody_arrives_nothing_is_said_of_overshoots() -> None:
     report = valley.run(valley.Valley(seeds=(1, 2), steps=5), None)  # type: ignore[arg-type]
-    assert {row[1:] for row in report.tables[0][1:]} == {("6", "0 of 2", "never there")}
+    assert {row[1:] for row in report.tables[0][1:]} == {("6", "0 of 2", "never arrives")}
     _, overshoot = report.findings
     assert overshoot.verdict == "not tested at this size"
-    assert overshoot.ours.endswith("none of both arrived")
+    assert overshoot.ours.endswith("with the large beta1: unknown, both arrive from no start")
+
+
+def test_the_fourth_in_the_valley_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(valley, "START", (0.0, 0.0))
+    some = valley.Valley(seeds=(1, 2, 3), steps=400, lr=0.02, large=0.95, alpha=2.0)
+    before = valley.run(some, None)  # type: ignore[arg-type]
+    made = valley.Valley.optimizers
+
+    def with_another(self: valley.Valley) -> Any:
+        kept = made(self)
+        (name,) = [name for name in kept if name.startswith("Adam, lr")]
+        return kept | {name: lambda p: torch.optim.SGD([p], lr=0.0)}
+
+    monkeypatch.setattr(valley.Valley, "optimizers", with_another)
+    after = valley.run(some, None)  # type: ignore[arg-type]
+    assert after.tables[0][1:4] == before.tables[0][1:4]
+    assert after.tables[0][4] == ("Adam, lr 0.06", "401", "0 of 3", "never arrives") != before.tables[0][4]
+    for now, then in zip(after.findings, before.findings, strict=True):
+        assert now.verdict == then.verdict
+        assert now.ours.rpartition("; log10")[2] == then.ours.rpartition("; log10")[2]
+
+
+# --------------------------------------------------------------------------------- sweep
+
+SWEEP = dataclasses.replace(
+    sweep.PRESETS["cpu"], seeds=SEEDS, alpha=(4.0, 8.0), beta3=(0.99, 0.998, 0.9999), adamw_beta1=(0.98,),
+    adamw_lr=(2e-3, 4e-3),
+)  # fmt: skip
+GRID = {
+    (4.0, 0.99): 2.0, (4.0, 0.998): 1.905, (4.0, 0.9999): math.inf,
+    (8.0, 0.99): 1.909, (8.0, 0.998): 1.9, (8.0, 0.9999): 1.911,
+}  # fmt: skip
+OF_ADAMW = {(0.9, 2e-3): 2.1, (0.9, 4e-3): 2.2, (0.98, 2e-3): 2.4, (0.98, 4e-3): math.inf}
+
+
+def swept(warm: float, cold: float, long: float, long_cold: float) -> Any:
+    """Losses with the seed of the grids, then of AdEMAMix at the best and at the longest beta3, with warmups and not.
+
+    At the best beta3 without warmups, and at the longest with them, seeds differ by more than their own.
+    """
+
+    def loss(optimizer: str, recipe: Any, point: Mapping[str, Any]) -> float:
+        own = recipe.ademamix
+        if "seed" not in point:
+            if optimizer == "adamw":
+                return OF_ADAMW[point["beta1"], point["lr"]]
+            return GRID[point["alpha"], point["beta3"]] if "alpha" in point else 3.0 - point["beta3"]
+        if optimizer == "adamw" or own.beta1 == 0.0:
+            return 5.0 + seed_own(recipe.seed)
+        assert own.alpha == 8.0
+        tilt = TILT[recipe.seed]
+        ends = {
+            (0.998, True): warm, (0.998, False): cold + tilt,
+            (0.9999, True): long + 3 * tilt, (0.9999, False): long_cold,
+        }  # fmt: skip
+        return ends[own.beta3, own.warmup > 0] + seed_own(recipe.seed)
+
+    return loss
+
+
+def test_the_grids_of_the_sweep_are_tables_and_settings_close_to_the_best_are_counted(pretended: Any) -> None:
+    report = sweep.run(SWEEP, pretended(swept(1.9, 2.2, 2.0, 2.5)))
+    assert report.headlines[0] == (  # 1.9, 1.905 and 1.909
+        "Over 2,000 steps, with the seed of the grids, alpha = 8, beta3 = 0.998 has the lowest loss; 3 of 6 settings "
+        "are within 0.01 nats of it"
+    )
+    finals, ademamix, adamw, zero = report.tables
+    assert len(finals) == 1 + 7
+    assert ademamix == [
+        ("Final loss of AdEMAMix: alpha, beta3", "0.99", "0.998", "0.9999"),
+        ("4", "2.0000", "1.9050", "diverged"),
+        ("8", "1.9090", "1.9000", "1.9110"),
+    ]
+    assert adamw == [
+        ("Final loss of AdamW: beta1, learning rate", "0.002", "0.004"),
+        ("0.9", "2.1000", "2.2000"),
+        ("0.98", "2.4000", "diverged"),
+    ]
+    assert zero[1:] == [(0.99, "2.0100"), (0.998, "2.0020"), (0.9999, "2.0001")]
+
+
+@pytest.mark.parametrize(
+    ("ends", "mean", "tilts"),
+    [
+        ((1.9, 2.2, 2.0, 2.5), -0.3, -1),  # the best beta3 on both sides
+        ((2.0, 2.2, 1.9, 2.5), -0.3, 2),  # with warmups the longest
+        ((2.0, 2.5, 1.9, 2.2), -0.3, 3),  # the longest on both sides
+        ((1.9, 2.5, 2.0, 1.7), 0.2, 0),  # without them the longest
+        ((1.9, math.inf, 2.0, 2.2), -0.3, 0),  # the best one diverged without them
+    ],
+)
+def test_the_better_with_warmups_is_compared_with_the_better_without(
+    ends: tuple[float, ...], mean: float, tilts: int, pretended: Any
+) -> None:
+    report = sweep.run(SWEEP, pretended(swept(*ends)))
+    start = "Loss at the better beta3 with warmups minus loss at the better beta3 without: "
+    (said,) = [line.removeprefix(start) for line in report.headlines if line.startswith(start)]
+    assert said == told([mean + tilts * TILT[seed] for seed in SEEDS])
 
 
 # --------------------------------------------------------------------------------- any

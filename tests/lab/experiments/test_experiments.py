@@ -195,9 +195,10 @@ def test_a_mean_of_one_seed_has_no_error_to_show(name, cli, inline, tiny):
 def test_a_point_that_is_no_number_is_not_at_the_minimum(cli):
     assert cli("run", "valley", "--lr", "1e100", "--steps", "50", "--seeds", "0", "1", "--out", "out") == 0
     arrival, overshoot = json.loads(Path("out/outcome.json").read_text())["findings"]
-    assert "Adam, beta1 = 0.9 51, Adam, beta1 = 0.999 51, AdEMAMix 51;" in arrival["ours"]  # after the last step
+    # After the last step, for each.
+    assert "Adam, beta1 = 0.9: 51; Adam, beta1 = 0.999: 51; AdEMAMix: 51; Adam, lr 1e+101: 51;" in arrival["ours"]
     assert arrival["verdict"] == "undecided"
-    assert overshoot["ours"].count("never there") == 3
+    assert overshoot["ours"].count("never arrives") == 4
     assert overshoot["verdict"] == "not tested at this size"
     assert not NO_NUMBER.search(Path("out/report.md").read_text())
 
@@ -234,6 +235,12 @@ BAD = {
     "seeds must not have 200, that of the tuning": ("lm", "--seeds", "199", "200"),
     "workers must not be negative, got -1": ("lm", "--workers", "-1"),
     "both optimizers must have as many trials": ("lm", "--tuning.adamw-lr", "0.1"),
+    "adamw_lr must be different numbers, got (0.1, 0.1)": ("lm", "--tuning.adamw-lr", "0.1", "0.1"),
+    "adamw_beta2 must be different numbers, got (0.99, 0.99)": ("vit", "--tuning.adamw-beta2", "0.99", "0.99"),
+    "ademamix_lr must be different numbers, got (0.1, 0.2, 0.1)": (
+        *("mamba", "--tuning.ademamix-lr", "0.1", "0.2", "0.1"),
+    ),
+    "ademamix_beta3 must be different numbers, got (0.9, 0.9)": ("lm", "--tuning.ademamix-beta3", "0.9", "0.9"),
     "budgets must be growing numbers above 1, got (2.0, 1.5)": ("lm", "--budgets", "2", "1.5"),
     "at must be growing numbers between 0 and 1, got (1.5,)": ("forgetting", "--at", "1.5"),
     "after must be growing numbers between 0 and 1, got (0.5, 0.2)": ("switch", "--after", "0.5", "0.2"),
@@ -431,6 +438,21 @@ def test_adam_in_the_valley_is_torchs(inline):
     assert ours[1][-1] == pytest.approx(tuple(p.tolist()), rel=1e-9)
     assert len(ours) == 2
     assert len(ours[0]) == 201
+
+
+def test_the_fourth_in_the_valley_is_adam_with_steps_as_long_as_ademamixs(inline):
+    import torch
+
+    settings = valley.Valley(lr=0.01, alpha=4.0, large=0.99)
+    name, make = list(settings.optimizers().items())[3]
+    assert name == "Adam, lr 0.05"  # (1 + 4) 0.01
+    p, q = (torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for of, optimizer in ((p, make(p)), (q, torch.optim.Adam([q], lr=0.05, betas=(0.9, 0.999)))):
+        for _ in range(100):
+            optimizer.zero_grad()
+            valley.rosenbrock(of[0], of[1]).backward()
+            optimizer.step()
+    assert p.tolist() == pytest.approx(q.tolist(), rel=1e-9)
 
 
 # --------------------------------------------------------------------------------- many runs at a time

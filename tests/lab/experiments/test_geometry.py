@@ -153,7 +153,7 @@ def test_memory_helps_hurts_or_is_undecided_by_the_best_of_four_within_seeds() -
     half = stats.t.isf(0.05 / 8, 3) * 0.01 / math.sqrt(3)
     assert helped.startswith(
         "At 128 tokens per step memory helps in Muon's geometry: ADana, the best of 4, ends 0.1000 nats below Muon "
-        f"(98.75 % interval {-0.1 - half:+.4f} to {-0.1 + half:+.4f}; lower in 4 of 4 seeds). One by one: helps: "
+        f"(98.75 % interval {0.1 - half:.4f} to {0.1 + half:.4f}; lower in 4 of 4 seeds). One by one: helps: "
         "ADana; hurts: AdEMAMix, KEMA; undecided: AdEMAMix with beta1 = 0 ("
     )
     hurt = found({**muon, "muon-beta1-zero": near(2.2), "muon-adana": near(2.3)}).memory()[0]
@@ -188,9 +188,9 @@ def test_geometries_are_compared_for_each_memory() -> None:
 def test_adamw_and_muon_need_the_tokens_at_which_they_have_the_same_loss_in_the_first_seeds() -> None:
     longer = {1.25: [1.9] * 3, 1.5: [1.8] * 3, 2.0: [1.7] * 3}
     some = found({"adam-ema": [2.0] * 4, "muon-ema": [2.0] * 4, "muon-adana": [1.9] * 3 + [9.9]}, longer)
-    assert some.tokens(128, "muon-adana", "adam-ema") == "+25 % (+25 to +25)"
+    assert some.tokens(128, "muon-adana", "adam-ema") == "25 % more (25 to 25)"
     some = found({"adam-ema": [2.0] * 4, "muon-ema": [1.85] * 4, "muon-adana": [1.6] * 4}, longer)
-    assert some.tokens(128, "muon-adana", "muon-ema") == "more than +100 % in 3 of 3 seeds"
+    assert some.tokens(128, "muon-adana", "muon-ema") == "over 100 % more in 3 of 3 seeds"
     assert some.tokens(128, "adam-ema", "muon-ema") == "no more"
     assert some.tokens(128, "adam-ema", "adam-ema") == ""
 

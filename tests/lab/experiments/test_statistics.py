@@ -120,7 +120,7 @@ def test_budgets_for_people() -> None:
     assert Budgets((1.0, 1.0), 2.0).told(" tokens") == "no more tokens"
     assert str(Budgets((1.0, 1.0, 1.5), 2.0)).endswith("), no more in 2 of 3 seeds")
     some = Budgets((1.5, math.inf, math.inf), 2.0)
-    assert some.told(" tokens") == "50 % more tokens at least, over 100 % more in 2 of 3 seeds"
+    assert some.told(" tokens") == "at least 50 % more tokens, over 100 % more in 2 of 3 seeds"
     assert Budgets((math.inf, math.inf), 3.0).told(" tokens") == "over 200 % more tokens in 2 of 2 seeds"
     # Seeds that need more than the largest budget count as such, by their signs.
     assert Budgets((1.6,) * 3 + (math.inf,) * 3, 2.0).above(1.5).lower

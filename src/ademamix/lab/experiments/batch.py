@@ -237,7 +237,7 @@ class Found:
         for line, batch in self.settings.cells():
             first, second = self.order(line, batch)[:2]
             than = [k for k in dict.fromkeys((second, "ademamix", "adamw")) if k != first]
-            level = jointly(len(self.settings.keys(batch)) - 1)  # for it is the best of all
+            level = jointly(len(self.settings.keys(batch)) - 1)  # it is the best of several
             pairs = {k: dataclasses.replace(self.pair(line, batch, first, k), level=level) for k in than}
             gaps = "; ".join(against(pair, "it", TITLES[k]) for k, pair in pairs.items())
             said.append(f"At {self.at(line, batch)} {TITLES[first]} is lowest: {gaps}")

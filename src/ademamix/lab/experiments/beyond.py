@@ -230,7 +230,7 @@ class Found:
             return "After T steps none is lowest: each diverged in some seed"
         others = [k for k in ("ademamix", "adamw") if k != key]
         than = "; ".join(self.against(key, k) for k in others)
-        tokens = "" if key == "adamw" else f", and AdamW needs {self.tokens(key, ' tokens')} for its loss"
+        tokens = "" if key == "adamw" else f", and AdamW needs {self.tokens(key, ' tokens')} to reach that loss"
         return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest{tokens}: {than}"
 
     def lean(self) -> str:

@@ -225,20 +225,21 @@ class Found:
 
     def takeaway(self) -> str:
         grows = "grows" if self.slope.higher else "shrinks" if self.slope.lower else "does not decidedly change"
-        each = ", ".join(f"{self.needed[t].told(' tokens')} at {t:,} steps" for t in self.settings.lengths)
+        each = "; ".join(f"{self.needed[t].told(' tokens')} at {t:,} steps" for t in self.settings.lengths)
         return f"AdEMAMix's gain {grows} with the number of steps: for its loss AdamW needs {each}"
 
     def trend(self) -> str:
         """How the gain goes with the length."""
         of_seeds = [budgets.factors[: self.common_seeds] for budgets in self.needed.values()]
         enough = all(math.isfinite(x) for factors in of_seeds for x in factors)
-        power = self.slope.told("+.3f") if enough else "not known, for its largest is not enough in every seed"
+        trend = f"scales as the number of steps to the power {self.slope.told('+.3f')}"
+        unknown = "has no known trend, as the largest one tried is too small in some seed"
         nats = self._slope({t: [-d for d in pair.differences] for t, pair in self.above.items()})
         span = f"from {self.settings.lengths[0]:,} to {self.settings.lengths[-1]:,} steps"
         return (
-            f"{span} the budget that AdamW needs for AdEMAMix's loss goes with the number of steps to the power "
-            f"{power}; the gain in nats changes by {nats.told()} for each factor of e, over the "
-            f"{self.common_seeds} seeds that every length has"
+            f"{span} the budget that AdamW needs for AdEMAMix's loss {trend if enough else unknown}; the gain in nats "
+            f"changes by {nats.told()} for each factor of e in steps, over the {self.common_seeds} seeds that every "
+            "length has"
         )
 
     def gains(self) -> list[str]:
@@ -264,11 +265,12 @@ class Found:
         if math.isinf(means[best]):
             return f"{at} AdEMAMix diverged in some seed with every beta3 that was tried"
         steps = list(zip(losses, [*losses][1:], strict=False))
-        each = grouped({f"{half_life(b):,.0f}": paired(losses[b], losses[a]) for a, b in steps})
-        return (
-            f"{at} a half-life of {half_life(best):,.0f} steps (beta3 = {best:g}) has the lowest mean loss. Each "
-            f"half-life in place of the next shorter one, from {half_life(min(losses)):,.0f}: {each}"
-        )
+        lowest = f"{at} a half-life of {half_life(best):,.0f} steps (beta3 = {best:g}) has the lowest mean loss"
+        if not steps:
+            return lowest
+        each = grouped({f"{half_life(b):,.0f} steps": paired(losses[b], losses[a]) for a, b in steps})
+        first = f"{half_life(min(losses)):,.0f} steps"
+        return f"{lowest}. Each half-life compared with the next shorter one, from {first} on: {each}"
 
     def table(self) -> Rows:
         heads = ("AdamW", "AdEMAMix", "AdEMAMix above AdamW", "AdamW's tokens", "lr", "beta2", "beta3")

@@ -150,7 +150,7 @@ class Budgets:
         return Paired(tuple(math.log(factor) - math.log(found) for found in self.factors), self.level)
 
     def told(self, unit: str) -> str:
-        """How much more it needs, for people: the geometric mean, its interval, and seeds that are not counted."""
+        """How much more it needs, for people: the geometric mean, its interval, and the seeds it leaves out."""
         count, enough, beyond = len(self.factors), self.factors.count(1.0), self.factors.count(math.inf)
         most = f"over {100 * (self.largest - 1):.0f} % more"
         if enough == count:
@@ -158,7 +158,7 @@ class Budgets:
         if beyond == count:
             return f"{most}{unit} in {count} of {count} seeds"
         if beyond:
-            return f"{100 * (min(self.factors) - 1):.0f} % more{unit} at least, {most} in {beyond} of {count} seeds"
+            return f"at least {100 * (min(self.factors) - 1):.0f} % more{unit}, {most} in {beyond} of {count} seeds"
         pair = -self.above(1.0)
         low, mean, high = (
             f"{100 * math.expm1(x):.0f}" for x in (pair.mean - pair.half, pair.mean, pair.mean + pair.half)

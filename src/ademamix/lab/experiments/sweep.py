@@ -18,7 +18,7 @@ from ademamix.lab.reports.pictures import HeatMap, Picture
 from ademamix.lab.reports.report import Report, Rows, sentence
 from ademamix.lab.training.loop import Result
 
-CLOSE = 0.01  # nats: seeds differ by as much
+CLOSE = 0.01  # nats: about the spread of seeds
 WHAT = "alpha x beta3 as a heat map; warmups, beta1 = 0, AdamW's beta1"
 
 
@@ -126,11 +126,11 @@ def run(settings: Sweep, trials: Trials) -> Report:
     return Report(
         "Sweep: alpha, beta3, warmups and beta1",
         [
-            f"Over {recipe.steps:,} steps alpha = {alpha:g}, beta3 = {beta3:g} is lowest with the seed of the grids; "
-            f"{_close(mixed)} of {len(mixed)} settings are within {CLOSE:g} nats",
+            f"Over {recipe.steps:,} steps, with the seed of the grids, alpha = {alpha:g}, beta3 = {beta3:g} has the "
+            f"lowest loss; {_close(mixed)} of {len(mixed)} settings are within {CLOSE:g} nats of it",
             sentence(said_warm),
             sentence(said_long),
-            f"The better one of both with warmups minus the better one without: {best_warm.told()}",
+            f"Loss at the better beta3 with warmups minus loss at the better beta3 without: {best_warm.told()}",
             said_beta1,
             sentence(said_zero),
             *at_the_ends(
@@ -163,7 +163,7 @@ def _lower(a: Sequence[float], b: Sequence[float]) -> Sequence[float]:
 
 
 def _close(results: Mapping[Point, Result | None]) -> int:
-    """How many settings have a loss that is close to the lowest."""
+    """How many settings have a loss close to the lowest."""
     losses = [result.valid_loss for result in results.values() if result is not None]
     return sum(loss <= min(losses) + CLOSE for loss in losses)
 

@@ -26,8 +26,8 @@ NEAR = 0.5  # the distance to the minimum at which an optimizer has arrived
 class Valley(Settings):
     """Adam with a small and with a large beta1, and AdEMAMix, from the paper's starting point on Rosenbrock's function.
 
-    These have the same learning rate, and decide. Adam with a learning rate that makes its steps as long as
-    AdEMAMix's is shown with them. The verdicts are over starting points around that one, one for each seed.
+    The verdicts compare these three, at the same learning rate, from starting points around that one, one for each
+    seed. Adam with a learning rate that makes its steps as long as AdEMAMix's is only shown.
     """
 
     seeds: tuple[int, ...] = tuple(range(201, 217))
@@ -35,7 +35,7 @@ class Valley(Settings):
     steps: int = 20_000
     """Steps from each starting point."""
     lr: float = 1e-2
-    """Learning rate of all."""
+    """Learning rate; one more Adam, which is only shown, has (1 + alpha) times it."""
     small: float = 0.9
     """The smaller beta1 of Adam, and that of AdEMAMix."""
     large: float = 0.999
@@ -89,17 +89,20 @@ def run(settings: Valley, trials: Trials) -> Report:
         paired([math.log10(b) for _, b in arrived], [math.log10(a) for a, _ in arrived]) if arrived else Paired(())
     )
     names = {name: name for name in paths} | {"AdamW": f"Adam, beta1 = {settings.small:g}"}
-    steps_of = ", ".join(f"{names[name]} {_steps(of_name)}" for name, of_name in arrivals.items())
-    fewer, more, ours_at, faster = map(_steps, arrivals.values())
+    steps_of = "; ".join(f"{names[name]}: {_steps(of_name)}" for name, of_name in arrivals.items())
+    at_small, at_large, ours_at, faster = map(_steps, arrivals.values())
     to_small, to_large = paired(mixed, small), paired(mixed, large)
     ours = (
-        f"steps until the distance to the minimum is below {NEAR:g} (median of {len(settings.seeds)} starts): "
+        f"steps until the distance to the minimum is below {NEAR:g} (median of {len(settings.seeds)} starts) - "
         f"{steps_of}; "
-        f"log10 of AdEMAMix's steps less those of the others: {to_small.told('+.2f')}, {to_large.told('+.2f')}"
+        f"log10 of AdEMAMix's steps minus log10 of Adam's with the small beta1: {to_small.told('+.2f')}, "
+        f"with the large one: {to_large.told('+.2f')}"
     )
-    largest = "; ".join(f"{names[name]} {_farthest(of_name)}" for name, of_name in after.items())
-    overshot = f"the largest distance after that (median, range): {largest}; log10 of AdEMAMix's less that of " + (
-        f"Adam with the large beta1: {farther.told('+.2f')}" if arrived else "Adam: none of both arrived"
+    largest = "; ".join(f"{names[name]}: {_farthest(of_name)}" for name, of_name in after.items())
+    overshot = (
+        f"the largest distance after that (median, range) - {largest}; "
+        "log10 of AdEMAMix's minus log10 of Adam's with the large beta1: "
+        f"{farther.told('+.2f') if arrived else 'unknown, both arrive from no start'}"
     )
     across, up = [-4 + 0.1 * i for i in range(71)], [-3 + 0.15 * i for i in range(81)]
     values = [[math.log10(1e-3 + rosenbrock(x, y)) for x in across] for y in up]
@@ -107,9 +110,10 @@ def run(settings: Valley, trials: Trials) -> Report:
     return Report(
         "Rosenbrock's valley",
         [
-            f"AdEMAMix comes within {NEAR:g} of the minimum after {ours_at} steps, Adam after {fewer} and {more} at "
-            f"the same learning rate, after {faster} at {1 + settings.alpha:g} times that; later AdEMAMix is as far from "
-            f"it as {_farthest(after['AdEMAMix'])} (median, range)",
+            f"AdEMAMix comes within {NEAR:g} of the minimum after {ours_at} steps. Adam needs {at_small} "
+            f"(beta1 = {settings.small:g}) or {at_large} (beta1 = {settings.large:g}) at the same learning rate, "
+            f"{faster} (beta1 = {settings.small:g}) at {1 + settings.alpha:g} times that rate. "
+            f"AdEMAMix's largest distance after that (median, range): {_farthest(after['AdEMAMix'])}",
             sentence(ours),
             sentence(overshot),
         ],
@@ -167,7 +171,7 @@ def _count(after: list[float | None]) -> int:
 
 def _farthest(after: list[float | None]) -> str:
     there = [x for x in after if x is not None]
-    return f"{statistics.median(there):.2f} ({min(there):.2f} to {max(there):.2f})" if there else "never there"
+    return f"{statistics.median(there):.2f} ({min(there):.2f} to {max(there):.2f})" if there else "never arrives"
 
 
 def _start(seed: int) -> tuple[float, float]:
