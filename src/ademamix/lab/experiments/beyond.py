@@ -81,7 +81,7 @@ def entries(lr: float, beta2: tuple[float, ...], beta3: tuple[float, ...]) -> di
 
 @dataclass(frozen=True)
 class Beyond(Settings):
-    """AdamW, AdEMAMix and other memories of past gradients, each tuned with as many trials, then on fresh seeds.
+    """AdamW, AdEMAMix and other memories of past gradients, tuned with the same number of trials, then on fresh seeds.
 
     The learning rate stays at its peak and falls over the last fifth. Every optimizer is also stopped early and
     extended: trained for parts and multiples of the T steps that it was tuned for, while its own schedules keep to T.

@@ -74,7 +74,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The settings that both optimizers are tried with: every combination, as many for the one as for the other."""
+    """The settings that both optimizers are tried with: every combination, the same number for both."""
 
     adamw_lr: tuple[float, ...]
     """Peak learning rates of AdamW."""

@@ -39,6 +39,7 @@ from ademamix.lab.experiments.statistics import (
     budgets_for,
     by_seed,
     grouped,
+    jointly,
     mean_and_error,
     paired,
     shown,
@@ -100,7 +101,7 @@ def entries(lr: float, beta2: float) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Geometry(Settings):
-    """Five memories in Adam's and in Muon's geometry, each tuned with as many trials, then compared within seeds.
+    """Five memories in Adam's and in Muon's geometry, tuned with the same number of trials, compared within seeds.
 
     AdamW and Muon also train with growing budgets, each a full schedule of its own, to see how many tokens they need
     for the losses of the others.
@@ -285,7 +286,7 @@ class Found:
 
     def _memory_at(self, size: int) -> str:
         best = min(OTHERS, key=lambda m: mean_and_error(self.losses[size, f"muon-{m}", 1.0])[0])
-        level = 1 - 0.05 / len(OTHERS)
+        level = jointly(len(OTHERS))
         pair = self.pair(size, f"muon-{best}", "muon-ema", level)
         decided = f"memory {pair.verdict}" if pair.lower or pair.higher else "whether memory helps is undecided"
         best_of = against(pair, f"{MEMORIES[best]}, the best of {len(OTHERS)},", "Muon")

@@ -23,7 +23,7 @@ GOAL = 1.5  # budgets for AdamW, at least, where about half the tokens do for Ad
 
 @dataclass(frozen=True)
 class Lm(Settings):
-    """AdamW against AdEMAMix on text, each tuned with as many trials, then trained with fresh seeds.
+    """AdamW against AdEMAMix on text, each tuned with the same number of trials, then trained with fresh seeds.
 
     AdamW also trains with growing budgets, each a full schedule of its own, to see how many tokens it needs.
     """

@@ -21,7 +21,7 @@ TUNING = Tuning((2e-3, 4e-3, 8e-3), (0.99,), (1e-3, 2e-3, 4e-3), (0.997,))
 
 @dataclass(frozen=True)
 class Mamba(Settings):
-    """AdamW against AdEMAMix on Mamba, each tuned with as many trials, then trained with fresh seeds."""
+    """AdamW against AdEMAMix on Mamba, each tuned with the same number of trials, then trained with fresh seeds."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     tuning: Tuning = TUNING

@@ -12,7 +12,7 @@ from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
 from ademamix.lab.experiments.common import TUNING_SEED, Settings, at_the_ends, changed, decide
 from ademamix.lab.experiments.lm import on_gpu, small
-from ademamix.lab.experiments.statistics import loss_of, mean_and_error, paired, table_of
+from ademamix.lab.experiments.statistics import mean_and_error, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Point, Trials, best
 from ademamix.lab.reports.pictures import HeatMap, Picture
 from ademamix.lab.reports.report import Report, Rows, sentence
@@ -170,11 +170,8 @@ def _close(results: Mapping[Point, Result | None]) -> int:
 
 def _table(shown: HeatMap) -> Rows:
     """The numbers of a heat map."""
-    rows = zip(shown.y, shown.z, strict=True)
-    return [
-        (f"{shown.title}: {shown.y_label}, {shown.x_label}", *shown.x),
-        *((y, *("diverged" if loss is None else loss_of(loss) for loss in row)) for y, row in rows),
-    ]
+    rows = zip(shown.y, shown.texts(), strict=True)
+    return [(f"{shown.title}: {shown.y_label}, {shown.x_label}", *shown.x), *((y, *texts) for y, texts in rows)]
 
 
 def _map(

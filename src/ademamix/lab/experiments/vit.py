@@ -22,7 +22,8 @@ TUNING = Tuning((5e-4, 1e-3, 2e-3, 4e-3), (0.99,), (2.5e-4, 5e-4, 1e-3, 2e-3), (
 class Vit(Settings):
     """AdamW against AdEMAMix on a vision transformer, as long on few images as on many.
 
-    Each is tuned, with as many trials, on the most images. Images are drawn here, or come from a folder or the hub.
+    Each is tuned, with the same number of trials, on the most images. Images are drawn here, or come from a folder or
+    the hub.
     """
 
     images: tuple[int, ...] = (2000, 30_000)
