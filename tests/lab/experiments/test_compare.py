@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from reliability import losses, same, saved, until
 
-from ademamix.lab.cli import main
+from ademamix.lab.cli import PROGRAM, main
 from ademamix.lab.config import Job, Recipe
 from ademamix.lab.experiments.arms import Arm, _look, carry_out
 from ademamix.lab.experiments.compare import Comparison, reached_at, report_of
@@ -195,7 +195,7 @@ def test_a_killed_worker_gives_one_line_with_how_to_go_on(cli, inline, tiny, cap
     monkeypatch.setattr("ademamix.lab.experiments.arms.train_here", gone)
     assert cli("compare", *tiny, "--device", "cpu", "--out", "out") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "was killed, perhaps because memory ran out; go on with: python -m ademamix compare --resume out" in line
+    assert f"was killed, perhaps because memory ran out; go on with: {PROGRAM} compare --resume out" in line
 
 
 @pytest.mark.parametrize("failure", [SaveError("no space"), OSError(28, "No space left on device")])

@@ -368,7 +368,7 @@ class _Run:
     def _load(self, path: Path, about: dict[str, Any]) -> None:
         from ademamix.lab.training.checkpoints import MANIFEST, load
 
-        own = self._identity()
+        own, about = self._identity(), {"clipped_steps": 0, **about}  # earlier versions did not count these
         kinds: dict[str, Any] = {"recipe": dict[str, Any], "optimizer": str, "seconds": float}
         kinds |= dict.fromkeys(("step", "skipped_steps", "clipped_steps"), int)
         wrong = [name for name, kind in kinds.items() if not fits(about.get(name), kind)]
