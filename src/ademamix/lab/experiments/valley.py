@@ -110,10 +110,8 @@ def run(settings: Valley, trials: Trials) -> Report:
     return Report(
         "Rosenbrock's valley",
         [
-            f"AdEMAMix comes within {NEAR:g} of the minimum after {ours_at} steps. Adam needs {at_small} "
-            f"(beta1 = {settings.small:g}) or {at_large} (beta1 = {settings.large:g}) at the same learning rate, "
-            f"{faster} (beta1 = {settings.small:g}) at {1 + settings.alpha:g} times that rate. "
-            f"AdEMAMix's largest distance after that (median, range): {_farthest(after['AdEMAMix'])}",
+            f"AdEMAMix is at the minimum after {ours_at} steps and overshoots by {_farthest(after['AdEMAMix'])}; Adam needs "
+            f"{at_small} or {at_large}, and {faster} at {1 + settings.alpha:g} times the learning rate",
             sentence(ours),
             sentence(overshot),
         ],
