@@ -274,8 +274,8 @@ def test_arrival_and_overshoot_are_those_of_torchs_trajectories(large: float, mo
     own, other = (f"{statistics.median(arrivals[beta1]):,.0f}" for beta1 in (0.9, large))
     far = after[0.9]
     assert report.headlines[0] == (
-        f"AdEMAMix is at the minimum after {own} steps and overshoots by {statistics.median(far):.2f} ({min(far):.2f} to "
-        f"{max(far):.2f}); Adam needs {own} or {other}, and {own} at 1 times the learning rate"
+        f"AdEMAMix is at the minimum after {own} steps and overshoots by {statistics.median(far):.2f} ({min(far):.2f} "
+        f"to {max(far):.2f}); Adam needs {own} or {other}, and {own} at 1 times the learning rate"
     )
     assert arrival.verdict == "undecided"  # not before itself
     both = [i for i in range(3) if arrivals[large][i] <= steps]

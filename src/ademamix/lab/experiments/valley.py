@@ -110,8 +110,8 @@ def run(settings: Valley, trials: Trials) -> Report:
     return Report(
         "Rosenbrock's valley",
         [
-            f"AdEMAMix is at the minimum after {ours_at} steps and overshoots by {_farthest(after['AdEMAMix'])}; Adam needs "
-            f"{at_small} or {at_large}, and {faster} at {1 + settings.alpha:g} times the learning rate",
+            f"AdEMAMix is at the minimum after {ours_at} steps and overshoots by {_farthest(after['AdEMAMix'])}; "
+            f"Adam needs {at_small} or {at_large}, and {faster} at {1 + settings.alpha:g} times the learning rate",
             sentence(ours),
             sentence(overshot),
         ],
