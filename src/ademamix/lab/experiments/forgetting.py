@@ -78,11 +78,11 @@ def run(settings: Forgetting, trials: Trials) -> Report:
         )
         for name in NAMES
     ]
-    ours = (
+    kept = (
         f"of a batch's largest drop in loss, {100 * statistics.mean(left['adamw']):.0f} % is left under AdamW and "
-        f"{100 * statistics.mean(left['ademamix']):.0f} % under AdEMAMix, {late[0]:,} to {window:,} steps later: "
-        f"more by {(-less).told('+.3f')}"
+        f"{100 * statistics.mean(left['ademamix']):.0f} % under AdEMAMix, {late[0]:,} to {window:,} steps later"
     )
+    ours = f"{kept}: more by {(-less).told('+.3f')}"
     if lost := len(settings.seeds) - len(found):
         ours += f"; {lost} of {len(settings.seeds)} seeds left out: a run diverged"
     lines = []
@@ -97,7 +97,7 @@ def run(settings: Forgetting, trials: Trials) -> Report:
     heads = ("optimizer", "largest drop, nats", "steps until then", "left at the end", "left, by seed")
     return Report(
         "Forgetting: the loss of a batch that was seen once",
-        [sentence(ours)],
+        [sentence(kept), sentence(ours)],
         [
             Chart(
                 "What one step on a batch did to its loss: mean and 95 % interval",
