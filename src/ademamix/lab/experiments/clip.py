@@ -78,11 +78,13 @@ def run(settings: Clip, trials: Trials) -> Report:
         f"{title} " + ", ".join(f"{_percent(shares[o, norm], '.0f')} at {told(norm)}" for norm in settings.norms)
         for o, title in NAMES.items()
     )
-    named = {f"{NAMES[o]} with {told(norm)}": pair for (o, norm), pair in above.items()}
+    named = {f"{told(norm, 'no clipping')} with {NAMES[o]}": pair for (o, norm), pair in above.items()}
+    decided = {name: pair for name, pair in named.items() if pair.lower or pair.higher}
+    rest = "; no other difference is decided" if 0 < len(decided) < len(named) else ""
     return Report(
         "Clipping the gradient's norm",
         [
-            f"In place of a norm of {told(first)}: {grouped(named)}",
+            f"In place of a norm of {told(first)}: {grouped(decided) or 'no norm helps or hurts'}{rest}",
             *said,
             f"Share of steps clipped: {clipped}",
         ],
@@ -110,8 +112,8 @@ def run(settings: Clip, trials: Trials) -> Report:
     )
 
 
-def told(norm: float) -> str:
-    return "off" if math.isinf(norm) else f"{norm:g}"
+def told(norm: float, off: str = "off") -> str:
+    return off if math.isinf(norm) else f"{norm:g}"
 
 
 def _places(norms: Sequence[float]) -> dict[float, float]:
