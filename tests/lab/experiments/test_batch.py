@@ -204,3 +204,13 @@ def test_an_entry_that_diverged_is_never_lowest(pretended: Any) -> None:
     report = batch.run(CPU, pretended(lost))
     assert "256 tokens per step, 4,000 steps AdEMAMix, beta1 = 0 is lowest" in "; ".join(report.headlines)
     assert "it ends below AdEMAMix in 1 of 3 seeds; some runs diverged" in "; ".join(report.headlines)
+
+
+def test_the_tables_show_the_settings_of_the_runs(done: Any) -> None:
+    report, trials = done
+    losses = report.tables[2]
+    row = next(row for row in losses if row[0] == TITLES["simplified"])
+    for column, (line, size) in enumerate((("steps", 1), ("tokens", 4), ("steps", 16)), 1):
+        recipe = next(r for (key, _), r in of_cell(trials, line, size).items() if key == "simplified")
+        given = arguments_of("simplifiedademamix", recipe)[1]
+        assert row[column].endswith(f"(lr {given['lr']:g}, alpha {given['alpha']:g})")

@@ -26,7 +26,7 @@ import tyro
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import Candidate, Settings, at_the_ends, changed
+from ademamix.lab.experiments.common import Candidate, Settings, changed
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.experiments.statistics import Paired, against, by_seed, jointly, mean_and_error, paired, shown
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value
@@ -145,13 +145,12 @@ class Batch(Settings):
         title = f"{TITLES[key]}, batch {batch * self.recipe.batch}"
         return Candidate(title, OPTIMIZERS.get(key, key), self.base("tokens", batch, key), space)
 
-    def tuned(self, line: Line, batch: int, key: str, chosen: Mapping[str, Any]) -> Recipe:
-        """The recipe of an entry with the settings that were best at equal tokens."""
-        own = dict(chosen)
-        if key == "simplified":
-            shorter = (1 - self.beta3(line, batch)) / (1 - self.beta3("tokens", batch))
-            own = {"lr": own["lr"] * math.sqrt(shorter), "alpha": own["alpha"] / shorter}
-        return changed(self.base(line, batch, key), OPTIMIZERS.get(key, key), **own)
+    def own(self, line: Line, batch: int, key: str, chosen: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings of an entry's runs, from those that were best at equal tokens."""
+        if key != "simplified":
+            return chosen
+        shorter = (1 - self.beta3(line, batch)) / (1 - self.beta3("tokens", batch))
+        return {"lr": chosen["lr"] * math.sqrt(shorter), "alpha": chosen["alpha"] / shorter}
 
 
 PRESETS = {
@@ -171,8 +170,10 @@ def run(settings: Batch, trials: Trials) -> Report:
 
     def runs(line: Line, batch: int) -> None:
         def made(entry: str, seed: int) -> tuple[Optimizer, Recipe]:
-            recipe = settings.tuned(line, batch, entry, chosen[batch, entry])
-            return OPTIMIZERS.get(entry, entry), dataclasses.replace(recipe, seed=seed)
+            optimizer, own = OPTIMIZERS.get(entry, entry), settings.own(line, batch, entry, chosen[batch, entry])
+            return optimizer, dataclasses.replace(
+                changed(settings.base(line, batch, entry), optimizer, **own), seed=seed
+            )
 
         grid = Grid(f"final-{line}-{batch}", {"entry": settings.keys(batch), "seed": settings.seeds}, made)
         (of_cell,) = trials.run(grid)
@@ -180,11 +181,10 @@ def run(settings: Batch, trials: Trials) -> Report:
 
     for batch in settings.batches:
         candidates = {key: settings.candidate(batch, key) for key in settings.keys(batch)}
-        found, tried = common.search(trials, {f"{batch}-{key}": c for key, c in candidates.items()})
+        found, tried, said = common.search(trials, {f"{batch}-{key}": c for key, c in candidates.items()})
         chosen |= {(batch, key): best for key, best in zip(candidates, found.values(), strict=True)}
-        lrs = {c.title: chosen[batch, key]["lr"] for key, c in candidates.items()}
-        ends += at_the_ends(lrs, {c.title: c.space["lr"] for c in candidates.values()})  # type: ignore[misc]
         tables += tried
+        ends += said
         runs("tokens", batch)
     for line, batch in settings.cells():
         if line == "steps":
@@ -194,7 +194,7 @@ def run(settings: Batch, trials: Trials) -> Report:
         "Batch size: which memory of past gradients, at equal tokens and at equal steps",
         [all_found.lowest(), *all_found.best(), *all_found.raw(), *all_found.rules(), *ends],
         all_found.charts(),
-        [*all_found.tables(), *all_found.pairs_tables(), all_found.by_seed(), *tables],
+        [*all_found.tables(), all_found.beta3_table(), all_found.by_seed(), *tables],
         common.settings_of(settings),
     )
 
@@ -286,13 +286,14 @@ class Found:
     def _cell(self, line: Line, batch: int, key: str) -> str:
         if key not in self.settings.compared(line, batch):
             return ""
-        tuned = ", ".join(f"{name} {value:g}" for name, value in self.chosen[batch, key].items())
+        own = self.settings.own(line, batch, key, self.chosen[batch, key])
+        tuned = ", ".join(f"{name} {value:g}" for name, value in own.items())
         return f"{shown(self.of(line, batch, key))} ({tuned})"
 
     def _gap(self, line: Line, batch: int, key: str) -> str:
         return str(self.pair(line, batch, key, "adamw")) if key in self.settings.compared(line, batch) else ""
 
-    def pairs_tables(self) -> list[Rows]:
+    def beta3_table(self) -> Rows:
         """The values of beta3."""
         batches = self.settings.batches
         rows = [
@@ -303,7 +304,7 @@ class Found:
             for line, text in LINES.items()
             for other, name in ((False, "suggest(T)"), (True, OTHER_RULE[line]))
         ]
-        return [[("beta3", *(f"batch {b * self.settings.recipe.batch}" for b in batches)), *rows]]
+        return [("beta3", *(f"batch {b * self.settings.recipe.batch}" for b in batches)), *rows]
 
     def by_seed(self) -> Rows:
         return [

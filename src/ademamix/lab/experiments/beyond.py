@@ -13,7 +13,7 @@ import tyro
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import Candidate, Settings, at_the_ends, changed
+from ademamix.lab.experiments.common import Candidate, Settings, changed
 from ademamix.lab.experiments.kernels import ages, memory
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.experiments.statistics import (
@@ -164,7 +164,7 @@ PRESETS = {
 def run(settings: Beyond, trials: Trials) -> Report:
     every = settings.every()
     candidates = {key: Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in every.items()}
-    chosen, tables = common.search(trials, candidates)
+    chosen, tables, ends = common.search(trials, candidates)
     recipes = {key: changed(settings.base(e), e.optimizer, **chosen[key]) for key, e in every.items()}
 
     def made(entry: str, fraction: float, seed: int) -> tuple[Optimizer, Recipe]:
@@ -182,10 +182,7 @@ def run(settings: Beyond, trials: Trials) -> Report:
             found.lowest(),
             found.lean(),
             *found.stopped(),
-            *at_the_ends(
-                {e.title: chosen[key]["lr"] for key, e in every.items()},
-                {e.title: e.tried["lr"] for e in every.values()},
-            ),
+            *ends,
             *common.too_long(candidates),
         ],
         [*found.charts(), *_kernels(every, recipes, chosen)],

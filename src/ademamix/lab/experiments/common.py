@@ -159,8 +159,10 @@ def too_long(candidates: Mapping[str, Candidate]) -> list[str]:
     return said
 
 
-def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[str, dict[str, Value]], list[Rows]]:
-    """Try every combination; return the best of each candidate, and the trials as tables."""
+def search(
+    trials: Trials, candidates: Mapping[str, Candidate]
+) -> tuple[dict[str, dict[str, Value]], list[Rows], list[str]]:
+    """Try every combination; return the best of each candidate, the trials as tables, and what to say of the best."""
     for line in too_long(candidates):
         say(line)
     results = trials.run(*(candidate.grid(f"tune-{key}") for key, candidate in candidates.items()))
@@ -172,22 +174,22 @@ def search(trials: Trials, candidates: Mapping[str, Candidate]) -> tuple[dict[st
         points = itertools.product(*candidate.space.values())
         rows = [(*point, f"{final_loss(losses[point])}{' (chosen)' if point == chosen else ''}") for point in points]
         tables.append([(*(f"{candidate.title}: {name}" for name in candidate.space), "loss, tuning"), *rows])
-    return found, tables
+    lrs = {c.title: found[key]["lr"] for key, c in candidates.items()}
+    return found, tables, at_the_ends(lrs, {c.title: c.space["lr"] for c in candidates.values()})
 
 
 def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows], list[str]]:
     """The recipe with the best settings of AdamW and of AdEMAMix, the trials as tables, and what to say of the best."""
     spaces = tuning.spaces()
-    found, tables = search(
+    found, tables, said = search(
         trials, {name: Candidate(NAMES[name], name, recipe, space) for name, space in spaces.items()}
     )
     for name, chosen in found.items():
         recipe = changed(recipe, name, **chosen)
-    chosen_lr = {NAMES[name]: chosen["lr"] for name, chosen in found.items()}
-    return recipe, tables, at_the_ends(chosen_lr, {NAMES[name]: space["lr"] for name, space in spaces.items()})
+    return recipe, tables, said
 
 
-def at_the_ends(chosen: Mapping[str, Value], tried: Mapping[str, Sequence[float]]) -> list[str]:
+def at_the_ends(chosen: Mapping[str, Value], tried: Mapping[str, Sequence[Any]]) -> list[str]:
     """A sentence on what has its best learning rate at an end of those that were tried: the best may lie beyond.
 
     Args:

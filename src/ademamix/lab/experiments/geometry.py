@@ -221,7 +221,7 @@ def _tuned(settings: Geometry, trials: Trials, size: int) -> tuple[dict[str, Rec
             )
             for key, base in bases.items()
         }
-        best, tables = common.search(trials, candidates)
+        best, tables, _ = common.search(trials, candidates)
         for (key, base), chosen, (_, *tried) in zip(bases.items(), best.values(), tables, strict=True):
             recipes[key] = changed(base, settings.entries[key].optimizer, **chosen)
             rest[key.removeprefix("adam-")] = {REST_LR: chosen["lr"]}

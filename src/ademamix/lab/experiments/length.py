@@ -24,7 +24,7 @@ from ademamix import suggest
 from ademamix.lab.config import PRESETS as RECIPES
 from ademamix.lab.config import BadInputError, Optimizer, Recipe
 from ademamix.lab.experiments import common
-from ademamix.lab.experiments.common import NAMES, Candidate, Settings, at_the_ends, changed, decide
+from ademamix.lab.experiments.common import NAMES, Candidate, Settings, changed, decide
 from ademamix.lab.experiments.lm import on_gpu, small
 from ademamix.lab.experiments.statistics import (
     Budgets,
@@ -136,13 +136,12 @@ def run(settings: Length, trials: Trials) -> Report:
     results: dict[Point, Result | None] = {}
     for steps in settings.lengths:
         candidates = settings.candidates(steps)
-        found, tried = common.search(trials, {f"{steps}-{name}": c for name, c in candidates.items()})
+        found, tried, said = common.search(trials, {f"{steps}-{name}": c for name, c in candidates.items()})
         recipes[steps] = settings.base(steps)
         for name, chosen in zip(candidates, found.values(), strict=True):
             recipes[steps] = changed(recipes[steps], name, **chosen)
-        best = {c.title: chosen["lr"] for c, chosen in zip(candidates.values(), found.values(), strict=True)}
-        ends += at_the_ends(best, {c.title: c.space["lr"] for c in candidates.values()})  # type: ignore[misc]
         tables += tried
+        ends += said
         for of_grid in trials.run(*_grids(settings, steps, recipes[steps])):
             results |= {(steps, *point): result for point, result in of_grid.items()}
     (of_ages,) = trials.run(_ages(settings, recipes[settings.lengths[-1]]))
@@ -250,16 +249,20 @@ class Found:
         ]
 
     @cached_property
+    def aged(self) -> dict[float, list[float]]:
+        """Final losses at the longest T by beta3, growing, seed by seed."""
+        return {float(b): values for (b,), values in sorted(common.sample(self.of_ages).items())}
+
+    @cached_property
     def older(self) -> dict[float, Paired]:
         """At the longest T: the loss above that of the shortest slow average, by beta3."""
-        losses = {float(b): values for (b,), values in common.sample(self.of_ages).items()}
-        return {b: paired(values, losses[min(losses)]) for b, values in sorted(losses.items())}
+        return {b: paired(values, self.aged[min(self.aged)]) for b, values in self.aged.items()}
 
     def oldest(self) -> str:
         """Up to which half-life a longer slow average helps."""
         if not self.older:
             return "How old a gradient still helps was not tried"
-        losses = {float(b): values for (b,), values in sorted(common.sample(self.of_ages).items())}
+        losses = self.aged
         means = {b: mean_and_error(values)[0] for b, values in losses.items()}
         best, at = min(means, key=lambda b: means[b]), f"At {self.settings.lengths[-1]:,} steps"
         if math.isinf(means[best]):
@@ -283,9 +286,8 @@ class Found:
         return [("steps T", *heads), *rows]
 
     def ages_table(self) -> Rows:
-        samples = common.sample(self.of_ages)
         rows = [
-            (f"{b:g}", f"{half_life(b):,.0f}", shown(samples[(b,)]), str(pair) if b > min(self.older) else "")
+            (f"{b:g}", f"{half_life(b):,.0f}", shown(self.aged[b]), str(pair) if b > min(self.older) else "")
             for b, pair in self.older.items()
         ]
         return [("beta3, at the longest T", "half-life, steps", "loss", "above the shortest's"), *rows]

@@ -143,11 +143,10 @@ class Budgets:
 
     factors: tuple[float, ...]  # infinite where the largest budget does not reach the loss, 1 where 1 is enough
     largest: float
-    level: float = LEVEL
 
     def above(self, factor: float) -> Paired:
         """The difference of the logarithms of a factor and of those found: below zero where more is needed."""
-        return Paired(tuple(math.log(factor) - math.log(found) for found in self.factors), self.level)
+        return Paired(tuple(math.log(factor) - math.log(found) for found in self.factors))
 
     def told(self, unit: str) -> str:
         """How much more it needs, for people: the geometric mean, its interval, and the seeds it leaves out."""
@@ -170,17 +169,16 @@ class Budgets:
         return self.told("")
 
 
-def budgets_for(losses: Mapping[float, Sequence[float]], goal: Sequence[float], level: float = LEVEL) -> Budgets:
+def budgets_for(losses: Mapping[float, Sequence[float]], goal: Sequence[float]) -> Budgets:
     """The budgets that an optimizer needs for other losses of the same seeds.
 
     Args:
         losses: its own losses, seed by seed, by budget; 1 is that of the others.
         goal: the losses to reach, seed by seed.
-        level: of the interval.
     """
     trials = sorted(losses.items())
     found = (crossing([(x, of_seed[i]) for x, of_seed in trials], loss) for i, loss in enumerate(goal))
-    return Budgets(tuple(found), max(losses), level)
+    return Budgets(tuple(found), max(losses))
 
 
 def slopes(x: Sequence[float], samples: Sequence[Sequence[float]]) -> list[float]:
