@@ -139,7 +139,7 @@ def test_sentences_follow_the_losses(done: Any) -> None:
         f"seeds); it ends 0.3000 nats below AdEMAMix (99 % interval {0.3 - edge:.4f} to {0.3 + edge:.4f}; lower in 3 "
         "of 3 seeds)"
     )
-    assert report.headlines[0].startswith("The lowest mean loss: AdEMAMix at 256 tokens per step, 4,000 steps; ")
+    assert report.headlines[0] == "No memory is the lowest, or level with it, at every batch size and length"
     edge = error * stats.t.isf(0.025, 2)  # one comparison, settled beforehand
     raw = [line for line in report.headlines if "beta1 = 0 minus" in line]
     assert len(raw) == 2
@@ -194,6 +194,27 @@ def test_tables_have_losses_gaps_and_values_of_beta3(done: Any) -> None:
         assert row[1:] == tuple(f"{x:.4g}" for x in rule[line].values())
     assert len(by_seed) == 1 + 5 + 6 + 6 + 5 + 6
     assert len(tuning) == 5 + 6 + 6
+
+
+def test_the_title_names_those_that_are_nowhere_above_the_lowest(pretended: Any) -> None:
+    def level(optimizer: str, recipe: Any, point: Mapping[str, Any]) -> float:
+        tilt = 0.1 * (recipe.seed - 202)  # sums to nothing over the seeds
+        return {"adana": 1.0, "beta1-zero": 1.0 + tilt}.get(point.get("entry", ""), 2.0)
+
+    report = batch.run(CPU, pretended(level))
+    expected = "At every batch size and length lowest, or level with the lowest: AdEMAMix, beta1 = 0, ADana"
+    assert report.headlines[0] == expected
+
+
+def test_a_setting_that_only_the_tuning_seed_likes_is_named(pretended: Any) -> None:
+    def lucky(optimizer: str, recipe: Any, point: Mapping[str, Any]) -> float:
+        wild = optimizer == "adamw" and recipe.adamw.lr == 0.016 and recipe.batch == 4 and recipe.seed == 200
+        return 1.5 if wild else 2.0 + 0.01 * (recipe.seed - 202)
+
+    assert [line for line in batch.run(CPU, pretended(lucky)).headlines if "misled" in line] == [
+        "AdamW, batch 4: tuning was misled. With other seeds its settings end 0.5000 nats higher, more than seeds "
+        "differ (99 % prediction interval)"
+    ]
 
 
 def test_an_entry_that_diverged_is_never_lowest(pretended: Any) -> None:

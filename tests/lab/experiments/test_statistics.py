@@ -20,6 +20,7 @@ from ademamix.lab.experiments.statistics import (
     shown,
     slopes,
     table_of,
+    too_low,
 )
 
 LOST = math.inf  # the loss of a run that diverged
@@ -52,6 +53,15 @@ def test_a_difference_within_seeds_is_seen_where_seeds_differ_by_more() -> None:
     assert pair.signs == "----"
     # By hand: t(3) = 3.182446; the standard deviation of 9, 10, 11, 12 thousandths is 1.290994e-3.
     assert pair.half == pytest.approx(3.182446 * 1.290994e-3 / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_one_more_of_a_kind_is_too_low_in_1_of_200_cases(count: int) -> None:
+    values = np.random.default_rng(count).normal(2.0, 0.1, (20_000, count + 1)).tolist()
+    found = sum(too_low(value, sample) for value, *sample in values)
+    assert abs(found - 100) < 4 * math.sqrt(100)  # four standard deviations of a count
+    assert not too_low(1.0, [2.0])
+    assert not too_low(1.0, [2.0, LOST, 2.1])
 
 
 def test_what_a_difference_says() -> None:

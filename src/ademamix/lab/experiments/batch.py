@@ -163,7 +163,7 @@ PRESETS = {
 
 
 def run(settings: Batch, trials: Trials) -> Report:
-    chosen: dict[tuple[int, str], dict[str, Value]] = {}
+    chosen: dict[tuple[int, str], Mapping[str, Value]] = {}
     tables: list[Rows] = []
     ends: list[str] = []
     results: dict[Point, Result | None] = {}
@@ -181,11 +181,12 @@ def run(settings: Batch, trials: Trials) -> Report:
 
     for batch in settings.batches:
         candidates = {key: settings.candidate(batch, key) for key in settings.keys(batch)}
-        found, tried, said = common.search(trials, {f"{batch}-{key}": c for key, c in candidates.items()})
-        chosen |= {(batch, key): best for key, best in zip(candidates, found.values(), strict=True)}
-        tables += tried
-        ends += said
+        tuned = common.search(trials, {f"{batch}-{key}": c for key, c in candidates.items()})
+        chosen |= {(batch, key): best for key, best in zip(candidates, tuned.best.values(), strict=True)}
+        tables += tuned.tables
         runs("tokens", batch)
+        ends += tuned.misled({f"{b}-{k}": own for (_, b, k), own in common.sample(results).items() if b == batch})
+        ends += tuned.ends
     for line, batch in settings.cells():
         if line == "steps":
             runs(line, batch)
@@ -228,8 +229,24 @@ class Found:
         return sorted(self.settings.keys(batch), key=lambda k: mean_and_error(self.of(line, batch, k))[0])
 
     def lowest(self) -> str:
-        cells = [f"{TITLES[self.order(*cell)[0]]} at {self.at(*cell)}" for cell in self.settings.cells()]
-        return f"The lowest mean loss: {'; '.join(cells)}"
+        """Which is nowhere decidedly above the lowest."""
+        above = {
+            key
+            for cell in self.settings.cells()
+            for key, pair in self._from_lowest(*cell).items()
+            if pair.lower or not math.isfinite(pair.mean)
+        }
+        level = [
+            title for key, title in TITLES.items() if key not in above and key != "other"
+        ]  # which not all cells have
+        if not level:
+            return "No memory is the lowest, or level with it, at every batch size and length"
+        return f"At every batch size and length lowest, or level with the lowest: {', '.join(level)}"
+
+    def _from_lowest(self, line: Line, batch: int) -> dict[str, Paired]:
+        """By how much the lowest lies above each of the others; it is the best of several."""
+        first, *others = self.order(line, batch)
+        return {k: dataclasses.replace(self.pair(line, batch, first, k), level=jointly(len(others))) for k in others}
 
     def best(self) -> list[str]:
         """Which is best, where."""
@@ -237,8 +254,7 @@ class Found:
         for line, batch in self.settings.cells():
             first, second = self.order(line, batch)[:2]
             than = [k for k in dict.fromkeys((second, "ademamix", "adamw")) if k != first]
-            level = jointly(len(self.settings.keys(batch)) - 1)  # it is the best of several
-            pairs = {k: dataclasses.replace(self.pair(line, batch, first, k), level=level) for k in than}
+            pairs = {k: pair for k, pair in self._from_lowest(line, batch).items() if k in than}
             gaps = "; ".join(against(pair, "it", TITLES[k]) for k, pair in pairs.items())
             said.append(f"At {self.at(line, batch)} {TITLES[first]} is lowest: {gaps}")
         return said

@@ -164,7 +164,8 @@ PRESETS = {
 def run(settings: Beyond, trials: Trials) -> Report:
     every = settings.every()
     candidates = {key: Candidate(e.title, e.optimizer, settings.base(e), e.tried) for key, e in every.items()}
-    chosen, tables, ends = common.search(trials, candidates)
+    tuned = common.search(trials, candidates)
+    chosen = tuned.best
     recipes = {key: changed(settings.base(e), e.optimizer, **chosen[key]) for key, e in every.items()}
 
     def made(entry: str, fraction: float, seed: int) -> tuple[Optimizer, Recipe]:
@@ -182,11 +183,12 @@ def run(settings: Beyond, trials: Trials) -> Report:
             found.lowest(),
             found.lean(),
             *found.stopped(),
-            *ends,
+            *tuned.misled({key: found.losses[key, 1.0] for key in every}),
+            *tuned.ends,
             *common.too_long(candidates),
         ],
         [*found.charts(), *_kernels(every, recipes, chosen)],
-        [found.table(), *found.by_length(), *tables],
+        [found.table(), *found.by_length(), *tuned.tables],
         common.settings_of(settings),
     )
 

@@ -13,7 +13,7 @@ import tyro
 
 from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
 from ademamix.lab.console import say
-from ademamix.lab.experiments.statistics import Paired, loss_of, mean_and_error
+from ademamix.lab.experiments.statistics import Paired, loss_of, mean_and_error, too_low
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value, best
 from ademamix.lab.reports.claims import Finding, Verdict
 from ademamix.lab.reports.pictures import Chart, Line, around
@@ -159,34 +159,62 @@ def too_long(candidates: Mapping[str, Candidate]) -> list[str]:
     return said
 
 
-def search(
-    trials: Trials, candidates: Mapping[str, Candidate]
-) -> tuple[dict[str, dict[str, Value]], list[Rows], list[str]]:
-    """Try every combination; return the best of each candidate, the trials as tables, and what to say of the best."""
+@dataclass(frozen=True)
+class Tuned:
+    """What a search for the best settings of some candidates came to.
+
+    Attributes:
+        best: settings of each candidate.
+        losses: theirs, with the tuning seed.
+        tables: all trials.
+        ends: sentences on the learning rates that are at an end of those that were tried.
+    """
+
+    candidates: Mapping[str, Candidate]
+    best: Mapping[str, Mapping[str, Value]]
+    losses: Mapping[str, float]
+    tables: list[Rows]
+    ends: list[str]
+
+    def misled(self, losses: Mapping[str, Sequence[float]]) -> list[str]:
+        """A sentence on each candidate whose losses with the same settings and other seeds belie the search."""
+        return [
+            f"{self.candidates[key].title}: tuning was misled. With other seeds its settings end "
+            f"{mean_and_error(own)[0] - found:.4f} nats higher, more than seeds differ (99 % prediction interval)"
+            for key, own in losses.items()
+            if too_low(found := self.losses[key], own)
+        ]
+
+
+def search(trials: Trials, candidates: Mapping[str, Candidate]) -> Tuned:
+    """Try every combination of each candidate's values."""
     for line in too_long(candidates):
         say(line)
     results = trials.run(*(candidate.grid(f"tune-{key}") for key, candidate in candidates.items()))
     found: dict[str, dict[str, Value]] = {}
+    lowest: dict[str, float] = {}
     tables: list[Rows] = []
     for (key, candidate), losses in zip(candidates.items(), results, strict=True):
         chosen = best(losses)
+        result = losses[chosen]
+        assert result is not None  # the best of all has not diverged
         found[key] = dict(zip(candidate.space, chosen, strict=True))
+        lowest[key] = result.valid_loss
         points = itertools.product(*candidate.space.values())
         rows = [(*point, f"{final_loss(losses[point])}{' (chosen)' if point == chosen else ''}") for point in points]
         tables.append([(*(f"{candidate.title}: {name}" for name in candidate.space), "loss, tuning"), *rows])
     lrs = {c.title: found[key]["lr"] for key, c in candidates.items()}
-    return found, tables, at_the_ends(lrs, {c.title: c.space["lr"] for c in candidates.values()})
+    ends = at_the_ends(lrs, {c.title: c.space["lr"] for c in candidates.values()})
+    return Tuned(candidates, found, lowest, tables, ends)
 
 
-def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, list[Rows], list[str]]:
-    """The recipe with the best settings of AdamW and of AdEMAMix, the trials as tables, and what to say of the best."""
+def tuned(trials: Trials, recipe: R, tuning: Tuning) -> tuple[R, Tuned]:
+    """The recipe with the best settings of AdamW and of AdEMAMix, and how they were found."""
     spaces = tuning.spaces()
-    found, tables, said = search(
-        trials, {name: Candidate(NAMES[name], name, recipe, space) for name, space in spaces.items()}
-    )
-    for name, chosen in found.items():
+    found = search(trials, {name: Candidate(NAMES[name], name, recipe, space) for name, space in spaces.items()})
+    for name, chosen in found.best.items():
         recipe = changed(recipe, name, **chosen)
-    return recipe, tables, said
+    return recipe, found
 
 
 def at_the_ends(chosen: Mapping[str, Value], tried: Mapping[str, Sequence[Any]]) -> list[str]:

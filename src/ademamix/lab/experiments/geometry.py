@@ -221,8 +221,8 @@ def _tuned(settings: Geometry, trials: Trials, size: int) -> tuple[dict[str, Rec
             )
             for key, base in bases.items()
         }
-        best, tables, _ = common.search(trials, candidates)
-        for (key, base), chosen, (_, *tried) in zip(bases.items(), best.values(), tables, strict=True):
+        tuned = common.search(trials, candidates)
+        for (key, base), chosen, (_, *tried) in zip(bases.items(), tuned.best.values(), tuned.tables, strict=True):
             recipes[key] = changed(base, settings.entries[key].optimizer, **chosen)
             rest[key.removeprefix("adam-")] = {REST_LR: chosen["lr"]}
             rows.append((name(key), *(f"{lr:g}: {loss}" for lr, loss in tried)))

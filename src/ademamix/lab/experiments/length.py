@@ -136,14 +136,15 @@ def run(settings: Length, trials: Trials) -> Report:
     results: dict[Point, Result | None] = {}
     for steps in settings.lengths:
         candidates = settings.candidates(steps)
-        found, tried, said = common.search(trials, {f"{steps}-{name}": c for name, c in candidates.items()})
+        tuned = common.search(trials, {f"{steps}-{name}": c for name, c in candidates.items()})
         recipes[steps] = settings.base(steps)
-        for name, chosen in zip(candidates, found.values(), strict=True):
+        for name, chosen in zip(candidates, tuned.best.values(), strict=True):
             recipes[steps] = changed(recipes[steps], name, **chosen)
-        tables += tried
-        ends += said
-        for of_grid in trials.run(*_grids(settings, steps, recipes[steps])):
-            results |= {(steps, *point): result for point, result in of_grid.items()}
+        tables += tuned.tables
+        finals, longer = trials.run(*_grids(settings, steps, recipes[steps]))
+        results |= {(steps, *point): result for point, result in (*finals.items(), *longer.items())}
+        ends += tuned.misled({f"{steps}-{name}": own for (name, _), own in common.sample(finals).items()})
+        ends += tuned.ends
     (of_ages,) = trials.run(_ages(settings, recipes[settings.lengths[-1]]))
     found_all = Found(settings, recipes, results, of_ages)
     return Report(

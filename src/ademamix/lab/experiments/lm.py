@@ -73,7 +73,7 @@ PRESETS = {
 
 
 def run(settings: Lm, trials: Trials) -> Report:
-    recipe, tables, ends = common.tuned(trials, settings.recipe, settings.tuning)
+    recipe, tuned = common.tuned(trials, settings.recipe, settings.tuning)
     seeds = settings.seeds
     final = Grid(
         "final",
@@ -110,9 +110,9 @@ def run(settings: Lm, trials: Trials) -> Report:
     final_table = table_of({**of_budgets, "AdEMAMix": losses["AdEMAMix"]}, ("run", "final validation loss", "by seed"))
     return Report(
         "Language models: AdamW against AdEMAMix",
-        [tokens, gain, *ends],
+        [tokens, gain, *tuned.misled({n: losses[title] for n, title in NAMES.items()}), *tuned.ends],
         pictures,
-        [final_table, *tables],
+        [final_table, *tuned.tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),
         [decide("tokens", f"{gain}; {tokens}", below, needed.above(GOAL))],
     )

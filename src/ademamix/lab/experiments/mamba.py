@@ -47,7 +47,7 @@ PRESETS = {
 
 
 def run(settings: Mamba, trials: Trials) -> Report:
-    recipe, tables, ends = common.tuned(trials, settings.recipe, settings.tuning)
+    recipe, tuned = common.tuned(trials, settings.recipe, settings.tuning)
     (results,) = trials.run(
         Grid(
             "final",
@@ -61,9 +61,9 @@ def run(settings: Mamba, trials: Trials) -> Report:
     runs = {name: common.of(results, n) for n, name in NAMES.items()}
     return Report(
         "Mamba: AdamW against AdEMAMix",
-        [gain, *ends],
+        [gain, *tuned.misled({n: losses[title] for n, title in NAMES.items()}), *tuned.ends],
         [common.curves("Mamba, validation loss", runs, len(settings.seeds), recipe.unit)],
-        [table_of(losses, ("optimizer", "final validation loss", "by seed")), *tables],
+        [table_of(losses, ("optimizer", "final validation loss", "by seed")), *tuned.tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),
         [decide("mamba", gain, below)],
     )

@@ -115,6 +115,17 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Pair
     return Paired(tuple(x - y for x, y in zip(a, b, strict=True)), level)
 
 
+def too_low(value: float, sample: Sequence[float]) -> bool:
+    """Whether a value lies below the 99 % prediction interval of a sample: one more of its kind hardly would."""
+    mean, error = mean_and_error(sample)
+    if not 0.0 < error < math.inf:
+        return False
+    from scipy.stats import t
+
+    n = len(sample)
+    return bool(value < mean - t.isf(0.005, n - 1) * error * math.sqrt(n + 1))
+
+
 def crossing(trials: Sequence[tuple[float, float]], loss: float) -> float:
     """The budget at which trials, in growing order, first come down to `loss`; linear in its logarithm.
 

@@ -77,7 +77,7 @@ PRESETS = {
 
 def run(settings: Vit, trials: Trials) -> Report:
     most = max(settings.images)
-    recipe, tables, ends = common.tuned(trials, dataclasses.replace(settings.recipe, examples=most), settings.tuning)
+    recipe, tuned = common.tuned(trials, dataclasses.replace(settings.recipe, examples=most), settings.tuning)
     (results,) = trials.run(
         Grid(
             "final",
@@ -120,10 +120,11 @@ def run(settings: Vit, trials: Trials) -> Report:
             f"AdEMAMix {grouped({f'with {n:,} images': pair for n, pair in above.items()}, link=' ')}",
             ours,
             sentence(shrunk),
-            *ends,
+            *tuned.misled({n: losses[title, most] for n, title in NAMES.items()}),
+            *tuned.ends,
         ],
         pictures,
-        [table_of(named, ("run", "final validation loss", "by seed")), *tables],
+        [table_of(named, ("run", "final validation loss", "by seed")), *tuned.tables],
         common.settings_of(dataclasses.replace(settings, recipe=recipe)),
         [decide("vit", ours, above[most]), decide("vit-few", shrunk, shrinks)],
     )
