@@ -180,7 +180,7 @@ def run(settings: Beyond, trials: Trials) -> Report:
     return Report(
         "Beyond AdEMAMix: other memories of past gradients",
         [
-            found.lowest(),
+            *found.lowest(),
             found.lean(),
             *found.stopped(),
             *tuned.misled({key: found.losses[key, 1.0] for key in every}),
@@ -222,15 +222,19 @@ class Found:
         runs = common.of(self.results, key)
         return runs[0].state_bytes_per_parameter if runs else math.inf
 
-    def lowest(self) -> str:
-        """The first sentence."""
+    def lowest(self) -> list[str]:
+        """Which is lowest after T steps, and by how much."""
         key = min(self.titles, key=lambda k: mean_and_error(self.final(k))[0])
         if self.lost(key):
-            return "After T steps none is lowest: each diverged in some seed"
+            return ["After T steps none is lowest: each diverged in some seed"]
         others = [k for k in ("ademamix", "adamw") if k != key]
         than = "; ".join(self.against(key, k) for k in others)
-        tokens = "" if key == "adamw" else f", and AdamW needs {self.tokens(key, ' tokens')} to reach that loss"
-        return f"After T = {self.settings.recipe.steps:,} steps {self.titles[key]} is lowest{tokens}: {than}"
+        tokens = "" if key == "adamw" else f"; AdamW needs {self.tokens(key, ' tokens')} to reach its loss"
+        at = f"After T = {self.settings.recipe.steps:,} steps"
+        return [
+            f"{at} {self.titles[key]} is lowest{tokens}",
+            f"{at} {than.replace('it ends', f'{self.titles[key]} ends', 1)}",
+        ]
 
     def lean(self) -> str:
         """Whether a rule with no more memory than AdEMAMix's is better."""
