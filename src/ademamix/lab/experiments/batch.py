@@ -165,10 +165,11 @@ PRESETS = {
 def run(settings: Batch, trials: Trials) -> Report:
     chosen: dict[tuple[int, str], Mapping[str, Value]] = {}
     tables: list[Rows] = []
+    misled: list[str] = []
     ends: list[str] = []
     results: dict[Point, Result | None] = {}
 
-    def runs(line: Line, batch: int) -> None:
+    def runs(line: Line, batch: int) -> Mapping[Point, Result | None]:
         def made(entry: str, seed: int) -> tuple[Optimizer, Recipe]:
             optimizer, own = OPTIMIZERS.get(entry, entry), settings.own(line, batch, entry, chosen[batch, entry])
             return optimizer, dataclasses.replace(
@@ -178,14 +179,15 @@ def run(settings: Batch, trials: Trials) -> Report:
         grid = Grid(f"final-{line}-{batch}", {"entry": settings.keys(batch), "seed": settings.seeds}, made)
         (of_cell,) = trials.run(grid)
         results.update({(line, batch, *point): result for point, result in of_cell.items()})
+        return of_cell
 
     for batch in settings.batches:
         candidates = {key: settings.candidate(batch, key) for key in settings.keys(batch)}
         tuned = common.search(trials, {f"{batch}-{key}": c for key, c in candidates.items()})
         chosen |= {(batch, key): best for key, best in zip(candidates, tuned.best.values(), strict=True)}
         tables += tuned.tables
-        runs("tokens", batch)
-        ends += tuned.misled({f"{b}-{k}": own for (_, b, k), own in common.sample(results).items() if b == batch})
+        finals = common.sample(runs("tokens", batch))
+        misled += tuned.misled({f"{batch}-{key}": losses for (key,), losses in finals.items()})
         ends += tuned.ends
     for line, batch in settings.cells():
         if line == "steps":
@@ -193,7 +195,7 @@ def run(settings: Batch, trials: Trials) -> Report:
     all_found = Found(settings, chosen, results)
     return Report(
         "Batch size: which memory of past gradients, at equal tokens and at equal steps",
-        [all_found.lowest(), *all_found.best(), *all_found.raw(), *all_found.rules(), *ends],
+        [all_found.lowest(), *misled, *all_found.best(), *all_found.raw(), *all_found.rules(), *ends],
         all_found.charts(),
         [*all_found.tables(), all_found.beta3_table(), all_found.by_seed(), *tables],
         common.settings_of(settings),
@@ -236,9 +238,8 @@ class Found:
             for key, pair in self._from_lowest(*cell).items()
             if pair.lower or not math.isfinite(pair.mean)
         }
-        level = [
-            title for key, title in TITLES.items() if key not in above and key != "other"
-        ]  # which not all cells have
+        above.add("other")  # which not all cells have
+        level = [title for key, title in TITLES.items() if key not in above]
         if not level:
             return "No memory is the lowest, or level with it, at every batch size and length"
         return f"At every batch size and length lowest, or level with the lowest: {', '.join(level)}"

@@ -181,9 +181,9 @@ def run(settings: Beyond, trials: Trials) -> Report:
         "Beyond AdEMAMix: other memories of past gradients",
         [
             *found.lowest(),
+            *tuned.misled({key: found.final(key) for key in every}),
             found.lean(),
             *found.stopped(),
-            *tuned.misled({key: found.losses[key, 1.0] for key in every}),
             *tuned.ends,
             *common.too_long(candidates),
         ],
@@ -228,13 +228,11 @@ class Found:
         if self.lost(key):
             return ["After T steps none is lowest: each diverged in some seed"]
         others = [k for k in ("ademamix", "adamw") if k != key]
-        than = "; ".join(self.against(key, k) for k in others)
+        who = (self.titles[key], "it")
+        than = "; ".join(self.against(key, k, subject=name) for name, k in zip(who, others, strict=False))
         tokens = "" if key == "adamw" else f"; AdamW needs {self.tokens(key, ' tokens')} to reach its loss"
         at = f"After T = {self.settings.recipe.steps:,} steps"
-        return [
-            f"{at} {self.titles[key]} is lowest{tokens}",
-            f"{at} {than.replace('it ends', f'{self.titles[key]} ends', 1)}",
-        ]
+        return [f"{at} {self.titles[key]} is lowest{tokens}", f"{at} {than}"]
 
     def lean(self) -> str:
         """Whether a rule with no more memory than AdEMAMix's is better."""
@@ -254,10 +252,10 @@ class Found:
         ]
         return f"With at most {held}, decidedly below it ({100 * level:.4g} % intervals): {'; '.join(said)}"
 
-    def against(self, key: str, other: str, x: float = 1.0) -> str:
-        """How far the best of all entries ends from another in runs of one length."""
+    def against(self, key: str, other: str, x: float = 1.0, subject: str = "it") -> str:
+        """How far the best of all entries, as the sentence calls it, ends from another in runs of one length."""
         pair = paired(self.losses[key, x], self.losses[other, x], jointly(len(self.titles) - 1))
-        return against(pair, "it", self.titles[other])
+        return against(pair, subject, self.titles[other])
 
     def stopped(self) -> list[str]:
         """The sentences on the shortest and the longest run."""

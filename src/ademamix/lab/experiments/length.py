@@ -132,6 +132,7 @@ PRESETS = {
 def run(settings: Length, trials: Trials) -> Report:
     recipes: dict[int, Recipe] = {}
     tables: list[Rows] = []
+    misled: list[str] = []
     ends: list[str] = []
     results: dict[Point, Result | None] = {}
     for steps in settings.lengths:
@@ -143,13 +144,13 @@ def run(settings: Length, trials: Trials) -> Report:
         tables += tuned.tables
         finals, longer = trials.run(*_grids(settings, steps, recipes[steps]))
         results |= {(steps, *point): result for point, result in (*finals.items(), *longer.items())}
-        ends += tuned.misled({f"{steps}-{name}": own for (name, _), own in common.sample(finals).items()})
+        misled += tuned.misled({f"{steps}-{name}": own for (name, _), own in common.sample(finals).items()})
         ends += tuned.ends
     (of_ages,) = trials.run(_ages(settings, recipes[settings.lengths[-1]]))
     found_all = Found(settings, recipes, results, of_ages)
     return Report(
         "Length: what AdEMAMix gains, by the number of steps",
-        [found_all.takeaway(), sentence(found_all.trend()), *found_all.gains(), found_all.oldest(), *ends],
+        [found_all.takeaway(), *misled, sentence(found_all.trend()), *found_all.gains(), found_all.oldest(), *ends],
         found_all.charts(),
         [found_all.table(), found_all.ages_table(), found_all.by_seed(), *tables],
         common.settings_of(settings),
