@@ -262,7 +262,7 @@ def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
     finally:
         seconds = before + time.perf_counter() - began
         to_json(clock, {"seconds": seconds})
-    write(report, out, typed, seconds)
+    write(report, out, list(dict.fromkeys(typed)), seconds)
     show(report)
     say(f"report: {out / PAGE}")
 
@@ -304,7 +304,7 @@ def _refuse_unused(recipe: "Training", optimizer: str) -> None:
 
 
 def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack) -> tuple[Path, list[str]]:
-    """Return the folder to write to and all commands that wrote to it, each once: a new folder, or the one to resume.
+    """Return the folder to write to and all commands that wrote to it: a new folder, or the one to resume.
 
     No other process gets the folder before `held` is closed.
     """
@@ -315,7 +315,7 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
     typed = [f"{PROGRAM} {shlex.join(sys.argv[1:])}"]
     if stored is not None:
         held.enter_context(alone_in(out))
-        typed = list(dict.fromkeys(stored["typed"] + typed))
+        typed = stored["typed"] + typed
         to_json(out / CONFIG, {"command": command, "typed": typed} | now)
         return out, typed
     with written_aside(out) as aside:
