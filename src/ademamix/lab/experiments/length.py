@@ -5,7 +5,8 @@ Fixed before the first run:
 - At each length T both are tuned over the same number of learning rates and values of beta2, with a seed of their own.
   AdEMAMix has the settings of ``suggest(T)``.
 - AdamW also trains with multiples of T up to the longest that is allowed, each a full schedule, with the settings tuned
-  for T. The budget that it needs for AdEMAMix's loss is interpolated within each seed.
+  for T. The budget that it needs for AdEMAMix's loss is interpolated within each seed. (4 T was added after the first
+  runs: 3 T were not enough in one seed.)
 - The trend is that of lines through each seed's values at all lengths, for the seeds that every length has.
 - At the longest T, AdEMAMix trains with several values of beta3, all else as tuned. Each is compared within seeds with
   the shortest slow average that was tried.
@@ -55,7 +56,7 @@ class Length(Settings):
     """Steps T of the runs, growing."""
     lrs: tuple[float, ...] = (1.0, 1.0, 0.5)
     """What the learning rates to try are multiplied by, at each length."""
-    budgets: tuple[float, ...] = (1.5, 2.0, 3.0)
+    budgets: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
     """Further budgets of AdamW, in T, growing."""
     longest: int = 128_000
     """AdamW's budgets that have more steps are left out."""
@@ -224,21 +225,28 @@ class Found:
         few = [of_length[: self.common_seeds] for of_length in values.values()]
         return Paired(tuple(slopes([math.log(t) for t in values], few)))
 
+    @cached_property
+    def enough(self) -> bool:
+        """Whether the budgets tried were, in the seeds that the trend is of."""
+        of_seeds = [budgets.factors[: self.common_seeds] for budgets in self.needed.values()]
+        return all(math.isfinite(x) for factors in of_seeds for x in factors)
+
     def takeaway(self) -> str:
         grows = "grows" if self.slope.higher else "shrinks" if self.slope.lower else "does not decidedly change"
+        trend = f"{grows} with the number of steps" if self.enough else "has no known trend"
         each = "; ".join(f"{self.needed[t].told(' tokens')} at {t:,} steps" for t in self.settings.lengths)
-        return f"AdEMAMix's gain {grows} with the number of steps: for its loss AdamW needs {each}"
+        return f"AdEMAMix's gain {trend}: for its loss AdamW needs {each}"
 
     def trend(self) -> str:
         """How the gain goes with the length."""
-        of_seeds = [budgets.factors[: self.common_seeds] for budgets in self.needed.values()]
-        enough = all(math.isfinite(x) for factors in of_seeds for x in factors)
-        trend = f"scales as the number of steps to the power {self.slope.told('+.3f')}"
-        unknown = "has no known trend, as the largest one tried is too small in some seed"
+        if self.enough:
+            trend = f"scales as the number of steps to the power {self.slope.told('+.3f')}"
+        else:
+            trend = "has no known trend, as the largest one tried is too small in some seed"
         nats = self._slope({t: [-d for d in pair.differences] for t, pair in self.above.items()})
         span = f"from {self.settings.lengths[0]:,} to {self.settings.lengths[-1]:,} steps"
         return (
-            f"{span} the budget that AdamW needs for AdEMAMix's loss {trend if enough else unknown}; the gain in nats "
+            f"{span} the budget that AdamW needs for AdEMAMix's loss {trend}; the gain in nats "
             f"changes by {nats.told()} for each factor of e in steps, over the {self.common_seeds} seeds that every "
             "length has"
         )
