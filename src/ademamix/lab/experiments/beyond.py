@@ -227,9 +227,8 @@ class Found:
         key = min(self.titles, key=lambda k: mean_and_error(self.final(k))[0])
         if self.lost(key):
             return ["After T steps none is lowest: each diverged in some seed"]
-        others = [k for k in ("ademamix", "adamw") if k != key]
-        who = (self.titles[key], "it")
-        than = "; ".join(self.against(key, k, subject=name) for name, k in zip(who, others, strict=False))
+        first, *more = (k for k in ("ademamix", "adamw") if k != key)
+        than = "; ".join([self.against(key, first, subject=self.titles[key]), *(self.against(key, k) for k in more)])
         tokens = "" if key == "adamw" else f"; AdamW needs {self.tokens(key, ' tokens')} to reach its loss"
         at = f"After T = {self.settings.recipe.steps:,} steps"
         return [f"{at} {self.titles[key]} is lowest{tokens}", f"{at} {than}"]

@@ -227,7 +227,7 @@ class Found:
 
     @cached_property
     def enough(self) -> bool:
-        """Whether the budgets tried were, in the seeds that the trend is of."""
+        """Whether some budget of AdamW reaches AdEMAMix's loss, at each length, in each seed that every length has."""
         of_seeds = [budgets.factors[: self.common_seeds] for budgets in self.needed.values()]
         return all(math.isfinite(x) for factors in of_seeds for x in factors)
 
@@ -246,9 +246,8 @@ class Found:
         nats = self._slope({t: [-d for d in pair.differences] for t, pair in self.above.items()})
         span = f"from {self.settings.lengths[0]:,} to {self.settings.lengths[-1]:,} steps"
         return (
-            f"{span} the budget that AdamW needs for AdEMAMix's loss {trend}; the gain in nats "
-            f"changes by {nats.told()} for each factor of e in steps, over the {self.common_seeds} seeds that every "
-            "length has"
+            f"{span} the budget that AdamW needs for AdEMAMix's loss {trend}; the gain in nats changes by "
+            f"{nats.told()} for each factor of e in steps, over the {self.common_seeds} seeds that every length has"
         )
 
     def gains(self) -> list[str]:
