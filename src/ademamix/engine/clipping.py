@@ -73,7 +73,7 @@ def clipping(
     Raises:
         ValueError: ``max_norm`` is no bound, or ``norm`` no norm.
     """
-    if not _is_size(max_norm):
+    if not isinstance(max_norm, NUMBERS) or not max_norm >= 0.0:
         raise ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
     if isinstance(grad_scale, GradScaler):  # its get_scale() would wait for the device
         grad_scale = grad_scale._get_scale_async() if grad_scale.is_enabled() else None
@@ -90,17 +90,13 @@ def clipping(
     return Norm(value, (max_norm / (value + 1e-6)).clamp(max=1.0), grad_scale)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, NUMBERS) and bool(value >= 0.0)
-
-
 def _one_number(norm: Any) -> Tensor:
     """A norm that somebody else has computed, as :func:`global_norm` gives one. It may be a NaN."""
     if isinstance(norm, Tensor) and norm.numel() == 1:
         whole: Any = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
         value: Tensor = whole.detach().reshape(()).float()
         return value
-    if isinstance(norm, Tensor) or not (_is_size(norm) or norm != norm):
+    if not isinstance(norm, NUMBERS) or norm < 0.0:
         raise ValueError(f"norm must be a number >= 0 or a tensor of one element, got {norm!r}")
     return scalar(norm)
 
