@@ -58,6 +58,7 @@ def clip_grad_norm_(
             f"clip its gradient twice, got parameters of shape {both}"
         )
     norm = clipping([*ours, *theirs], max_norm, grad_scale)
+    assert norm.factor is not None
     for optimizer in found:
         if isinstance(optimizer, RuleOptimizer):
             optimizer.clip_grad_norm_(max_norm, grad_scale, norm.value)

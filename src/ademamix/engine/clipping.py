@@ -98,7 +98,7 @@ def _one_number(norm: Any) -> Tensor:
         return value
     if not isinstance(norm, NUMBERS) or norm < 0.0:
         raise ValueError(f"norm must be a number >= 0 or a tensor of one element, got {norm!r}")
-    return scalar(norm)
+    return scalar(float(norm))
 
 
 def factor_and_skip(

@@ -44,7 +44,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         defaults: hyperparameters, each a param-group entry.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry,
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, fused, geometry,
         adjust_lr_fn, ns_coefficients, ns_steps: what every optimizer takes; see :class:`AdEMAMix`. A subclass takes
             them as ``**options: Unpack[Options]``, which its signature shows one by one, and hands them on. ``state``
             may map slots to formats by their names in ``ademamix.formats.FORMATS``; slots not in it are float32,
@@ -186,14 +186,19 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
+        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device.
+
+        A step that a GradScaler skips without calling :meth:`step` is not counted. With ``fused=True`` and after
+        :meth:`clip_grad_norm_` it always calls it.
+        """
         return int(self._skipped)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves its scale and its check to the next step; else it sees to both itself.
+        """Whether a GradScaler leaves unscaling and skipping to the next step.
 
-        With ``fused=True``, as in torch.optim, and after :meth:`clip_grad_norm_`, whose note knows of both.
+        True with ``fused=True``, as in torch.optim, and after :meth:`clip_grad_norm_`, whose norm would not be that of
+        gradients that were unscaled since.
         """
         own = [p.grad for p in self._every() if p.grad is not None]
         return bool(self._fused) or (self._note is not None and self._note.serves(own))
@@ -271,7 +276,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
-        Nothing is changed, and ``skipped_steps`` counts it, if a GradScaler or :meth:`clip_grad_norm_` (or, with
+        Nothing is changed, and ``skipped_steps`` counts it, if :meth:`clip_grad_norm_` or a GradScaler (or, with
         ``skip_nonfinite=True``, the step itself) has seen a gradient that is not finite.
 
         Args:
