@@ -1,0 +1,1 @@
+import integrations.torchvision_for_cpu  # noqa: F401
