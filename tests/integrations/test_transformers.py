@@ -1,6 +1,7 @@
 """``optim="ademamix"`` in the Trainer of transformers, against plain loops, and in what is built on it."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -364,3 +365,125 @@ def test_an_optimizer_that_the_user_made_is_left_alone(tmp_path: Path) -> None:
     own = AdEMAMix(net.parameters(), alpha=3.0, beta3_warmup=7)
     group = begun(Trainer(net, arguments(tmp_path), train_dataset=data(), optimizers=(own, None))).groups[0]
     assert (group["alpha"], group["beta3_warmup"], group["alpha_warmup"]) == (3.0, 7, None)
+
+
+# ------------------------------------------------------------------------------------------- what is built on it
+
+
+def byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def byte_model() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=257, eos_token_id=0, pad_token_id=0, **sizes))
+
+
+def trl_options(folder: Path, **changes: Any) -> dict[str, Any]:
+    own = arguments(folder)
+    names = ("optim", "max_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    names += ("max_grad_norm", "per_device_train_batch_size", "save_strategy", "report_to", "disable_tqdm", "use_cpu")
+    kept = {name: getattr(own, name) for name in names}
+    return {"output_dir": str(folder), "bf16": False, "max_length": 32, **kept, **changes}
+
+
+def sentences() -> Any:
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    return datasets.Dataset.from_dict({"text": [f"The number {i} comes before {i + 1}." for i in range(64)]})
+
+
+def test_trl_s_sft_has_the_weights_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl", reason="needs trl")
+
+    class Recording(Recorder, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+        pass
+
+    args = trl.SFTConfig(**trl_options(tmp_path))
+    trainer = Recording(byte_model(), args, train_dataset=sentences(), processing_class=byte_tokenizer())
+    trainer.train()
+    assert len(trainer.seen) == STEPS
+    monkeypatch.setitem(globals(), "model", byte_model)
+    net, _ = plain_loop(trainer.seen, clip=0.5)
+    assert same(dict(trainer.model.named_parameters()), dict(net.named_parameters()))
+
+
+def test_trl_s_sft_trains_adapters_of_peft(tmp_path: Path) -> None:
+    trl, peft = (pytest.importorskip(name, reason=f"needs {name}") for name in ("trl", "peft"))
+    args = trl.SFTConfig(**trl_options(tmp_path, optim="ademamix_8bit", save_strategy="steps", save_steps=60))
+    lora = {"peft_config": peft.LoraConfig(r=2, target_modules="all-linear")}
+    whole = trl.SFTTrainer(byte_model(), args, train_dataset=sentences(), processing_class=byte_tokenizer(), **lora)
+    whole.train()
+    adapters = {name: p for name, p in whole.model.named_parameters() if p.requires_grad}
+    assert all("lora" in name for name in adapters)
+    assert sum(len(group["params"]) for group in whole.optimizer.param_groups) == len(adapters)
+    assert all(p.any() for p in adapters.values())  # lora_B begins at zero
+    resumed = trl.SFTTrainer(byte_model(), args, train_dataset=sentences(), processing_class=byte_tokenizer(), **lora)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-60"))
+    assert same(adapters, {name: p for name, p in resumed.model.named_parameters() if p.requires_grad})
+
+
+def test_trl_s_dpo_has_its_number_of_steps(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="needs trl")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    pairs = {"prompt": [f"{i} is " for i in range(64)], "chosen": ["a number"] * 64, "rejected": ["a word"] * 64}
+    args = trl.DPOConfig(**trl_options(tmp_path, max_steps=-1, num_train_epochs=7.5))
+    data = datasets.Dataset.from_dict(pairs)
+    own = {"train_dataset": data, "processing_class": byte_tokenizer(), "ref_model": byte_model()}
+    group = begun(trl.DPOTrainer(byte_model(), args, **own)).groups[0]
+    assert (group["alpha_warmup"], group["lr"], group["betas"]) == (STEPS, LR, (*BETAS, 1 - 8 / STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_of_deepspeed(tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    trainer = Trainer(model(), arguments(tmp_path), train_dataset=data())
+    trainer.train()
+    ran(Path(__file__).with_name("transformers_deepspeed.py"), str(stage), str(tmp_path))
+    whole, resumed = torch.load(tmp_path / "results.pt", weights_only=False)
+    for group in (*whole["groups"], *resumed["groups"]):
+        assert group == {"alpha_warmup": STEPS, "betas": (*BETAS, 1 - 8 / STEPS)}
+    assert same(whole["weights"], resumed["weights"])
+    for name, p in trainer.model.named_parameters():
+        # DeepSpeed sums the norm in another order, so that the factor of clipping differs in its last bits.
+        torch.testing.assert_close(whole["weights"][name], p, rtol=1e-3, atol=1e-4)
+
+
+def ran(program: Path, *given: str) -> str:
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests.parent / "src"), str(tests)])
+    done = subprocess.run(
+        [sys.executable, str(program), *given],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def small_text(folder: Path) -> str:
+    (folder / "text.txt").write_text("All work and no play makes a dull optimizer.\n" * 100)
+    return str(folder / "text.txt")
+
+
+def test_the_example_of_the_trainer_runs(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs datasets")
+    given = ("--text", small_text(tmp_path), "--batch", "2", "--length", "32", "--out", str(tmp_path / "out"))
+    assert "loss on held-out text: " in ran(EXAMPLES / "hf_trainer.py", *given, "--steps", "6")
+    assert (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").exists()
+
+
+def test_the_example_of_trl_runs(tmp_path: Path) -> None:
+    for name in ("trl", "peft"):
+        pytest.importorskip(name, reason=f"needs {name}")
+    given = ("--steps", "3", "--batch", "2", "--out", str(tmp_path / "out"))
+    assert "mean training loss: " in ran(EXAMPLES / "trl_sft.py", *given)
+    assert (tmp_path / "out" / "model.safetensors").exists()
