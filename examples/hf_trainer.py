@@ -1,10 +1,10 @@
 """Train a language model with the Trainer of Hugging Face transformers and AdEMAMix.
 
-    pip install ademamix "transformers[torch]" datasets
-    python examples/hf_trainer.py                        # a small model of bytes, on the source of Python's library
-    python examples/hf_trainer.py --optim adamw_torch --lr 2e-3                        # the same with AdamW
-    python examples/hf_trainer.py --model PATH_OR_NAME --text my.txt --lr 1e-5         # continue a pretrained model
-    python examples/hf_trainer.py --resume                                             # from the last checkpoint
+pip install ademamix "transformers[torch]" datasets
+python examples/hf_trainer.py                        # a small model of bytes, on the source of Python's library
+python examples/hf_trainer.py --optim adamw_torch --lr 2e-3                        # the same with AdamW
+python examples/hf_trainer.py --model PATH_OR_NAME --text my.txt --lr 1e-5         # continue a pretrained model
+python examples/hf_trainer.py --resume                                             # from the last checkpoint
 """
 
 import argparse

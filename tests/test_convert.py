@@ -356,7 +356,10 @@ def test_eight_bits_of_bitsandbytes_are_looked_up_in_the_checkpoint_s_tables() -
 def bitsandbytes_adamw(saved: dict[str, Any]) -> dict[str, Any]:
     """A torch.optim.AdamW's state dict as bitsandbytes' AdamW would have saved it."""
     state = {
-        i: {"step": int(s["step"]), "__bnb_optimizer_quant_state__": {"state1": s["exp_avg"], "state2": s["exp_avg_sq"]}}
+        i: {
+            "step": int(s["step"]),
+            "__bnb_optimizer_quant_state__": {"state1": s["exp_avg"], "state2": s["exp_avg_sq"]},
+        }
         for i, s in saved["state"].items()
     }
     kept = ("params", "lr", "betas", "eps", "weight_decay")

@@ -103,28 +103,33 @@ def begun(trainer: Trainer, **resume: Any) -> Stop:
     return stop
 
 
-def plain_loop(
-    seen: list[tuple[dict[str, Any], Any]], clip: float, accumulate: int = 1, without: int | None = None, **options: Any
-) -> Any:
-    """What the Trainer's documentation says, in a few lines: linear decay of lr, no decay for norms, clipping."""
-    net = model()
+def plain_loop(net: Any, backward: Callable[[int], None], without: int | None = None, **options: Any) -> AdEMAMix:
+    """What the Trainer does, in a few lines: gradients by ``backward``, linear decay of lr, no weight decay of norms."""
     matrices = [p for p in net.parameters() if p.ndim > 1]
     norms = [p for p in net.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0.0}]
     advice = suggest(STEPS, beta1=BETAS[0], beta2=BETAS[1])
-    optimizer = AdEMAMix(groups, lr=LR, eps=EPS, skip_nonfinite=True, **{**advice, **options})
+    optimizer = AdEMAMix(groups, lr=LR, eps=EPS, **advice, **options)
     for t in range(STEPS):
-        if t == without:
-            continue
         for group in optimizer.param_groups:
             group["lr"] = LR * ((STEPS - t) / STEPS)
+        if t != without:
+            backward(t)
+            optimizer.step()
+            optimizer.zero_grad()
+    return optimizer
+
+
+def of_batches(net: Any, seen: list[tuple[dict[str, Any], Any]], clip: float, accumulate: int = 1) -> Any:
+    """A ``backward`` for :func:`plain_loop`."""
+
+    def backward(t: int) -> None:
         for inputs, items in seen[t * accumulate : (t + 1) * accumulate]:
             net(**inputs, num_items_in_batch=items).loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return net, optimizer
+
+    return backward
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -134,7 +139,8 @@ def test_weights_are_those_of_a_plain_loop_bit_for_bit(tmp_path: Path, optim: st
     trainer = Recorder(model(), args, train_dataset=data())
     trainer.train()
     assert len(trainer.seen) == STEPS * accumulate
-    net, optimizer = plain_loop(trainer.seen, clip=0.5, accumulate=accumulate, state=state)
+    net = model()
+    optimizer = plain_loop(net, of_batches(net, trainer.seen, 0.5, accumulate), state=state)
     assert same(dict(trainer.model.named_parameters()), dict(net.named_parameters()))
     assert same(trainer.optimizer.state_dict()["state"], optimizer.state_dict()["state"])
     sizes = {t.dtype for own in optimizer.state.values() for t in own.values()}
@@ -159,7 +165,8 @@ def test_a_step_with_a_nan_is_left_out(tmp_path: Path, clip: float) -> None:
     trainer.poisoned = 20
     trainer.train()
     assert trainer.optimizer.optimizer.skipped_steps == 1
-    net, _ = plain_loop(trainer.seen, clip, without=20)
+    net = model()
+    plain_loop(net, of_batches(net, trainer.seen, clip), without=20)
     assert same(dict(trainer.model.named_parameters()), dict(net.named_parameters()))
     assert all(p.isfinite().all() for p in net.parameters())
 
@@ -398,18 +405,29 @@ def sentences() -> Any:
     return datasets.Dataset.from_dict({"text": [f"The number {i} comes before {i + 1}." for i in range(64)]})
 
 
-def test_trl_s_sft_has_the_weights_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Gradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.kept: list[list[torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.kept.append([p.grad.clone() for p in model.parameters()])
+
+
+def test_trl_s_sft_has_the_weights_of_a_plain_loop(tmp_path: Path) -> None:
+    """Of its own gradients, since it computes the loss in a way of its own."""
     trl = pytest.importorskip("trl", reason="needs trl")
-
-    class Recording(Recorder, trl.SFTTrainer):  # type: ignore[misc,name-defined]
-        pass
-
-    args = trl.SFTConfig(**trl_options(tmp_path))
-    trainer = Recording(byte_model(), args, train_dataset=sentences(), processing_class=byte_tokenizer())
+    gradients = Gradients()
+    own = {"train_dataset": sentences(), "processing_class": byte_tokenizer(), "callbacks": [gradients]}
+    trainer = trl.SFTTrainer(byte_model(), trl.SFTConfig(**trl_options(tmp_path)), **own)
     trainer.train()
-    assert len(trainer.seen) == STEPS
-    monkeypatch.setitem(globals(), "model", byte_model)
-    net, _ = plain_loop(trainer.seen, clip=0.5)
+    assert len(gradients.kept) == STEPS
+    net = byte_model()
+
+    def backward(t: int) -> None:
+        for p, g in zip(net.parameters(), gradients.kept[t], strict=True):
+            p.grad = g
+
+    plain_loop(net, backward)
     assert same(dict(trainer.model.named_parameters()), dict(net.named_parameters()))
 
 
@@ -434,8 +452,8 @@ def test_trl_s_dpo_has_its_number_of_steps(tmp_path: Path) -> None:
     pairs = {"prompt": [f"{i} is " for i in range(64)], "chosen": ["a number"] * 64, "rejected": ["a word"] * 64}
     args = trl.DPOConfig(**trl_options(tmp_path, max_steps=-1, num_train_epochs=7.5))
     data = datasets.Dataset.from_dict(pairs)
-    own = {"train_dataset": data, "processing_class": byte_tokenizer(), "ref_model": byte_model()}
-    group = begun(trl.DPOTrainer(byte_model(), args, **own)).groups[0]
+    own = {"args": args, "train_dataset": data, "processing_class": byte_tokenizer(), "ref_model": byte_model()}
+    group = begun(trl.DPOTrainer(byte_model(), **own)).groups[0]
     assert (group["alpha_warmup"], group["lr"], group["betas"]) == (STEPS, LR, (*BETAS, 1 - 8 / STEPS))
 
 
@@ -474,6 +492,7 @@ def small_text(folder: Path) -> str:
     return str(folder / "text.txt")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_trainer_runs(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="needs datasets")
     given = ("--text", small_text(tmp_path), "--batch", "2", "--length", "32", "--out", str(tmp_path / "out"))
@@ -481,6 +500,7 @@ def test_the_example_of_the_trainer_runs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").exists()
 
 
+@pytest.mark.slow
 def test_the_example_of_trl_runs(tmp_path: Path) -> None:
     for name in ("trl", "peft"):
         pytest.importorskip(name, reason=f"needs {name}")

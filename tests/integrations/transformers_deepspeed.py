@@ -36,6 +36,7 @@ for resume in (None, str(folder / "checkpoint-60")):
     while not isinstance(optimizer, TrainerAdEMAMix):
         optimizer = optimizer.optimizer
     groups = [{name: group[name] for name in ("alpha_warmup", "betas")} for group in optimizer.param_groups]
-    results.append({"weights": dict(trainer.model.named_parameters()), "groups": groups})
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    results.append({"weights": weights, "groups": groups})
 torch.save(results, folder / "results.pt")
 torch.distributed.destroy_process_group()
