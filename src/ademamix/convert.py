@@ -200,7 +200,7 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
 def _groups(
     source: str, state_dict: Mapping[str, Any], keys: Sequence[str], betas: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """The parameter groups, which must have ``keys``, and so many betas; by default three if alpha is among the keys."""
+    """The parameter groups, which must have ``keys`` and so many betas; by default three if alpha is among the keys."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise ValueError(f"{source}: state_dict must be what an optimizer's state_dict() returned, got {kind}")

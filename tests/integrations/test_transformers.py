@@ -104,7 +104,7 @@ def begun(trainer: Trainer, **resume: Any) -> Stop:
 
 
 def plain_loop(net: Any, backward: Callable[[int], None], without: int | None = None, **options: Any) -> AdEMAMix:
-    """What the Trainer does, in a few lines: gradients by ``backward``, linear decay of lr, no weight decay of norms."""
+    """What the Trainer does, in a few lines: gradients from ``backward``, linear decay of lr, no decay of norms."""
     matrices = [p for p in net.parameters() if p.ndim > 1]
     norms = [p for p in net.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0.0}]
@@ -227,7 +227,7 @@ LENGTHS: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "part of an epoch": (data, {"max_steps": -1, "num_train_epochs": 7.5}, 120),
     "accumulation": (data, {"max_steps": -1, "num_train_epochs": 30, "gradient_accumulation_steps": 4}, 120),
     "and what is left": (data, {"max_steps": -1, "num_train_epochs": 30, "gradient_accumulation_steps": 5}, 120),
-    "short runs are the begin of 100": (data, {"max_steps": 10}, 100),
+    "short runs take those of 100": (data, {"max_steps": 10}, 100),
 }
 
 

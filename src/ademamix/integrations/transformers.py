@@ -14,10 +14,10 @@ from ademamix.optimizers.settings import suggest
 
 STATES = {"ademamix": "float32", "ademamix_8bit": "compact"}  # by TrainingArguments.optim
 SCHEDULES = ("betas", "alpha", "alpha_warmup", "beta3_warmup", "beta3_schedule")
-SHORTEST = 100  # steps, of suggest
-OPEN = 100_000  # steps, for whoever never learns how many there will be: settings that last for any length
+SHORTEST = 100  # steps that suggest accepts
+UNKNOWN = 100_000  # steps, if no scheduler is created that tells how many: settings that last for any length
 
-# What optim_args may have: AdEMAMix's own arguments, but for those that TrainingArguments has.
+# What optim_args may set: AdEMAMix's arguments, except those that TrainingArguments has.
 OPTIM_ARGS = (
     *(name for name in inspect.signature(AdEMAMix).parameters if name not in ("params", "lr", "betas", "weight_decay")),
     *("beta1", "beta2", "beta3", "convert"),
@@ -31,22 +31,23 @@ _create_scheduler = Trainer.create_scheduler
 def register() -> None:
     """Let ``optim="ademamix"`` and ``"ademamix_8bit"`` mean our AdEMAMix in every Trainer of this Python process.
 
-    It replaces two public methods of ``transformers.Trainer``: ``get_optimizer_cls_and_kwargs`` and
-    ``create_scheduler``, where a Trainer knows its number of steps. All other values of ``optim``, the paged ones among
-    them, mean what they did. Call it in each process before ``train()``; more than once is the same as once.
+    It replaces two public methods of ``transformers.Trainer``: ``get_optimizer_cls_and_kwargs``, and
+    ``create_scheduler``, which gets the number of steps. All other values of ``optim``, including the paged ones, keep
+    their meaning. Call it in each process before ``train()``; calling it again changes nothing.
 
-    See :func:`settings` for what the arguments become, and docs/tools/transformers.md.
+    :func:`settings` says how TrainingArguments are used; docs/tools/transformers.md has examples.
     """
-    Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
-    Trainer.create_scheduler = create_scheduler
+    trainer: Any = Trainer
+    trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    trainer.create_scheduler = create_scheduler
 
 
 def settings(args: TrainingArguments, total_steps: int) -> dict[str, Any]:
     """Keyword arguments of AdEMAMix for a Trainer's arguments.
 
     ``learning_rate``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are used, and alpha, beta3 and both warmups
-    are :func:`ademamix.suggest`'s; a run of less than 100 steps is the begin of one of 100. ``skip_nonfinite`` is True.
-    What ``optim_args`` has ("beta3=0.999,alpha=4") comes before all of it.
+    are :func:`ademamix.suggest`'s; runs shorter than 100 steps take those of 100. ``skip_nonfinite`` is True. Whatever
+    ``optim_args`` sets ("beta3=0.999,alpha=4") replaces these values.
 
     Args:
         args: those of the Trainer; ``optim`` is "ademamix", or "ademamix_8bit" for ``state="compact"``.
@@ -89,10 +90,10 @@ class TrainerAdEMAMix(AdEMAMix):
             group.update({name: scheduled[name] for name in SCHEDULES})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict as :class:`AdEMAMix` does; with ``optim_args="convert=True"``, another optimizer's too.
+        """Load a state dict as :class:`AdEMAMix` does; with ``optim_args="convert=True"``, also another optimizer's.
 
-        Those of torch's AdamW and of bitsandbytes' AdamW and AdEMAMix are converted by :mod:`ademamix.convert`. After an
-        AdamW, alpha, beta3 and both warmups are those for the steps that are left.
+        :mod:`ademamix.convert` converts those of torch's AdamW and of bitsandbytes' AdamW and AdEMAMix. After an AdamW,
+        alpha, beta3 and both warmups are set for the steps that are left.
 
         Raises:
             ValueError: it is another optimizer's, and ``optim_args`` does not say "convert=True".
@@ -101,8 +102,8 @@ class TrainerAdEMAMix(AdEMAMix):
         if source is not None:
             if self.args is None or not _optim_args(self.args.optim_args).get("convert"):
                 raise ValueError(
-                    f"the checkpoint's optimizer state is of {source}: set optim_args='convert=True' to convert it "
-                    "and go on with AdEMAMix, or resume with the optimizer that saved it"
+                    f"the checkpoint's optimizer state is of {source}: set optim_args='convert=True' to convert it, "
+                    "or resume with the optimizer that saved it"
                 )
             if source.startswith("bitsandbytes"):
                 state_dict = from_bitsandbytes(state_dict)
@@ -114,21 +115,24 @@ class TrainerAdEMAMix(AdEMAMix):
         """A converted state dict with the schedules for the steps that are left."""
         groups = state_dict["param_groups"]
         left = settings(args, self.total_steps - max(group["schedule_start"] for group in groups))
+        schedules = {name: left[name] for name in SCHEDULES}
         beta3 = left["betas"][2]
-        own = [{**{name: left[name] for name in SCHEDULES}, "betas": (*g["betas"][:2], beta3)} for g in groups]
-        return {**state_dict, "param_groups": [{**group, **new} for group, new in zip(groups, own, strict=True)]}
+        return {
+            **state_dict,
+            "param_groups": [{**group, **schedules, "betas": (*group["betas"][:2], beta3)} for group in groups],
+        }
 
 
 def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
-    """The Trainer's static method of that name, with our AdEMAMix in it."""
+    """Replaces the Trainer's static method of this name."""
     if _optim(args) not in STATES:
         return _optimizer_cls_and_kwargs(args, model)
-    return TrainerAdEMAMix, settings(args, args.max_steps if args.max_steps > 0 else OPEN)
+    return TrainerAdEMAMix, settings(args, args.max_steps if args.max_steps > 0 else UNKNOWN)
 
 
 def create_scheduler(trainer: Trainer, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-    """The Trainer's method of that name, which tells our AdEMAMix the number of steps too."""
-    own = trainer.optimizer if optimizer is None else optimizer
+    """Replaces the Trainer's method of this name; it also sets the schedules of our AdEMAMix."""
+    own: Any = trainer.optimizer if optimizer is None else optimizer
     while not isinstance(own, TrainerAdEMAMix) and hasattr(own, "optimizer"):  # accelerate's and DeepSpeed's wrappers
         own = own.optimizer
     if isinstance(own, TrainerAdEMAMix):
@@ -157,8 +161,8 @@ def _optim_args(text: str | None) -> dict[str, Any]:
 
 def _source(state_dict: Mapping[str, Any]) -> str | None:
     """Which other optimizer saved it; None if that was ours."""
-    group = state_dict["param_groups"][0]
+    group: Mapping[str, Any] = next(iter(state_dict.get("param_groups", ())), {})
     program = "bitsandbytes' " if "t_alpha" in group else ""
-    if len(group["betas"]) == 2:
+    if len(group.get("betas", ())) == 2:
         return f"{program}AdamW"
     return f"{program}AdEMAMix" if program else None
