@@ -461,16 +461,15 @@ def test_trl_s_dpo_has_its_number_of_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_of_deepspeed(tmp_path: Path, stage: int) -> None:
     pytest.importorskip("deepspeed", reason="needs deepspeed")
-    trainer = Trainer(model(), arguments(tmp_path), train_dataset=data())
+    trainer = Trainer(model(), arguments(tmp_path, max_grad_norm=0.0), train_dataset=data())
     trainer.train()
     ran(Path(__file__).with_name("transformers_deepspeed.py"), str(stage), str(tmp_path))
     whole, resumed = torch.load(tmp_path / "results.pt", weights_only=False)
     for group in (*whole["groups"], *resumed["groups"]):
         assert group == {"alpha_warmup": STEPS, "betas": (*BETAS, 1 - 8 / STEPS)}
     assert same(whole["weights"], resumed["weights"])
-    for name, p in trainer.model.named_parameters():
-        # DeepSpeed sums the norm in another order, so that the factor of clipping differs in its last bits.
-        torch.testing.assert_close(whole["weights"][name], p, rtol=1e-3, atol=1e-4)
+    # Without clipping, whose norm DeepSpeed computes in another order.
+    assert same(whole["weights"], {name: p.detach() for name, p in trainer.model.named_parameters()})
 
 
 def ran(program: Path, *given: str) -> str:

@@ -23,7 +23,7 @@ config = {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto", **
 
 
 def trained(resume: str | None) -> Trainer:
-    args = arguments(folder, deepspeed=config, save_strategy="steps", save_steps=60)
+    args = arguments(folder, deepspeed=config, max_grad_norm=0.0, save_strategy="steps", save_steps=60)
     trainer = Trainer(model(), args, train_dataset=data())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
