@@ -353,6 +353,46 @@ def test_eight_bits_of_bitsandbytes_are_looked_up_in_the_checkpoint_s_tables() -
     assert compact.state[p]["exp_avg_slow"].dtype == torch.int16
 
 
+def bitsandbytes_adamw(saved: dict[str, Any]) -> dict[str, Any]:
+    """A torch.optim.AdamW's state dict as bitsandbytes' AdamW would have saved it."""
+    state = {
+        i: {
+            "step": int(s["step"]),
+            "__bnb_optimizer_quant_state__": {"state1": s["exp_avg"], "state2": s["exp_avg_sq"]},
+        }
+        for i, s in saved["state"].items()
+    }
+    kept = ("params", "lr", "betas", "eps", "weight_decay")
+    own = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
+    groups = [{**{name: group[name] for name in kept}, **own} for group in saved["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+@pytest.mark.parametrize("target", [torch.optim.AdamW, ademamix.AdamW])
+def test_an_adamw_of_bitsandbytes_goes_on_as_adamw(target: Any) -> None:
+    params, other = parameters(), parameters()
+    reference, adamw = (torch.optim.AdamW(p, lr=0.01, betas=(0.8, 0.95), weight_decay=0.2) for p in (params, other))
+    train(params, reference, range(1, 20))
+    train(other, adamw, range(1, 8))
+    resumed = target(other, lr=0.5)
+    resumed.load_state_dict(from_bitsandbytes(bitsandbytes_adamw(adamw.state_dict())))
+    train(other, resumed, range(8, 20))
+    for p, q in zip(params, other, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=0)  # float64, and 20 steps in another order of operations
+
+
+def test_eight_bits_of_an_adamw_of_bitsandbytes_are_looked_up_too() -> None:
+    state = eight_bit_dict()
+    state["param_groups"][0] |= {"betas": (0.9, 0.999), "alpha": 0.0}
+    t = state["state"][0]["__bnb_optimizer_quant_state__"]
+    t |= {"state1": t["state1"][0], "absmax1": t["absmax1"][0]}
+    converted = from_bitsandbytes(state)["state"][0]
+    blocks = torch.arange(70 * 61).view(70, 61) // 256
+    assert torch.equal(converted["exp_avg"], t["qmap1"][t["state1"].int()] * t["absmax1"][blocks])
+    assert torch.equal(converted["exp_avg_sq"], t["qmap2"][t["state2"].int()] * t["absmax2"][blocks])
+    assert converted.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
 def altered(layout: Any, **changes: Any) -> dict[str, Any]:
     """A state dict whose group entries and entries of the first state are changed; None takes one away."""
     _, saved = foreign(layout, 2)
@@ -376,7 +416,7 @@ BROKEN = [
     (
         from_bitsandbytes,
         altered(bitsandbytes, state1=torch.zeros(6, 4)),
-        r"'state1' of parameter 0 has shape \(6, 4\); AdEMAMix's has \(2, 6, 4\)",
+        r"'state1' of parameter 0 has shape \(6, 4\); expected: \(2, 6, 4\)",
     ),
     (
         from_bitsandbytes,
@@ -407,7 +447,7 @@ def test_broken_tables_are_named(key: str) -> None:
     state = eight_bit_dict()
     tensors = state["state"][0]["__bnb_optimizer_quant_state__"]
     tensors[key] = tensors[key][..., :-1]
-    with pytest.raises(ValueError, match=rf"'{key}' of parameter 0 has shape .*; AdEMAMix's has \("):
+    with pytest.raises(ValueError, match=rf"'{key}' of parameter 0 has shape .*; expected: \("):
         from_bitsandbytes(state)
     del tensors[key]
     with pytest.raises(ValueError, match=f"has no '{key}'; it has"):

@@ -100,17 +100,21 @@ def from_authors(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
-    """A state dict of a bitsandbytes AdEMAMix (32 or 8 bits, paged or not) as one that ours loads.
+    """A state dict of a bitsandbytes AdEMAMix or AdamW (32 or 8 bits, paged or not) as one that ours loads.
 
     8-bit state becomes float32 by the checkpoint's own tables (``qmap``: the 256 numbers that codes stand for;
     ``absmax``: the factor of each 256 elements); loading rounds it to the optimizer's format. Hyperparameters come with
-    it: ``t_alpha`` and ``t_beta3`` are called alpha_warmup and beta3_warmup here.
+    it: ``t_alpha`` and ``t_beta3`` are called alpha_warmup and beta3_warmup here. An AdamW's becomes one that
+    :class:`ademamix.AdamW` loads, and that :func:`from_adamw` takes.
 
     Raises:
-        ValueError: an entry is missing, unknown, or of a shape that AdEMAMix has not; it is named.
+        ValueError: an entry is missing, unknown, or of a shape that these optimizers have not; it is named.
     """
     source = "from_bitsandbytes"
-    groups = _groups(source, state_dict, ADEMAMIX)
+    groups = _groups(source, state_dict, ADAMW, (2, 3))
+    adamw = all(len(group["betas"]) == 2 for group in groups)
+    if not adamw:
+        groups = _groups(source, state_dict, ADEMAMIX)
     state = {}
     for group in groups:
         for i, wrapped in _saved(source, state_dict, group):
@@ -120,25 +124,22 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> StateDict:
             tables = ("qmap1", "absmax1", "qmap2", "absmax2") if eight else ()
             slots = _renamed(source, i, saved, {name: name for name in ("state1", "state2", *tables)})
             averages, squares = slots["state1"], slots["state2"]
+            both = () if adamw else (2,)  # an AdEMAMix stacks its two averages
             blocks = -(-squares.numel() // BLOCK)
-            shapes = ((2, *squares.shape), squares.shape, (256,), (2, blocks), (256,), (blocks,))
+            shapes = ((*both, *squares.shape), squares.shape, (256,), (*both, blocks), (256,), (blocks,))
             _check_shapes(source, i, slots, dict(zip(("state1", "state2", *tables), shapes, strict=False)))
+            averages = averages.view(-1, *squares.shape)
             if eight:
-                averages = [_dequantized(averages[k], slots["qmap1"], slots["absmax1"][k]) for k in range(2)]
+                factors = slots["absmax1"].view(-1, blocks)
+                averages = [_dequantized(a, slots["qmap1"], f) for a, f in zip(averages, factors, strict=True)]
                 squares = _dequantized(squares, slots["qmap2"], slots["absmax2"])
-            named = dict(zip(SLOTS, (averages[0], averages[1], squares), strict=True))
-            state[i] = {"step": _step(source, i, saved), **_of(group, named)}
-    return {
-        "state": state,
-        "param_groups": [
-            {
-                **_without(group, ("t_alpha", "t_beta3")),
-                "alpha_warmup": group.get("t_alpha") or None,
-                "beta3_warmup": group.get("t_beta3") or None,
-            }
-            for group in groups
-        ],
-    }
+            named = dict(zip(("exp_avg", "exp_avg_sq") if adamw else SLOTS, (*averages, squares), strict=True))
+            state[i] = {"step": _step(source, i, saved), **(named if adamw else _of(group, named))}
+    kept = [_without(group, ("t_alpha", "t_beta3")) for group in groups]
+    if adamw:  # whose groups have bitsandbytes' entries for AdEMAMix, too
+        return {"state": state, "param_groups": [_without(group, ("alpha",)) for group in kept]}
+    warmups = [{"alpha_warmup": g.get("t_alpha") or None, "beta3_warmup": g.get("t_beta3") or None} for g in groups]
+    return {"state": state, "param_groups": [{**g, **own} for g, own in zip(kept, warmups, strict=True)]}
 
 
 def from_pytorch_optimizer(state_dict: Mapping[str, Any]) -> StateDict:
@@ -196,8 +197,10 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
     return {"state": state, "param_groups": converted}
 
 
-def _groups(source: str, state_dict: Mapping[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The parameter groups, which must have ``keys``, and three betas if alpha is among them."""
+def _groups(
+    source: str, state_dict: Mapping[str, Any], keys: Sequence[str], betas: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """The parameter groups, which must have ``keys`` and so many betas; by default three if alpha is among the keys."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise ValueError(f"{source}: state_dict must be what an optimizer's state_dict() returned, got {kind}")
@@ -209,9 +212,10 @@ def _groups(source: str, state_dict: Mapping[str, Any], keys: Sequence[str]) -> 
         for key in keys:
             if key not in group:
                 raise ValueError(f"{source}: parameter group {index} has no {key!r}; it has {sorted(group)}")
-        betas = 3 if "alpha" in keys else 2
-        if len(group["betas"]) != betas:
-            raise ValueError(f"{source}: 'betas' of parameter group {index} must be {betas}, got {group['betas']!r}")
+        allowed = betas or (3 if "alpha" in keys else 2,)
+        if len(group["betas"]) not in allowed:
+            number = " or ".join(map(str, allowed))
+            raise ValueError(f"{source}: 'betas' of parameter group {index} must be {number}, got {group['betas']!r}")
     return groups
 
 
@@ -275,7 +279,7 @@ def _check_shapes(source: str, i: Any, slots: Mapping[str, Tensor], shapes: Mapp
     for key, wanted in shapes.items():
         if tuple(slots[key].shape) != tuple(wanted):
             found = tuple(slots[key].shape)
-            raise ValueError(f"{source}: {key!r} of parameter {i!r} has shape {found}; AdEMAMix's has {tuple(wanted)}")
+            raise ValueError(f"{source}: {key!r} of parameter {i!r} has shape {found}; expected: {tuple(wanted)}")
 
 
 def _dequantized(codes: Tensor, table: Tensor, absmax: Tensor) -> Tensor:
