@@ -1,0 +1,1 @@
+"""One small file per tool, imported by nobody else."""
