@@ -38,7 +38,8 @@ def started_together(file: Path, processes: int = 4) -> tuple[Any, list[str]]:
         for rank, log in enumerate(logs):
             with log.open("w") as out:
                 command = [sys.executable, str(file), str(rank), str(folder)]
-                environment = {**os.environ, "PYTHONPATH": paths}
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}  # as torchrun does
+                environment = {**os.environ, **place, "PYTHONPATH": paths}
                 started.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment))
         try:
             for process in started:
