@@ -1,8 +1,6 @@
 """FSDP1 (FullyShardedDataParallel), whose parameters are flat, on two processes against a plain loop."""
 
-import math
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ademamix import AdEMAMix
 from plain_loop import MAX_NORM, ROUNDED, SETTINGS, STEPS, WORLD, assert_same, loss, model, plain_loop, train
@@ -27,9 +25,7 @@ def test_on_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
 
 class Fsdp1:
     def __init__(self, max_norm: float | None = None, use_orig_params: bool = True, **options: Any) -> None:
-        self.model = FullyShardedDataParallel(
-            model(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-        )
+        self.model = FullyShardedDataParallel(model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
         self.optimizer = AdEMAMix(self.model.parameters(), **SETTINGS, **options)
         self.max_norm = max_norm
 
@@ -83,9 +79,7 @@ def its_checkpoint_resumes_exactly() -> None:
     dcp.save(saved, checkpoint_id=folder / "fsdp1")
     loaded = dict(zip(("model", "optimizer"), get_state_dict(fresh.model, fresh.optimizer), strict=True))
     dcp.load(loaded, checkpoint_id=folder / "fsdp1")
-    set_state_dict(
-        fresh.model, fresh.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
-    )
+    set_state_dict(fresh.model, fresh.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     assert_same(train(fresh, range(10, 20)), plain_loop(range(20)))
 
 

@@ -1,6 +1,5 @@
 """FSDP2 (fully_shard) on two processes against a plain loop."""
 
-import inspect
 import sys
 from pathlib import Path
 from typing import Any

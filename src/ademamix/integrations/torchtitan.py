@@ -15,7 +15,7 @@ OURS: dict[str, Callable[..., Optimizer]] = {
 
 
 class Container(OptimizersContainer):
-    """torchtitan's ``OptimizersContainer``, in whose groups ``optimizer_name`` may be "AdEMAMix" or another of ``OURS``.
+    """torchtitan's ``OptimizersContainer``, where ``optimizer_name`` may be "AdEMAMix" or another of ``OURS``.
 
     Put arguments of the whole optimizer (``state``, ``backend``, ``skip_nonfinite``, ``offload``) into the config's
     ``optimizer_factory_kwargs_by_name``, those of a group into its ``optimizer_kwargs``.
@@ -35,7 +35,7 @@ def default_ademamix(lr: float, total_steps: int | None, **options: Any) -> Cont
 
     Args:
         lr: learning rate; start from half of AdamW's.
-        total_steps: of the whole run, or None if unknown: the settings are those of ``suggest(total_steps, beta2=0.95)``.
+        total_steps: of the whole run, or None if unknown, for ``suggest(total_steps, beta2=0.95)``.
         options: more arguments of :class:`ademamix.AdEMAMix`, or others than ``weight_decay=0.1``,
             ``skip_nonfinite=True`` and the suggested ones.
     """
