@@ -2,8 +2,8 @@
 
     python examples/convert_running_run.py adamw.pt --steps-left 20000 --out ademamix.pt
 
-The checkpoint is a dict that torch.save has written, with the state dict of a torch.optim.AdamW as "optimizer". Everything
-else in it stays, such as the model and a learning-rate scheduler. Then change one line of the training
+The checkpoint is a dict that torch.save has written, with the state dict of a torch.optim.AdamW as "optimizer".
+Everything else in it stays, such as the model and a learning-rate scheduler. Then change one line of the training
 script, to `AdEMAMix(params, **suggest(steps_left))` with the same parameters in the same groups, and load the new file.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     new = from_adamw(old, AdEMAMix(groups, **suggest(args.steps_left)))
     torch.save({**checkpoint, "optimizer": new}, args.out)
     start = new["param_groups"][0]["schedule_start"]
-    print(f"{args.out}: {len(new['state'])} tensors, {start} steps done by AdamW, {args.steps_left} left")
+    print(f"{args.out}: {len(new['state'])} parameters, {start} steps done by AdamW, {args.steps_left} left")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python examples/nanogpt.py my_text.txt --optimizer ademamix --steps 2000
 
-Started again with the same arguments, it resumes from its checkpoint, bit for bit.
-"""
+Started again with the same arguments, it resumes from its checkpoint, bit for bit."""
 
 import argparse
 import math

@@ -19,7 +19,8 @@ STEPS = 50
 # eps far above the noise of rounding: an error in a gradient is one of the same relative size in a step.
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, **suggest(100)}
 # Gradients that were summed in another order, or clipped by norms that were, differ by 1e-6 of their size, and later
-# ones by what weights differ. A step moves a weight by at most lr (1 + alpha), 0.09; 50 of them, each off by 1e-5 of that:
+# ones by what weights differ. A step moves a weight by at most lr (1 + alpha), 0.09; 50 of them, each off by 1e-5 of
+# that:
 ROUNDED = {"rtol": 0.0, "atol": STEPS * 0.09 * 1e-5}
 MAX_NORM = 0.1  # a third of the gradients' norms here, and less
 

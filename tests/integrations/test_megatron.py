@@ -65,7 +65,7 @@ class Megatron:
     def step(self, micro_batches: list[Tensor]) -> None:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        *others, last = micro_batches
+        *others, last = (x.to(next(self.model.parameters()).dtype) for x in micro_batches)
         with self.model.no_sync():
             for x in others:
                 (loss(self.model, x) / len(micro_batches)).backward()
