@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ademamix import AdEMAMix
-from plain_loop import MAX_NORM, ROUNDED, SETTINGS, STEPS, WORLD, assert_same, loss, model, plain_loop, train
+from pages import python_blocks
+from plain_loop import MAX_NORM, ROUNDED, SETTINGS, STEPS, WORLD, assert_same, batches, loss, model, plain_loop, train
 from processes import assert_passed, check, main, started_together
 
 outcomes, CHECKS = started_together(Path(__file__), WORLD)
@@ -68,6 +69,20 @@ def a_bad_batch_of_one_process_changes_nothing_on_any() -> None:
     tool = Fsdp1(max_norm=1e9, skip_nonfinite=True)
     assert_same(train(tool, range(STEPS), bad=(7, 8)), plain_loop(range(STEPS), without=(7, 8)))
     assert tool.optimizer.skipped_steps == 2
+
+
+@check
+def the_loop_of_the_page_skips_a_step_whose_norm_is_infinite() -> None:
+    (clip_and_step,) = python_blocks("tools/fsdp.md")
+    tool = Fsdp1()
+    before = tool.weights()
+    loss(tool.model, batches(0, torch.distributed.get_rank())[0]).backward()
+    if torch.distributed.get_rank() == 0:
+        next(p.grad for p in tool.model.parameters() if p.grad is not None).flatten()[0] = torch.inf
+    exec(clip_and_step, {"model": tool.model, "optimizer": tool.optimizer})
+    assert_same(tool.weights(), before)
+    tool.max_norm = 1e9
+    assert_same(train(tool, range(5)), plain_loop(range(5)))
 
 
 @check

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
+from pages import python_blocks
 from plain_loop import MAX_NORM, ROUNDED, SETTINGS, STEPS, WORLD, assert_same, loss, model, plain_loop, train
 from processes import assert_passed, check, main, started_together
 
@@ -104,6 +105,17 @@ def groups_may_have_other_optimizers_and_settings() -> None:
     optimizers = config.build(model_parts=[model()])
     got = [(type(o), g["lr"], g.get("alpha")) for o in optimizers for g in o.param_groups]
     assert got == [(torch.optim.AdamW, 1e-3, None), (ADana, 2e-3, None), (AdEMAMix, 1e-3, 3.0), (AdEMAMix, 1e-3, 5.0)]
+
+
+@check
+def the_config_of_the_page_builds_what_it_says() -> None:
+    scope: dict[str, Any] = {}
+    for block in python_blocks("tools/torchtitan.md"):
+        exec(block, scope)
+    (optimizer,) = scope["config"].build(model_parts=[model()])
+    decays = [[name, group["weight_decay"]] for group in optimizer.param_groups for name in group["param_names"]]
+    assert decays == [*([f"{i}.bias", 0.0] for i in (0, 2, 3)), *([f"{i}.weight", 0.1] for i in (0, 2, 3))]
+    assert (optimizer.state_format, optimizer.skip_nonfinite) == ("compact", True)
 
 
 if __name__ == "__main__":
