@@ -1,6 +1,5 @@
-"""Checks of DTensors in Muon's geometry, run by test_exchange.py: `python exchange_processes.py RANK FOLDER`."""
+"""Checks of DTensors in Muon's geometry, run by test_exchange.py (see processes.py)."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from sharding_processes import (
     Training,
     Widths,
     assert_equal,
-    check,
     part,
     rows_in_two_turns,
     snapshot,
@@ -32,8 +30,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ademamix import ADana, AdEMAMix, Muon
 from ademamix.engine import launches, muon
-
-common.CHECKS.clear()  # the other file's
+from processes import check, main
 
 ROWS, COLUMNS, COPIES = [Shard(0)], [Shard(1)], [Replicate()]
 # Cut along one dimension of a mesh, in blocks of 256 that stay whole:
@@ -319,4 +316,4 @@ def a_process_group_that_cannot_send_is_named_before_anything_changes() -> None:
 
 
 if __name__ == "__main__":
-    common.main(*sys.argv[3:])
+    main(WORLD)

@@ -1,18 +1,11 @@
-"""Checks on four processes (gloo), run by test_sharding.py: `python sharding_processes.py RANK FOLDER`.
-
-All checks share one start of the processes. Each process writes what became of each check into FOLDER.
-"""
+"""Checks on four processes, run by test_sharding.py (see processes.py)."""
 
 import contextlib
 import copy
-import datetime
 import inspect
-import json
 import re
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ademamix import AdEMAMix, GradientMemory, clip_grad_norm_
 from ademamix.convert import to_adamw
+from processes import check, main
 
 WORLD = 4
 RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(function: Callable[[], None]) -> Callable[[], None]:
-    CHECKS[function.__name__] = function
-    return function
 
 
 def meshes() -> tuple[DeviceMesh, DeviceMesh]:
@@ -625,29 +613,5 @@ def a_memory_filters_gradients_in_parts_and_sums_still_to_be_made() -> None:
     assert torch.equal(p.grad.to_local(), torch.full((4, 6), float(both[0].size())))
 
 
-def main(*wanted: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{FOLDER}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=datetime.timedelta(minutes=5)
-    )
-    results: dict[str, str] = {}
-    for name, function in CHECKS.items():
-        if wanted and name not in wanted:
-            continue
-        started = time.monotonic()
-        try:
-            dist.barrier()
-            function()
-            results[name] = ""
-        except BaseException:
-            results[name] = traceback.format_exc()
-        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
-        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
-        if results[name]:
-            sys.exit(1)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[3:])
+    main(WORLD)
