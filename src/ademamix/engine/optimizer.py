@@ -57,6 +57,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
     flat_parameters, _fused = False, None  # of instances that earlier versions have pickled
+    _told = False  # of state that has no effect
 
     def __init__(
         self,
@@ -395,10 +396,10 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             saved = [self.state.get(p) for p in params]
             if program.offload:
                 saved = list(map(with_master, saved, params, inputs.params))
-            first = launches is None
             with uninterrupted():  # what fails to compile leads to another backend: no signal may look like that
                 self._launches = launches = Launches(program, inputs, saved)
-            if first:
+            if not self._told:
+                self._told = True
                 self._warn_of_full_precision()
         if captured and launches not in self._captured:
             self._captured.append(launches)
@@ -413,9 +414,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         )
         if low_if_flat and not low:
             backends.warn(
-                f"state={self.state_format!r} has no effect: no parameter has two dimensions and {SMALLEST} elements or "
-                "more, and the state of all others keeps full precision. If those of one dimension are flattened ones, "
-                "or parts of these, as DeepSpeed ZeRO, FSDP1 and Megatron make them, give flat_parameters=True."
+                f"state={self.state_format!r} has no effect: no parameter has two dimensions and {SMALLEST} elements "
+                "or more, and the state of all others keeps full precision. If those of one dimension are flattened, "
+                "or parts of flattened ones, as of DeepSpeed ZeRO, FSDP1 and Megatron, give flat_parameters=True."
             )
 
     @_disable_dynamo
