@@ -162,7 +162,7 @@ def test_checkpoints_change_with_the_option() -> None:
 
 
 def test_a_file_with_scales_of_another_shape_is_refused() -> None:
-    p, optimizer = trained(AdEMAMix, (RAGGED,), state="compact", flat_parameters=True, backend="eager")
+    _, optimizer = trained(AdEMAMix, (RAGGED,), state="compact", flat_parameters=True, backend="eager")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["exp_avg_slow_scale"] = torch.zeros(RAGGED, 1)
     with pytest.raises(ValueError, match=rf"'exp_avg_slow_scale' has shape \({RAGGED}, 1\); .* needs \(1, 18\)"):
@@ -187,11 +187,14 @@ def test_one_warning_where_state_has_no_effect() -> None:
     def model(*shapes: tuple[int, ...]) -> list[Tensor]:
         return [torch.zeros(shape, requires_grad=True) for shape in shapes]
 
-    with pytest.warns(UserWarning, match="state='compact' has no effect.*flat_parameters=True") as caught:
+    def train() -> None:
         optimizer = AdamW(model((5000,), (10,)), state="compact", backend="eager")
         steps(optimizer, number=3)
         optimizer.load_state_dict(optimizer.state_dict())
         steps(optimizer, number=3)
+
+    with pytest.warns(UserWarning, match="state='compact' has no effect.*flat_parameters=True") as caught:
+        train()
     assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():  # what is stored compactly, or would not be with the option either
         warnings.simplefilter("error")

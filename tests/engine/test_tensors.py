@@ -250,7 +250,7 @@ def test_tensors_made_of_other_tensors() -> None:
 
 
 class Rounded(torch.Tensor):
-    """A weight in 8 bits with a scale for each row, which writing rounds to nearest; what is computed of it is plain."""
+    """A weight of 8 bits with a scale for each row: writing rounds to nearest, and what is computed of it is plain."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -298,16 +298,20 @@ def test_quantized_weights_are_computed_in_float32_and_written_by_themselves(opt
     weights = [nn.Parameter(Rounded(start)) for _ in range(2)]
     bias, copied = torch.zeros(64, requires_grad=True), torch.zeros(64, 80, requires_grad=True)
     state, geometry = options.get("state", "float32"), options.get("geometry", "adam")
-    ours = AdEMAMix([{"params": weights[:1], "geometry": geometry}, {"params": [bias]}], lr=0.01, state=state)
-    loop = AdEMAMix([copied], lr=0.01, backend="eager", **options)
-    with pytest.warns(UserWarning, match="the 'cpu' backend cannot read parameters of type Rounded") as caught:
+    ours = AdEMAMix([{"params": weights[:1], "geometry": geometry}, {"params": [bias]}], lr=0.1, state=state)
+    loop = AdEMAMix([copied], lr=0.1, backend="eager", **options)
+
+    def train() -> None:
         for t in range(20):
             g = torch.randn(64, 80, generator=torch.Generator().manual_seed(t)).to(dtype)
             weights[0].grad, copied.grad, bias.grad = g, g.float(), torch.ones(64)
-            copied.data.copy_(weights[1].data.codes * weights[1].data.scale)
+            copied.data.copy_(weights[1].data.numbers())
             ours.step()
             loop.step()
             weights[1].data.copy_(copied.data)
+
+    with pytest.warns(UserWarning, match="the 'cpu' backend cannot read parameters of type Rounded") as caught:
+        train()
     assert len(caught) == 1
     assert ours.backends_in_use == ("cpu", "eager")
     one, other = (w.data for w in weights)

@@ -197,7 +197,7 @@ def test_schedulers_of_momentum() -> None:
     assert optimizer.param_groups[0]["betas"][0] != 0.9
     optimizer = AdEMAMix(p, betas=(0.9, 0.95, 0.999))
     OfTwo(optimizer, 0.1, total_steps=10)
-    with pytest.raises(ValueError, match="betas must be 3 numbers.*got .*, 0.95\\); the third is beta3"):
+    with pytest.raises(ValueError, match=r"betas must be 3 numbers.*got .*, 0.95\); the third is beta3"):
         step(optimizer)
 
 
