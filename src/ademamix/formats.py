@@ -23,7 +23,7 @@ import numpy.typing as npt
 xp: Any = None  # bound by each backend; NumPy itself has no bit operations by these names
 
 BLOCK = 256  # elements under one scale, along the rows of a parameter viewed as [dim 0, rest]
-SMALLEST = 4096  # parameters with fewer elements, or of one dimension, keep float32 state
+SMALLEST = 4096  # parameters with fewer elements, or of one dimension unless it is flattened, keep float32
 
 
 def hashed(key: Any, index: Any) -> Any:

@@ -467,3 +467,20 @@ def test_a_graph_keeps_what_its_replays_read(monkeypatch: pytest.MonkeyPatch) ->
     optimizer.step()
     assert numbers() is not None
     assert table.sent[1][0] is not numbers()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", ["bfloat16", "compact"])
+def test_flattened_parameters_as_eager_and_as_rows(state: str, dtype: torch.dtype) -> None:
+    runs = []
+    for which, shape in (("triton", (4396,)), ("eager", (4396,)), ("triton", (1, 4396))):
+        params = parameters(dtype, [shape])
+        optimizer = AdEMAMix(params, state=state, flat_parameters=True, backend=which)
+        for step in range(2):
+            give_gradients(params, step)
+            optimizer.step()
+        runs.append((params, [optimizer.state[p] for p in params]))
+    assert_same(*runs[:2])
+    (flat, (of_flat,)), (row, (of_row,)) = runs[0], runs[2]
+    assert torch.equal(flat[0], row[0].view(-1))
+    assert all(torch.equal(value.view(-1), of_row[name].view(-1)) for name, value in of_flat.items())

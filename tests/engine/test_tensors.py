@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
-from ademamix import AdamW, AdEMAMix
+from ademamix import AdamW, AdEMAMix, backends
 from optimizer_table import FIRST, Case, every_case, first_cases
 from small_models import BACKENDS, same
 
@@ -221,7 +223,7 @@ def test_tensors_made_of_other_tensors() -> None:
         return TwoTensor(torch.full((3,), value), torch.full((3,), 2.0 * value))
 
     p, wrapped = nn.Parameter(torch.ones(3)), nn.Parameter(pair(1.0))
-    optimizer = AdEMAMix([p, wrapped], lr=0.0)
+    optimizer = AdEMAMix([p, wrapped], lr=0.0, backend="cpu")
     p.grad = torch.ones(3)
     optimizer.step()
     for q in (p, wrapped):
@@ -245,6 +247,96 @@ def test_tensors_made_of_other_tensors() -> None:
         eager.step()
         reference.step()
     assert same([wrapped.data.a, wrapped.data.b], [q.data for q in plain])
+
+
+class Rounded(torch.Tensor):
+    """A weight of 8 bits with a scale for each row: writing rounds to nearest, and what is computed of it is plain."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor) -> "Rounded":
+        made = cls._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype)  # type: ignore[attr-defined]
+        made.write(numbers)
+        return made  # type: ignore[no-any-return]
+
+    def write(self, numbers: torch.Tensor) -> None:
+        self.scale = numbers.abs().amax(1, keepdim=True).float() / 127
+        self.codes = (numbers.float() / self.scale).round().to(torch.int8)
+
+    def numbers(self) -> torch.Tensor:
+        return (self.codes * self.scale).to(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            same = cls._make_wrapper_subclass(cls, args[0].shape, dtype=args[0].dtype)  # type: ignore[attr-defined]
+            vars(same).update(vars(args[0]))
+            return return_and_correct_aliasing(func, args, kwargs or {}, same)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
+            numbers = args[1]
+            args[0].scale.copy_(numbers.abs().amax(1, keepdim=True).float() / 127)
+            args[0].codes.copy_((numbers.float() / args[0].scale).round())
+            return args[0]
+        return func(*tree_map_only(cls, cls.numbers, args), **tree_map_only(cls, cls.numbers, kwargs or {}))
+
+
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warning has been given yet."""
+    monkeypatch.setattr(backends, "_unavailable", set())
+
+
+@pytest.mark.parametrize("options", [{}, {"state": "compact"}, {"geometry": "muon"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("unknown")
+def test_quantized_weights_are_computed_in_float32_and_written_by_themselves(options: Any, dtype: torch.dtype) -> None:
+    """As a plain loop that takes each step with a copy, and writes it back."""
+    torch.manual_seed(0)
+    start = torch.randn(64, 80).to(dtype)
+    weights = [nn.Parameter(Rounded(start)) for _ in range(2)]
+    bias, copied = torch.zeros(64, requires_grad=True), torch.zeros(64, 80, requires_grad=True)
+    state, geometry = options.get("state", "float32"), options.get("geometry", "adam")
+    ours = AdEMAMix([{"params": weights[:1], "geometry": geometry}, {"params": [bias]}], lr=0.1, state=state)
+    loop = AdEMAMix([copied], lr=0.1, backend="eager", **options)
+
+    def train() -> None:
+        for t in range(20):
+            g = torch.randn(64, 80, generator=torch.Generator().manual_seed(t)).to(dtype)
+            weights[0].grad, copied.grad, bias.grad = g, g.float(), torch.ones(64)
+            copied.data.copy_(weights[1].data.numbers())
+            ours.step()
+            loop.step()
+            weights[1].data.copy_(copied.data)
+
+    with pytest.warns(UserWarning, match="the 'cpu' backend cannot read parameters of type Rounded") as caught:
+        train()
+    assert len(caught) == 1
+    assert ours.backends_in_use == ("cpu", "eager")
+    one, other = (w.data for w in weights)
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scale, other.scale)
+    assert not torch.equal(one.codes, Rounded(start).codes)
+    assert same(ours.state[weights[0]], loop.state[copied])
+    assert {type(t) for t in ours.state[weights[0]].values()} == {torch.Tensor}
+    again = AdEMAMix(ours.param_groups, state=state)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert same(again.state[weights[0]], loop.state[copied])
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [({"backend": "cpu"}, "with backend='eager' alone"), ({"offload": True}, "with offload=False")],
+)
+def test_where_quantized_weights_cannot_be_served(options: Any, allowed: str) -> None:
+    p, bias = nn.Parameter(Rounded(torch.ones(4, 4))), torch.zeros(4, requires_grad=True)
+    optimizer = AdEMAMix([bias, p], **options)
+    p.grad, bias.grad = torch.ones(4, 4), torch.ones(4)
+    with pytest.raises(RuntimeError, match=f"a parameter in group 0 is a Rounded, .* no memory .*; allowed {allowed}"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(bias, torch.zeros(4))
 
 
 @BACKENDS

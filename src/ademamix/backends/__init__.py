@@ -28,7 +28,7 @@ from ademamix.formats import BLOCK, Format
 Rule = Callable[..., tuple[Any, ...]]
 
 BACKENDS = ("auto", "eager", "cpu", "triton")
-_unavailable: set[tuple[str, Rule]] = set()  # what has failed to compile
+_unavailable: set[tuple[str, Rule | type]] = set()  # rules that have failed to compile, tensors that cannot be read
 _making = threading.RLock()  # held while compilers are imported and at work
 
 if hasattr(os, "register_at_fork"):
@@ -53,12 +53,17 @@ def whole(t: torch.Tensor, blocked: bool) -> Rows:
     """The rows of a parameter that is all here."""
     if not blocked:
         return Rows(1, 0, t.numel())
-    return Rows(t.shape[0], 0, row_length(t.shape))
+    return Rows(in_rows(t.shape)[0], 0, row_length(t.shape))
+
+
+def in_rows(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape in which a parameter has blocks along its rows: [dim 0, rest], or [1, n] of one dimension."""
+    return (shape[0] if len(shape) > 1 else 1), math.prod(shape[1:] if len(shape) > 1 else shape)
 
 
 def row_length(shape: Sequence[int]) -> int:
-    """Elements of a row of a parameter seen as [dim 0, rest], filled up to whole blocks."""
-    return BLOCK * -(-math.prod(shape[1:]) // BLOCK)
+    """Elements of a row of a parameter, filled up to whole blocks."""
+    return BLOCK * -(-in_rows(shape)[1] // BLOCK)
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,10 @@ class Batch:
 
     All tensors are real and dense; where a slot has scales, all are contiguous. For parameter i and slot k of the rule,
     ``slots[i][k]`` holds the codes, with the parameter's shape, and ``scales[i][k]``, float32 of shape
-    [dim 0, ceil(rest / BLOCK)], their scales. A slot that is not stored reads as zero and what the rule returns for it
-    is dropped: its format is None, as are its tensors. ``keys[i]`` is parameter i's key of the noise (formats.keys),
-    ``rows[i]`` says which noise is whose; where a slot has scales, its rows are those that blocks run along.
+    [dim 0, ceil(rest / BLOCK)], their scales (``in_rows`` has these two). A slot that is not stored reads as zero and
+    what the rule returns for it is dropped: its format is None, as are its tensors. ``keys[i]`` is parameter i's key of
+    the noise (formats.keys), ``rows[i]`` says which noise is whose; where a slot has scales, its rows are those that
+    blocks run along. Parameters that are quantized weights (``is_made_of_others``) are for the eager backend alone.
     """
 
     rule: Rule
@@ -155,6 +161,11 @@ def has_memory(t: torch.Tensor) -> bool:
     return not is_fake(t) and (t.numel() == 0 or t.data_ptr() != 0)
 
 
+def is_made_of_others(t: torch.Tensor) -> bool:
+    """Whether other tensors have its numbers, which only its own operations reach (as those of quantized weights)."""
+    return type(t) is not torch.Tensor and not (has_memory(t) or is_fake(t) or t.is_meta)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is started on the device is not carried out but recorded, in a CUDA graph."""
     if device.type != "cuda":
@@ -177,8 +188,18 @@ def choose(backend: str, device: torch.device) -> str:
 
 def launch(backend: str, batch: Batch) -> Launch:
     """A launch on the chosen backend; "auto" falls back to eager, with one warning, where the fused one fails."""
-    name = choose(backend, batch.parameters[0].device)
-    if backend == "auto" and ((name, batch.rule) in _unavailable or is_fake(batch.parameters[0])):
+    first = batch.parameters[0]
+    name = choose(backend, first.device)
+    if backend == "auto" and name != "eager" and is_made_of_others(first):
+        kind = type(first).__name__
+        if (name, type(first)) not in _unavailable:
+            _unavailable.add((name, type(first)))
+            warn(
+                f"the {name!r} backend cannot read parameters of type {kind}, whose numbers only {kind} itself can "
+                "reach, so these are updated on 'eager', several times slower. backend='eager' does so without a word."
+            )
+        name = "eager"
+    if backend == "auto" and ((name, batch.rule) in _unavailable or is_fake(first)):
         name = "eager"
     try:
         with _making:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ademamix.backends import Batch, bind, coefficient_names, is_fake, with_numbers
-from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
+from ademamix.backends import Batch, bind, coefficient_names, is_fake, is_made_of_others, with_numbers
+from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, turned
 
 PIECE = 1 << 20
 
@@ -183,14 +184,35 @@ class Launch:
         number = np.float64 if batch.double else np.float32
         self.rule = bind(batch.rule, xp, lambda rule: with_numbers(rule, number))
         self.names = coefficient_names(batch.rule)
-        self.formats = (batch.format, batch.grad, *batch.formats)
+        self.dtype = torch.float64 if batch.double else torch.float32
+        self.converted = is_made_of_others(batch.parameters[0])
+        own = FORMATS["float64" if batch.double else "float32"] if self.converted else batch.format
+        self.formats = (own, batch.grad, *batch.formats)
         self.keys = torch.from_numpy(batch.keys.view(np.int32)).to(batch.parameters[0].device)
 
     def __call__(self, grads: Sequence[Tensor], rows: Sequence[int], coefficients: Tensor, skip: Tensor | None) -> None:
+        params = self.batch.parameters
+        if not self.converted:
+            self._take(dict(enumerate(params)), grads, rows, coefficients, skip)
+            return
+        for i, p in enumerate(params):  # one by one, as each is a copy for that time
+            numbers = p.to(self.dtype) * 1.0  # of which quantized weights make a plain tensor
+            self._take({i: numbers}, grads, rows, coefficients, skip)
+            if skip is None or not skip:  # which waits for the device: writing may round stochastically
+                p.copy_(numbers)
+
+    def _take(
+        self,
+        params: Mapping[int, Tensor],  # by their numbers in the batch
+        grads: Sequence[Tensor],
+        rows: Sequence[int],
+        coefficients: Tensor,
+        skip: Tensor | None,
+    ) -> None:
         lists: dict[int, list[_Piece]] = defaultdict(list)
-        for i, (g, row) in enumerate(zip(grads, rows, strict=True)):
-            lists[row] += _pieces(self.batch, i, g)
-        rounded = coefficients.to(torch.float64 if self.batch.double else torch.float32)
+        for i, p in params.items():
+            lists[rows[i]] += _pieces(self.batch, i, p, grads[i])
+        rounded = coefficients.to(self.dtype)
         for row, pieces in lists.items():
             if is_fake(rounded):
                 numbers: Sequence[Any] = [1.0] * rounded.shape[1]
@@ -205,11 +227,10 @@ class Launch:
                 del pieces[:count]
 
     def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[Any], skip: Tensor | None) -> None:
-        dtype = torch.float64 if self.batch.double else torch.float32
         tensors = list(zip(*(piece.tensors for piece in pieces), strict=True))
         scales = list(zip(*(piece.scales for piece in pieces), strict=True))
         p, g, *slots = (
-            0.0 if f is None else Tensors([decode(f, t, s, dtype) for t, s in zip(ts, ss, strict=True)])
+            0.0 if f is None else Tensors([decode(f, t, s, self.dtype) for t, s in zip(ts, ss, strict=True)])
             for f, ts, ss in zip(self.formats, tensors, scales, strict=True)
         )
         factor, done, *rest = coefficients
@@ -252,7 +273,7 @@ class Launch:
 
 @dataclass
 class _Piece:
-    """Some rows of a parameter, as two-dimensional views: [p, g, *slots] and [None, None, *scales]."""
+    """Some rows of a parameter, or a part of one, in two-dimensional views: [p, g, *slots], [None, None, *scales]."""
 
     parameter: int
     start: int  # the first element's index in the whole parameter
@@ -261,8 +282,7 @@ class _Piece:
     scales: list[Tensor | None]
 
 
-def _pieces(batch: Batch, i: int, g: Tensor) -> Iterator[_Piece]:
-    p = batch.parameters[i]
+def _pieces(batch: Batch, i: int, p: Tensor, g: Tensor) -> Iterator[_Piece]:
     if p.numel() == 0:
         return
     number, start, stride = batch.rows[i]
@@ -275,13 +295,14 @@ def _pieces(batch: Batch, i: int, g: Tensor) -> Iterator[_Piece]:
         return [None if t is None else t.as_strided(shape, (shape[1], 1)) for t in tensors]
 
     tensors, scales = views([p, g, *batch.slots[i]]), [None, None, *batch.scales[i]]
-    rows = max(1, PIECE // shape[1])
-    for first in range(0, shape[0], rows):
-        cut = (0, first, min(rows, shape[0] - first))
+    rows, length = max(1, PIECE // shape[1]), min(PIECE, shape[1])  # PIECE is a number of whole blocks
+    for first, column in product(range(0, shape[0], rows), range(0, shape[1], length)):
+        down, across = min(rows, shape[0] - first), min(length, shape[1] - column)
+        here, blocks = (1, column, across), (1, column // BLOCK, -(-across // BLOCK))
         yield _Piece(
             i,
-            start + first * stride,
-            stride,
-            [None if t is None else t.narrow(*cut) for t in tensors],
-            [None if t is None else t.narrow(*cut) for t in scales],
+            start + first * stride + column,
+            stride if down > 1 else across,
+            [None if t is None else t.narrow(0, first, down).narrow(*here) for t in tensors],
+            [None if t is None else t.narrow(0, first, down).narrow(*blocks) for t in scales],
         )

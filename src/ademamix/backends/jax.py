@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from ademamix import geometries
-from ademamix.backends import bind, row_length
+from ademamix.backends import bind, in_rows, row_length
 from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, as_saved, hashed, turned
 
 
@@ -56,14 +56,9 @@ class format_xp:  # noqa: N801 - the namespace that formats are written against
 _hashed, _turned = bind(hashed, format_xp), bind(turned, format_xp)
 
 
-def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape seen as [dim 0, rest]."""
-    return (shape or (1,))[0], int(np.prod(shape[1:], dtype=np.int64))
-
-
 def noise(key: Any, steps: Array, shape: tuple[int, ...], blocked: bool) -> Array:
     """``formats.noise`` of all elements of a parameter after so many steps; elements 2**32 apart have the same."""
-    rows, rest = _rows(shape)
+    rows, rest = in_rows(shape)
     row, column = (lax.broadcasted_iota(jnp.uint32, (rows, rest), dim) for dim in (0, 1))
     stride = jnp.uint32(row_length(shape) if blocked else rest)
     index, of_step = row * stride + column, _hashed(jnp.uint32(key), jnp.uint32(steps))
@@ -73,7 +68,7 @@ def noise(key: Any, steps: Array, shape: tuple[int, ...], blocked: bool) -> Arra
 
 def _blocked(x: Array) -> Array:
     """[dim 0, blocks, 256], filled up with zeros."""
-    rows, rest = _rows(x.shape)
+    rows, rest = in_rows(x.shape)
     x = x.reshape(rows, rest)  # at first: explicit sharding wants to see what becomes of each dimension
     if rest % BLOCK:
         x = jnp.pad(x, ((0, 0), (0, -rest % BLOCK)))
@@ -82,7 +77,7 @@ def _blocked(x: Array) -> Array:
 
 def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
     """The scale of each element."""
-    return jnp.repeat(scale, BLOCK, axis=1)[:, : _rows(shape)[1]].reshape(shape)
+    return jnp.repeat(scale, BLOCK, axis=1)[:, : in_rows(shape)[1]].reshape(shape)
 
 
 def decode(stored: Stored, dtype: Any) -> Array:

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 import numpy as np
@@ -26,7 +26,11 @@ class Common(TypedDict, total=False):
     capturable: bool  # count steps and compute coefficients on the parameters' devices
     skip_nonfinite: bool | None  # what to do about gradients with a NaN or an infinity in them
     offload: bool  # keep state in host memory and step there
-    fused: bool | None  # True: a GradScaler leaves its scale and its check to the step
+    flat_parameters: bool  # parameters of one dimension are parts of flattened ones, and get low-bit state too
+    fused: bool | None  # torch.optim's: True for a fused backend
+    foreach: bool | None  # torch.optim's: True for backend="eager"
+    differentiable: bool  # torch.optim's: False
+    amsgrad: bool  # torch.optim's: False
 
 
 class Options(Common, total=False):
@@ -77,15 +81,46 @@ def check_flags(group: Mapping[str, Any], *names: str) -> None:
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
 
 
+def check_torch_s(given: Mapping[str, Any], backend: str | None = None) -> None:
+    """Raise ValueError for values of torch.optim's keywords that no optimizer here takes.
+
+    Args:
+        given: the keywords; those of a state dict say how another optimizer has run.
+        backend: of the optimizer that is to run as they say.
+    """
+    whys = {"differentiable": "no step can be differentiated", "amsgrad": "no maximum of second moments is kept"}
+    for name, why in whys.items():
+        if (value := given.get(name)) is not None and value is not False:
+            raise ValueError(f"{name} must be False, got {value!r}: {why}")
+    for name in ("fused", "foreach"):
+        if (value := given.get(name)) is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} must be None, True or False, got {value!r}")
+    if backend is None:
+        return
+    if given.get("fused") and given.get("foreach"):
+        raise ValueError("one alone of fused and foreach may be True, got fused=True and foreach=True")
+    if given.get("fused") and backend == "eager":
+        raise ValueError("fused=True takes backend='auto', 'cpu' or 'triton', got 'eager'")
+    if given.get("foreach") and backend != "eager":
+        raise ValueError(f"foreach=True takes an optimizer with backend='eager', got {backend!r}")
+
+
 def with_floats(group: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The group, with Python's numbers for others and for tensors of one element in its tuples and lists ``names``."""
-    return {name: _floats(x) if name in names and type(x) in (tuple, list) else x for name, x in group.items()}
+    """The group, with Python's numbers for NumPy's, and tuples of floats for sequences of numbers, under ``names``."""
+    return {name: _plain(x) if name in names else x for name, x in group.items()}
 
 
-def _floats(values: Any) -> Any:
-    return type(values)(
-        x.detach().item() if _is_one(x) else x.item() if isinstance(x, np.generic) else x for x in values
-    )
+def _plain(value: Any) -> Any:
+    vector = isinstance(value, np.ndarray) and value.ndim == 1
+    if vector or (isinstance(value, Sequence) and not isinstance(value, str)):
+        return tuple(_float(x) for x in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _float(x: Any) -> Any:
+    """As a float, or as it is if it is not a number."""
+    number = x.detach().item() if _is_one(x) else x
+    return float(number) if isinstance(number, NUMBERS) and not isinstance(number, bool) else number
 
 
 def _is_one(x: Any) -> bool:

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     formats: Mapping[str, Format]  # of all their slots
     backend: str
     offload: bool
+    flat: bool  # whether parameters of one dimension are parts of flattened ones
     scale: Tensor | None = None  # that directions in the gradients' place get
 
 
@@ -95,7 +96,7 @@ class Launches:
         if not program.offload:
             check_memory(program.name, inputs.params)
         formats = [
-            slot_formats(p, _kept(program, i, inputs.settings[i], s))
+            slot_formats(p, _kept(program, i, inputs.settings[i], s), program.flat)
             for i, p, s in zip(inputs.of_group, inputs.params, saved, strict=True)
         ]
         self.states = [
@@ -367,7 +368,7 @@ def _batches(
         kept = tuple(f.get(name) for name in backends.slot_names(rule))
         chunk: Any = before // CHUNK if program.offload else 0
         shape: tuple[Any, ...] | None = None
-        kind = (target.device, backends.is_fake(target), rule, own, grad, kept)
+        kind = (target.device, backends.has_memory(target), rule, own, grad, kept)
         if then is not None:
             p: Any = inputs.params[m]
             shape = (then,)
@@ -433,11 +434,12 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
             raise RuntimeError(f"{name} cannot update a {what} of dtype {t.dtype} in group {group}; allowed: {allowed}")
         device = CPU if program.offload else t.device
         eager = backends.choose(program.backend, device) == "eager" or (
-            program.backend == "auto" and backends.is_fake(local(p))
+            program.backend == "auto" and not backends.has_memory(local(p))
         )
-        if not eager and not backends.has_memory(local(t)):
+        if (program.offload or not eager) and not backends.has_memory(local(t)):
             kind = f"a {what} in group {group} is a {type(local(t).detach()).__name__}, which has no memory of its own"
-            raise RuntimeError(f"{name}: {kind}; allowed with backend='eager' alone")
+            allowed = "with offload=False" if program.offload else "with backend='eager' alone"
+            raise RuntimeError(f"{name}: {kind}; allowed {allowed}")
     if is_sharded(g) != is_sharded(p):
         raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
     if is_sharded(p) and (g.device_mesh != p.device_mesh or any(x.is_partial() for x in p.placements)):

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.backends import sent_to
-from ademamix.engine.arguments import check_flags, check_seed, show_options, with_floats
+from ademamix.engine.arguments import check_flags, check_seed, check_torch_s, show_options, with_floats
 from ademamix.engine.clipping import Norm, Note, clipping, factor_and_skip, is_captured
 from ademamix.engine.coefficients import Source
 from ademamix.engine.interrupts import uninterrupted, without_gradients
@@ -26,11 +26,11 @@ from ademamix.engine.muon import Iteration, check_matrices
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
 from ademamix.engine.shared import Shared
-from ademamix.engine.state import CPU, MASTER, check_state, renewed, scalar, slot_formats, state_of
-from ademamix.formats import Format
+from ademamix.engine.state import CPU, MASTER, are_low, check_state, renewed, scalar, slot_formats, state_of
+from ademamix.formats import SMALLEST, Format
 from ademamix.geometries import NEWTON_SCHULZ
 
-WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has of its own
+WHOLE = ("state", "backend", "skip_nonfinite", "offload", "flat_parameters")  # what no group has of its own
 
 
 class RuleOptimizer(torch.optim.Optimizer, Kind):
@@ -39,17 +39,18 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
     tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
     scales; those of "int8" and "int16" are negative. Parameters that are float64 or complex, have one dimension or less
-    than 4096 elements keep full precision.
+    than 4096 elements keep full precision. With ``flat_parameters`` those of one dimension and n elements are stored as
+    [1, n] would be, but for DTensors.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         defaults: hyperparameters, each a param-group entry.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, fused, geometry,
-        adjust_lr_fn, ns_coefficients, ns_steps: what every optimizer takes; see :class:`AdEMAMix`. A subclass takes
-            them as ``**options: Unpack[Options]``, which its signature shows one by one, and hands them on. ``state``
-            may map slots to formats by their names in ``ademamix.formats.FORMATS``; slots not in it are float32,
-            "compact" is the class's ``compact``. A subclass that has a ``memory`` has all geometries; one with nothing
-            but a ``rule`` has "adam".
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, flat_parameters,
+        fused, foreach, differentiable, amsgrad, geometry, adjust_lr_fn, ns_coefficients, ns_steps: what every optimizer
+            takes; see :class:`AdEMAMix`. A subclass takes them as ``**options: Unpack[Options]``, which its signature
+            shows one by one, and hands them on. ``state`` may map slots to formats by their names in
+            ``ademamix.formats.FORMATS``; slots not in it are float32, "compact" is the class's ``compact``. A subclass
+            that has a ``memory`` has all geometries; one with nothing but a ``rule`` has "adam".
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
@@ -62,6 +63,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     _host = Shared[Host]()
     grad_scale = Shared[Any]()  # a GradScaler sets these two for the time of a step
     found_inf = Shared[Any]()
+    flat_parameters, _fused = False, None  # of instances that earlier versions have pickled
+    _told = False  # of state that has no effect
 
     def __init__(
         self,
@@ -76,7 +79,11 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         capturable: bool = False,
         skip_nonfinite: bool | None = None,
         offload: bool = False,
+        flat_parameters: bool = False,
         fused: bool | None = None,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        amsgrad: bool = False,
         geometry: str = "adam",
         adjust_lr_fn: str | None = None,
         ns_coefficients: tuple[float, float, float] | str = NEWTON_SCHULZ,
@@ -84,6 +91,11 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     ) -> None:
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
+        torch_s = {"fused": fused, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}
+        if foreach is True and backend == "auto":
+            backend = "eager"
+        check_torch_s(torch_s, backend)
+        self._fused = fused
         defaults = {
             **defaults,
             # A subclass may have it among its own defaults.
@@ -103,11 +115,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         self._formats = self.formats_of(defaults, state)
         if skip_nonfinite not in (None, True, False):
             raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
-        check_flags({"offload": offload}, "offload")
-        if fused not in (None, True, False):
-            raise ValueError(f"fused must be None, True or False, got {fused!r}")
-        self.offload = offload
-        self._fused = fused
+        check_flags({"offload": offload, "flat_parameters": flat_parameters}, "offload", "flat_parameters")
+        self.offload, self.flat_parameters = offload, flat_parameters
         self._check_group(defaults)
         self.backend = backend
         self.skip_nonfinite = skip_nonfinite
@@ -128,6 +137,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             cls.__init__ = _disable_dynamo(cls.__init__)  # type: ignore[method-assign]
 
     def _settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        if "betas" in self.defaults and len(group["betas"]) != len(self.defaults["betas"]):  # a scheduler's
+            self.check(with_floats(group, self.defaults))
         if group["geometry"] != "adam":  # it may have been set since
             self.check_geometry(group)
         rule, *_ = self.rules_of(group)
@@ -146,6 +157,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             slots, own = map(backends.slot_names, (rule, first))
             raise ValueError(f"all groups must have the rule of the first, with slots {own}, got one with {slots}")
         check_seed(group["seed"])
+        check_torch_s(group)
         check_flags(group, "maximize", "stochastic_rounding", "capturable")
         if self.offload and group["capturable"]:
             raise ValueError("capturable must be False with offload=True: no graph can hold what the host computes")
@@ -155,6 +167,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """Add a group as in torch.optim, after its hyperparameters, parameters and devices have been checked."""
         param_group = with_floats(param_group, self.defaults)
         self._check_group({**self.defaults, **param_group})
+        check_torch_s(param_group, self.backend)
         own = {**{name: getattr(self, name) for name in WHOLE[1:]}, "state": self.state_format}
         # ZeroRedundancyOptimizer repeats in each group what the optimizer was given.
         if common := [name for name in WHOLE if name in param_group and param_group[name] != own[name]]:
@@ -396,7 +409,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         rules = dict.fromkeys(chain.from_iterable(map(self.rules_of, self.param_groups)))
         names = tuple(dict.fromkeys(chain.from_iterable(map(backends.coefficient_names, rules))))
         source = Source(self.coefficients, names, self.param_groups)
-        return Program(type(self).__name__, source, self._formats, self.backend, offload)
+        return Program(type(self).__name__, source, self._formats, self.backend, offload, self.flat_parameters)
 
     def _launches_for(self, program: Program, params: Sequence[Tensor], inputs: Inputs, captured: bool) -> Launches:
         """The last step's, or new ones if they no longer serve.
@@ -416,9 +429,26 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 saved = list(map(with_master, saved, params, inputs.params))
             with uninterrupted():  # what fails to compile leads to another backend: no signal may look like that
                 self._launches = launches = Launches(program, inputs, saved)
+            if not self._told:
+                self._told = True
+                self._warn_of_full_precision()
         if captured and launches not in self._captured:
             self._captured.append(launches)
         return launches
+
+    def _warn_of_full_precision(self) -> None:
+        """Warn where ``state`` has no effect on any parameter, and would have with ``flat_parameters``."""
+        every = [(p, self.formats(group)) for group in self.param_groups for p in group["params"]]
+        low, low_if_flat = (
+            any(are_low(slot_formats(p, formats, flat)) for p, formats in every)
+            for flat in (self.flat_parameters, True)
+        )
+        if low_if_flat and not low:
+            backends.warn(
+                f"state={self.state_format!r} has no effect: no parameter has two dimensions and {SMALLEST} elements "
+                "or more, and the state of all others keeps full precision. If those of one dimension are flattened, "
+                "or parts of flattened ones, as of DeepSpeed ZeRO, FSDP1 and Megatron, give flat_parameters=True."
+            )
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -461,7 +491,9 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 kept = with_master(kept, p, like)
             else:
                 kept.pop(MASTER, None)
-            formats = {name: f for name, f in slot_formats(like, self._formats).items() if name in kept}
+            formats = {
+                name: f for name, f in slot_formats(like, self._formats, self.flat_parameters).items() if name in kept
+            }
             exact, step = renewed(state_of(kept, like, formats), like, formats), kept["step"]
             yield p, {**exact, "step": step if backends.is_fake(step) else scalar(float(step))}
 
@@ -483,21 +515,30 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         for index, (p, saved) in enumerate(self._by_parameter(state_dict)):
             if "step" not in saved:
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
-            check_state(saved, p, slot_formats(p, self._formats))
+            check_state(saved, p, slot_formats(p, self._formats, self.flat_parameters))
             missing, foreign = sorted(needed - saved.keys()), sorted(saved.keys() - known)
             if missing and foreign:  # what a user adds to a state is no reason to refuse it
                 raise ValueError(f"{name}: state of parameter {index} has {foreign}, but no {missing}")
 
     @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:
-        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload", "_fused")
+        own = (
+            "state_format",
+            "_formats",
+            "backend",
+            "skip_nonfinite",
+            "_skipped",
+            "offload",
+            "flat_parameters",
+            "_fused",
+        )
         kept = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), **kept}
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "defaults" in state:  # of a copy or a pickle; those of earlier versions have no _fused
-            state = {"_fused": None, **state}
+        if "defaults" in state:  # of a copy or a pickle
+            state = {**state}
             self._shared = {"_skipped": state.pop("_skipped")}
             defaults = dict(state["defaults"])
             super().__setstate__({**state, "defaults": {**defaults}})

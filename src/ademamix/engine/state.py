@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ademamix import backends
-from ademamix.backends import eager
+from ademamix.backends import eager, in_rows
 from ademamix.engine.sharding import blocks_are_whole, is_sharded, joined, local, local_part
 from ademamix.formats import BLOCK, FORMATS, ONCE_LINEAR, SMALLEST, Format, as_saved
 
@@ -24,12 +24,21 @@ def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=CPU)
 
 
-def slot_formats(p: Tensor, formats: dict[str, Format]) -> dict[str, Format]:
-    """The formats of the parameter's own slots: its group's, or full precision where those would not serve."""
-    if p.dtype == torch.float64 or p.is_complex() or p.ndim < 2 or p.numel() < SMALLEST:
+def slot_formats(p: Tensor, formats: dict[str, Format], flat: bool) -> dict[str, Format]:
+    """The formats of the parameter's own slots: its group's, or full precision where those would not serve.
+
+    With ``flat``, one of one dimension is a part of flattened ones, unless it is a DTensor, whose parts may cut blocks.
+    """
+    vector = p.ndim < 2 and (not flat or is_sharded(p))
+    if p.dtype == torch.float64 or p.is_complex() or vector or p.numel() < SMALLEST:
         full = FORMATS["float64" if p.dtype.to_real() == torch.float64 else "float32"]
         return dict.fromkeys(formats, full)
     return formats
+
+
+def are_low(formats: Mapping[str, Format]) -> bool:
+    """Whether any slot is stored in less than full precision."""
+    return any(not format.storage.startswith("float") for format in formats.values())
 
 
 def tensor_names(slot: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
@@ -55,11 +64,13 @@ def _layout(p: Tensor, format: Format, formats: Mapping[str, Format]) -> Tensor:
     dtype = backends.storage_dtype(format)
     memory = torch.preserve_format if fits(p, formats) else torch.contiguous_format
     kind = dtype.to_complex() if p.is_complex() else dtype
-    return torch.empty_like(local(p), dtype=kind, device="meta", requires_grad=False, memory_format=memory)
+    # By zeros_like, as in torch.optim: of it, quantized weights make a plain tensor.
+    return torch.zeros_like(local(p), dtype=kind, device="meta", requires_grad=False, memory_format=memory)
 
 
 def _scale_shape(p: Tensor) -> tuple[int, int]:
-    return p.shape[0], -(-math.prod(p.shape[1:]) // BLOCK)
+    rows, rest = in_rows(p.shape)
+    return rows, -(-rest // BLOCK)
 
 
 STORED_AS = {
@@ -78,16 +89,17 @@ def decoded(value: Tensor, scale: Tensor | None) -> Tensor:
     if value.dtype not in STORED_AS:
         return value
     codes = local(value)
-    rows = codes.contiguous().flatten(1) if codes.ndim > 1 else codes.view(1, -1)
+    rows = codes.contiguous().view(in_rows(codes.shape))
     numbers = eager.decode(STORED_AS[value.dtype], rows, None if scale is None else local(scale))
     return joined(numbers.view(codes.shape), value, value.shape)
 
 
 def new_slot(name: str, p: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
     """Zeros as p's slot ``name``, with its scales."""
-    slot = {name: joined(torch.zeros_like(_layout(p, formats[name], formats), device=p.device), p, p.shape)}
+    codes = torch.zeros_like(_layout(p, formats[name], formats), device=p.device)
+    slot = {name: joined(codes, p, p.shape)}
     if formats[name].scale is not None:
-        scale = local(p).new_zeros(_scale_shape(local(p)), dtype=torch.float32, device=p.device, requires_grad=False)
+        scale = codes.new_zeros(_scale_shape(codes), dtype=torch.float32)
         slot[f"{name}_scale"] = joined(scale, p, _scale_shape(p))
     return slot
 
@@ -137,11 +149,11 @@ def _converted(format: Format, wanted: Tensor, numbers: Tensor) -> tuple[Tensor,
     """Numbers in the format of ``wanted``, with their scales."""
     if wanted.dtype.to_real().is_floating_point and wanted.dtype != torch.bfloat16:
         return numbers.to(wanted.dtype), None
-    rows = numbers.float().contiguous().flatten(1)
+    rows = numbers.float().contiguous().view(in_rows(numbers.shape))
     middle = torch.full_like(rows, -(1 << 31), dtype=torch.int32)  # the noise that rounds to nearest
     codes, scale = eager.encode(format, rows, middle)
     value = torch.empty_like(wanted, device=numbers.device, memory_format=torch.contiguous_format)
-    eager.write(format, value.flatten(1), codes)
+    eager.write(format, value.view(in_rows(value.shape)), codes)
     return value, scale
 
 

@@ -71,7 +71,7 @@ def need(model: nn.Module, kind: type[AdEMAMix | AdamW], state: str, parts: int 
         if p.requires_grad:
             grads.append(part)
             # Small parameters keep full precision by the size of the whole.
-            slots += [t for t in state_of(None, part, slot_formats(p, formats)).values() if t.is_meta]
+            slots += [t for t in state_of(None, part, slot_formats(p, formats, flat=False)).values() if t.is_meta]
     buffers = [t for t in model.state_dict(keep_vars=True).values() if not isinstance(t, nn.Parameter)]
     parameters, gradients, stored = map(_bytes, (held, grads, slots))
     return {

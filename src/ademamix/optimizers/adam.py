@@ -88,9 +88,14 @@ class AdEMAMix(RuleOptimizer):
             GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
         offload: keep state, and float32 master weights of low-precision parameters, in the host's memory: gradients
             are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
-        fused: True: a GradScaler leaves unscaling and skipping to the step, as with ``torch.optim.AdamW(fused=True)``,
-            so that nobody waits for the device (docs/compatibility.md). None or False: it does both itself, unless
-            :meth:`clip_grad_norm_` was called.
+        flat_parameters: True says that parameters of one dimension are flattened ones or parts of these, as DeepSpeed
+            ZeRO, FSDP1 and Megatron make them. Then ``state`` is for those of at least 4096 elements too, in blocks of
+            256 elements. False: they are norms and biases, and keep full precision (docs/compatibility.md).
+        fused: as in torch.optim; True for a fused backend: "auto", unless ``backend`` names one, and not "eager". A
+            GradScaler then leaves unscaling and skipping to the step, so that nobody waits for the device
+            (docs/compatibility.md). None or False: it does both itself, unless :meth:`clip_grad_norm_` was called.
+        foreach: as in torch.optim; True for ``backend="eager"``.
+        differentiable, amsgrad: of torch.optim's optimizers; must be False.
         geometry: how the numerator above becomes a step. "adam": as above. "muon", for parameters of 2 dimensions or
             more: it is orthogonalized as a matrix (what lies behind the first dimension is one), exp_avg_sq and
             ``slow_limit`` are not there, and eps is the least norm that it is divided by. :class:`Muon` says more.
@@ -211,8 +216,6 @@ class AdamW(RuleOptimizer):
     def check(group: Mapping[str, Any]) -> None:
         check_common(group)
         check_betas(group, 2)
-        if group.get("amsgrad"):  # from a checkpoint of torch.optim's
-            raise ValueError(f"amsgrad must be False, got {group['amsgrad']!r}: no maximum of second moments is kept")
 
     @staticmethod
     def coefficients(step: Any, group: Mapping[str, Any]) -> dict[str, Any]:

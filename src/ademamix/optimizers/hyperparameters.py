@@ -26,9 +26,17 @@ def check_common(group: Mapping[str, Any], *others: str) -> None:
 
 
 def check_betas(group: Mapping[str, Any], count: int) -> None:
-    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != count:
-        raise ValueError(f"betas must be {count} numbers in [0, 1), got {group['betas']!r}")
-    for i, beta in enumerate(group["betas"]):
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != count:
+        third = ""
+        if count == 3 and isinstance(betas, Sequence) and len(betas) == 2:
+            third = (
+                "; the third is beta3, the decay of the slow EMA: "
+                f"ademamix.suggest(total_steps, beta1={betas[0]!r}, beta2={betas[1]!r}) gives all of them for a run of "
+                "so many steps, ademamix.convert.from_adamw adds it to AdamW's state dicts"
+            )
+        raise ValueError(f"betas must be {count} numbers in [0, 1), got {betas!r}{third}")
+    for i, beta in enumerate(betas):
         check_beta(f"betas[{i}]", beta)
 
 

@@ -390,5 +390,5 @@ def matrix_bytes(optimizer: Optimizer, recipe: Recipe) -> float:
     kind, given = arguments_of(optimizer, recipe)
     p = torch.empty(1024, 1024, device="meta")
     made = kind([p], **given)
-    slots = state_of(None, p, slot_formats(p, made.formats(made.param_groups[0]))).values()
+    slots = state_of(None, p, slot_formats(p, made.formats(made.param_groups[0]), flat=False)).values()
     return float(sum(slot.nbytes for slot in slots if slot.is_meta) / p.numel())
