@@ -79,4 +79,4 @@ def init_state(optimizer: RuleOptimizer, config: OptimizerConfig | None = None) 
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
-                optimizer.state[p] = state_of(None, p, slot_formats(p, optimizer.formats(group)))
+                optimizer.state[p] = state_of(None, p, slot_formats(p, optimizer.formats(group), flat=False))
