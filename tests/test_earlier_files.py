@@ -92,7 +92,7 @@ def test_a_run_is_resumed(name: str, optimizer: str, tmp_path: Path) -> None:
     shutil.copytree(DATA / "runs", tmp_path / "runs")
     run = f"{name}-stopped"
     assert json.loads((tmp_path / "runs" / run / "config.json").read_text())["optimizer"].startswith(optimizer)
-    command = [sys.executable, "-m", "ademamix", "train", "--resume", run]
+    command = [sys.executable, "-m", "ademamix", "train", "--resume", run, "--optimizer", optimizer]
     done = subprocess.run(command, cwd=tmp_path / "runs", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

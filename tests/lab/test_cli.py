@@ -3,16 +3,19 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ademamix.lab.cli import _finish
+from ademamix.lab.cli import _finish, _place
 from ademamix.lab.config import BadInputError
 from ademamix.lab.experiments import EXPERIMENTS
 from ademamix.lab.files import alone_in
+from ademamix.lab.training.loop import _Run
 
 
 def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -428,6 +431,86 @@ def test_a_run_may_be_resumed_through_a_link_to_it(finished, cli):
     Path("latest").symlink_to("run")
     (finished / "newest").symlink_to("checkpoints")
     assert cli("train", "--resume", "latest") == 0
+
+
+def test_a_resume_on_changed_tokens_is_refused(finished, cli, capsys, tokens):
+    (finished / "result.json").unlink()
+    path = tokens / "train.bin"
+    before = path.read_bytes()
+    try:
+        path.write_bytes(bytes(len(before)))
+        assert cli("train", "--resume", "run") == 2
+    finally:
+        path.write_bytes(before)
+    line = refusal(capsys)
+    assert line == f"ademamix: {path} is damaged: its SHA-256 is not what data.json says; {tokens} must be made anew"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_folder_that_was_removed_is_not_offered_and_not_made_anew(command, cli, tiny, capsys, monkeypatch):
+    log = _Run.log
+
+    def remove(run: _Run, loss: torch.Tensor) -> None:
+        log(run, loss)
+        shutil.rmtree("run", ignore_errors=True)
+
+    monkeypatch.setattr(_Run, "log", remove)
+    monkeypatch.setattr("ademamix.lab.experiments.arms.side_by_side", lambda _: False)
+    assert cli(command, *tiny, "--out", "run") == 1
+    line = refusal(capsys)
+    assert "was removed while the run was under way" in line
+    assert line.endswith("; run has nothing left to go on with")
+    assert not list(Path("run").rglob("*.distcp"))
+
+
+def test_commands_of_the_same_second_write_to_different_folders(cli, tiny, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "20300101-000000")
+    for _ in range(3):
+        assert cli("train", *tiny) == 0
+    names = ["train-demo-20300101-000000", "train-demo-20300101-000000-2", "train-demo-20300101-000000-3"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == names
+
+
+def test_a_name_that_another_command_takes_meanwhile_is_left_to_it(cli, tiny, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "20300101-000000")
+    place, taken = _place, Path("runs/train-demo-20300101-000000")
+
+    def raced(*args):
+        found = place(*args)
+        if not taken.exists():
+            taken.mkdir(parents=True)
+            (taken / "other").touch()
+        return found
+
+    monkeypatch.setattr("ademamix.lab.cli._place", raced)
+    assert cli("train", *tiny) == 0
+    assert [path.name for path in taken.iterdir()] == ["other"]
+    assert (taken.with_name(f"{taken.name}-2") / "result.json").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_asked_to_stop_leaves_nothing(signum, tmp_path):
+    code = (
+        "import signal, time; from ademamix.lab import cli; from ademamix.lab.data import corpus\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
+        "def endless(*_):\n"
+        "    yield 'text'\n"
+        "    print('half', flush=True)\n"
+        "    time.sleep(100)\n"
+        "corpus.documents_of = endless\n"
+        "corpus._parcels = lambda texts: ([text] for text in texts)\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", code, "data", "some.txt", "--out", "out/tokens"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline() != "half\n":
+            assert process.poll() is None
+        assert list((tmp_path / "out").glob("*.partial/train.bin"))
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors == "ademamix: stopped\n"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 FINDING = '{"title": "", "headlines": [], "findings": [{"claim": "%s", "verdict": "%s", "ours": %s}]}'

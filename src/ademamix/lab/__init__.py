@@ -13,5 +13,7 @@ data/          text to token files, images to files of pixels, and both to batch
 config.py      what a run is: typed settings and presets
 console.py     what a run shows while it works
 files.py       folders that are written whole or not at all
+own_code.py    the user's own rules: a command runs only files that it names
+signals.py     SIGTERM as an exception, so that what was begun is cleaned up
 values.py      settings typed as NAME=VALUE
 """

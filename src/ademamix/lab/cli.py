@@ -3,16 +3,19 @@
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+from ademamix.lab.signals import interrupted_by
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
     from ademamix.lab.config import Compare, Data, Job, PlanFor, ReportOn, Train, Training
@@ -39,10 +42,15 @@ def main() -> None:
     """Run the command line; the exit code is 2 for bad input, 1 for a failed run, 128 + n after signal n."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    # A process of torchrun may wait for the others where no exception can end it.
+    stopped_by = nullcontext() if "RANK" in os.environ else interrupted_by(SIGTERM)
     try:
-        _run(sys.argv[1:])
-    except KeyboardInterrupt:  # before a run began, or in a command that has nothing to go on with
-        _fail("stopped", 128 + SIGINT)
+        from ademamix.lab.own_code import only_named_by
+
+        with only_named_by(sys.argv[1:]), stopped_by:
+            _run(sys.argv[1:])
+    except KeyboardInterrupt as error:  # before a run began, or in a command that has nothing to go on with
+        _fail("stopped", 128 + getattr(error, "signum", SIGINT))
     except ModuleNotFoundError as error:
         if (error.name or "ademamix").partition(".")[0] == "ademamix":
             raise
@@ -54,6 +62,7 @@ def _run(argv: list[str]) -> None:
 
     from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train, shortened
     from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.own_code import UnnamedCodeError
     from ademamix.lab.training.processes import PeerError, launched
 
     try:
@@ -80,6 +89,8 @@ def _run(argv: list[str]) -> None:
             _experiment(chosen.experiment)
         else:
             carry_out[type(chosen)](chosen)
+    except UnnamedCodeError as error:
+        _fail(f"{error}: {PROGRAM} {shlex.join(argv)} {_naming(argv[0], error.name)}", 2)
     except BadInputError as error:
         _fail(str(error), 2)
     except PeerError:
@@ -177,7 +188,7 @@ def _train(settings: "Train") -> None:
         out, _ = processes.on_first(lambda: _claim("train", settings, held))
         if processes.first:
             say(f"Trains with {title(settings.optimizer)}; everything is written to {out}")
-        with _stoppable("train", out):
+        with _stoppable("train", settings, out):
             result = train(settings.optimizer, settings.recipe, settings.job, out)
         if processes.first:
             seen = f"{result.seen:,} {settings.recipe.unit}"
@@ -205,7 +216,7 @@ def _compare(settings: "Compare") -> None:
             f"Trains one small language model twice on {text}, {order.format('AdamW')} with {title(optimizer)}: the "
             f"same initial weights, the same {recipe.steps:,} batches. Then it draws both and writes a report to {out}."
         )
-        with _stoppable("compare", out):
+        with _stoppable("compare", settings, out):
             _finish(out, typed, lambda: report_of(compare(optimizer, recipe, settings.job, settings.match, out)))
 
 
@@ -242,7 +253,7 @@ def _experiment(settings: "Settings") -> None:
     with ExitStack() as held:
         out, typed = _claim(f"run {name}", settings, held)
         say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
-        with _stoppable(f"run {name}", out), Trials(out, job.device, job.workers, per_gpu) as trials:
+        with _stoppable(f"run {name}", settings, out), Trials(out, job.device, job.workers, per_gpu) as trials:
             _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 
 
@@ -261,7 +272,8 @@ def _finish(out: Path, typed: list[str], make: "Callable[[], Report]") -> None:
         report = make()
     finally:
         seconds = before + time.perf_counter() - began
-        to_json(clock, {"seconds": seconds})
+        if out.is_dir():
+            to_json(clock, {"seconds": seconds})
     write(report, out, list(dict.fromkeys(typed)), seconds)
     show(report)
     say(f"report: {out / PAGE}")
@@ -318,8 +330,13 @@ def _claim(command: str, settings: "Train | Compare | Settings", held: ExitStack
         typed = stored["typed"] + typed
         to_json(out / CONFIG, {"command": command, "typed": typed} | now)
         return out, typed
-    with written_aside(out) as aside:
-        to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
+    try:
+        with written_aside(out) as aside:
+            to_json(aside / CONFIG, {"command": command, "typed": typed} | now)
+    except OSError:
+        if settings.job.out is not None or "RANK" in os.environ or not out.exists():
+            raise
+        return _claim(command, settings, held)  # another command took the name meanwhile
     held.enter_context(alone_in(out))
     return out, typed
 
@@ -341,7 +358,9 @@ def _place(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
     if resume is not None and given is not None:
         raise BadInputError("give --out for a new run or --resume for an old one, not both")
     name = f"{command.replace(' ', '-')}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = resume or given or Path("runs") / agreed_name(name)
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = next(name for name in names if not Path("runs", name).exists())
+    out = resume or given or Path("runs") / agreed_name(free)
     started_before = restarted() or getattr(settings.job, "go_on", False)
     if resume is not None or (started_before and out.exists()):
         stored = _stored(out)
@@ -364,8 +383,26 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("command", "typed", "job", "match")}
 
 
+def _naming(command: str, name: str) -> str:
+    """The words of a command that name the user's own code."""
+    from ademamix.lab.own_code import split
+
+    path, attribute, _ = split(name)
+    return f"--{'own' if command.startswith('run') else 'optimizer'} {shlex.quote(f'{path}:{attribute}')}"
+
+
+def _how_to_go_on(command: str, settings: "Train | Compare | Settings", out: Path) -> str:
+    from ademamix.lab.own_code import split
+
+    if not (out / CONFIG).is_file():
+        return f"{out} has nothing left to go on with"
+    again = f"{PROGRAM} {command} --resume {shlex.quote(str(out))}"
+    name = str(getattr(settings, "own", None) or getattr(settings, "optimizer", ""))
+    return f"go on with: {again} {_naming(command, name)}" if split(name)[0] else f"go on with: {again}"
+
+
 @contextmanager
-def _stoppable(command: str, out: Path) -> Iterator[None]:
+def _stoppable(command: str, settings: "Train | Compare | Settings", out: Path) -> Iterator[None]:
     """Say how to go on when the run is stopped or cannot write, and what happened when it diverged: once for all
     processes."""
     from concurrent.futures.process import BrokenProcessPool
@@ -373,22 +410,22 @@ def _stoppable(command: str, out: Path) -> Iterator[None]:
     from ademamix.lab.training.checkpoints import SaveError
     from ademamix.lab.training.loop import DivergedError, StoppedError
 
-    how = f"go on with: {PROGRAM} {command} --resume {shlex.quote(str(out))}"
+    how = ""
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as error:
-        line, code = f"{str(error) or 'stopped'}; {how}", 128 + getattr(error, "signum", SIGINT)
+        line, code = str(error) or "stopped", 128 + getattr(error, "signum", SIGINT)
     except DivergedError as error:
-        line, code = f"{error}; a smaller learning rate may help", 1
+        line, code, how = str(error), 1, "a smaller learning rate may help"
     except (SaveError, OSError) as error:
-        line, code = f"{error}; {how}", 1
+        line, code = str(error), 1
     except BrokenProcessPool:
-        line, code = f"a process that trains was killed, perhaps because memory ran out; {how}", 1
+        line, code = "a process that trains was killed, perhaps because memory ran out", 1
     else:
         return
     if os.environ.get("RANK", "0") != "0":
         sys.exit(code)
-    _fail(line, code)
+    _fail(f"{line}; {how or _how_to_go_on(command, settings, out)}", code)
 
 
 def _fail(line: str, code: int) -> NoReturn:

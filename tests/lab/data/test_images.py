@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -99,10 +100,12 @@ def test_what_a_folder_of_images_leaves_out_is_said(cache, folder, tmp_path, cap
     (folder / "red" / ".hidden.png").write_bytes(b"")
     (folder / "red" / "notes.txt").write_text("no image")
     os.mkfifo(folder / "blue" / "pipe.png")
+    (folder / "blue" / "more.png").symlink_to("../red/1.png")
     images = open_images(ImageRecipe(data=str(folder), examples=30))
-    assert {split: len(labels) for split, labels in images.labels.items()} == {"train": 36, "valid": 4}
+    assert {split: len(labels) for split, labels in images.labels.items()} == {"train": 36, "valid": 5}
     line = capsys.readouterr().out
-    assert f"{folder}: 40 files; skipped " in line
+    link = f"{folder}/blue/more.png -> {folder}/red/1.png"
+    assert f"{folder}: 41 files, 1 link among them (first: {link}); skipped " in line
     for part in (
         "linked folder",
         "broken link",
@@ -205,3 +208,29 @@ def test_a_damaged_folder_is_named(cache):
     (store / "train-labels.bin").write_bytes(labels[:-4])
     with pytest.raises(BadInputError, match=r"is damaged: its files are not as long as images\.json says; remove it"):
         Images.open(store)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train-labels.bin", "valid.bin", "valid-labels.bin"])
+def test_other_images_or_classes_of_the_same_number_are_refused(name, cache):
+    open_images(ImageRecipe(examples=100))
+    (path,) = cache.rglob(name)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 // 4 * 4] ^= 1
+    path.write_bytes(content)
+    split = name.partition(".")[0].removesuffix("-labels")
+    with pytest.raises(
+        BadInputError, match=rf"is damaged: the SHA-256 of {split} is not what images\.json says; remove"
+    ):
+        open_images(ImageRecipe(examples=100))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"classes": 5}, "train has classes beyond 5"), ({"classes": True}, "classes is True"), ({"channels": 0}, "")],
+)
+def test_a_description_that_does_not_fit_the_images_is_refused(change, said, cache):
+    open_images(ImageRecipe(examples=100))
+    (path,) = cache.rglob(META)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadInputError, match=rf"is damaged.*{said}.*remove it"):
+        open_images(ImageRecipe(examples=100))

@@ -285,7 +285,7 @@ def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path):
         assert read(folder, tally=tally) == ["elsewhere", "sub"]
     line = str(tally)
     for part in (
-        "3 files; skipped ",
+        f"3 files, 1 link among them (first: {folder}/linked.txt -> {elsewhere}/a.txt); skipped ",
         f"1 hidden path (first: {folder}/.git)",
         f"2 linked folders (first: {folder}/other)",
         f"2 broken links (first: {folder}/gone.txt)",

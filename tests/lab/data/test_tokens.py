@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +51,58 @@ def test_a_damaged_token_file_is_refused(tokens, tmp_path):
     (tmp_path / "train.bin").write_bytes((tokens / "train.bin").read_bytes()[:-5])
     with pytest.raises(BadInputError, match="damaged"):
         Tokens.open(tmp_path)
+
+
+@pytest.fixture
+def copied(tokens, tmp_path) -> Path:
+    """A copy of the token folder."""
+    return Path(shutil.copytree(tokens, tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_other_tokens_of_the_same_number_are_refused(split, copied):
+    Tokens.open(copied)
+    path = copied / f"{split}.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadInputError, match=rf"{path} is damaged: its SHA-256 is not what data\.json says"):
+        Tokens.open(copied)
+
+
+def test_a_description_without_sums_is_refused(copied):
+    meta = json.loads((copied / "data.json").read_text())
+    del meta["valid"]["sha256"]
+    (copied / "data.json").write_text(json.dumps(meta))
+    with pytest.raises(BadInputError, match=r"valid\.bin is damaged: its SHA-256"):
+        Tokens.open(copied)
+
+
+def test_a_process_reads_a_file_through_once_as_long_as_it_stays_as_it_is(copied, monkeypatch):
+    read = []
+    memmap = np.memmap
+
+    def counted(path, *args, **kwargs):
+        read.append(Path(path).name)
+        return memmap(path, *args, **kwargs)
+
+    monkeypatch.setattr(np, "memmap", counted)
+    for _ in range(3):
+        Tokens.open(copied)
+    assert read.count("train.bin") == 3 + 1  # mapped by each, and once more to be read
+    os.utime(copied / "train.bin", ns=(0, 0))
+    Tokens.open(copied)
+    assert read.count("train.bin") == 4 + 2
+
+
+def test_a_vocabulary_that_lacks_tokens_of_the_text_is_refused(copied):
+    meta = json.loads((copied / "data.json").read_text())
+    (copied / "data.json").write_text(json.dumps(meta | {"vocab_size": 50}))
+    most = max((copied / "train.bin").read_bytes())
+    with pytest.raises(BadInputError, match=f"train.bin has the token {most}, and a vocab_size of 50 ends at 49"):
+        Tokens.open(copied)
+    (copied / "data.json").write_text(json.dumps(meta | {"vocab_size": most + 1}))
+    assert Tokens.open(copied).vocab_size == most + 1
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ademamix.lab.cli import PROGRAM
 from ademamix.lab.experiments import beyond, common
 from ademamix.lab.experiments.beyond import Entry, Found
 from ademamix.lab.experiments.trials import Trials
@@ -262,14 +263,16 @@ def test_a_rule_of_the_users_takes_part_and_is_refused_once_it_is_another(
     stored = json.loads(Path("out/config.json").read_text())
     assert stored["own"].startswith("mine.py:mine@")
     assert (stored["own_tried"], stored["own_settings"]) == ({"lr": [0.1]}, {"leak": 0.25})
-    assert cli("run", "beyond", "--resume", "out") == 128 + 2
+    again = ("run", "beyond", "--resume", "out", "--own", "mine.py:mine")
     capsys.readouterr()
-    assert cli("run", "beyond", "--resume", "out", "--own-tried", "lr=0.2") == 2
+    assert cli(*again) == 128 + 2
+    how = capsys.readouterr().err.partition("go on with: ")[2]
+    assert how.strip() == f"{PROGRAM} run beyond --resume out --own mine.py:mine"
+    assert cli(*again, "--own-tried", "lr=0.2") == 2
     assert "own_tried.lr ([0.1] there, [0.2] here)" in capsys.readouterr().err
     Path("mine.py").write_text(RULE.replace("leak *", "2.0 * leak *"))
-    assert cli("run", "beyond", "--resume", "out") == 2
+    assert cli(*again) == 2
     assert "mine.py:mine has changed since" in capsys.readouterr().err
-    assert cli("run", "beyond", "--resume", "out", "--own", "mine.py:mine") == 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import pytest
 
-from ademamix.lab.config import Job
+from ademamix.lab.config import BadInputError, Job
 from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, geometry, horizon, lm, sweep, trials, valley
 from ademamix.lab.experiments.common import Preset, Tuning
 from ademamix.lab.experiments.trials import Grid, Trials
@@ -480,6 +480,45 @@ def test_grids_run_every_point_once_and_both_optimizers_are_tuned_alike(recipe, 
         "adamw": 2,
         "ademamix": 2,
     }
+
+
+def some_grid(recipe) -> Grid:
+    return Grid("some", {"seed": (0, 1)}, lambda seed: ("adamw", dataclasses.replace(recipe, steps=4, seed=seed)))
+
+
+def test_a_journal_that_was_torn_at_any_place_goes_on(recipe, tmp_path, inline):
+    grid = some_grid(recipe)
+    (tmp_path / "whole").mkdir()
+    with Trials(tmp_path / "whole", "cpu", 1) as trials:
+        whole = trials.run(grid)
+    lines = (tmp_path / "whole" / "trials.log").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 8
+    tears = [(number, line[: len(line) // 2]) for number, line in enumerate(lines)]
+    last = len(lines) - 1
+    tears += [(0, b""), (last, lines[last][:-1]), (last, b"\0" * 40), (last, b"\0\0\n\0")]
+    for case, (kept, torn) in enumerate(tears):
+        out = shutil.copytree(tmp_path / "whole", tmp_path / f"{case}")
+        (out / "trials.log").write_bytes(b"".join(lines[:kept]) + torn)
+        with Trials(out, "cpu", 1) as trials:
+            assert trials.run(grid) == whole
+        assert all(json.loads(line) for line in (out / "trials.log").read_text().splitlines())
+        aside = out / "trials.log.torn"
+        assert (aside.read_bytes() if aside.exists() else b"") == (torn and torn + b"\n")
+        with Trials(out, "cpu", 1) as trials:  # and what was appended since is sound
+            assert trials.run(grid) == whole
+
+
+def test_a_journal_with_a_damaged_line_in_the_middle_is_named_and_kept(recipe, tmp_path, inline):
+    with Trials(tmp_path, "cpu", 1) as trials:
+        trials.run(some_grid(recipe))
+    journal = tmp_path / "trials.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], lines[3][:9] + b"\n", *lines[4:]]))
+    before = journal.read_bytes()
+    with pytest.raises(BadInputError, match=r"trials\.log, line 4 is damaged"):
+        Trials(tmp_path, "cpu", 1)
+    assert journal.read_bytes() == before
+    assert not journal.with_name("trials.log.torn").exists()
 
 
 def test_a_run_in_a_process_of_its_own_is_that_of_this_one(recipe, tmp_path):

@@ -186,6 +186,37 @@ def test_a_manifest_with_other_files_is_damaged(files, run, recipe):
         train("ademamix", recipe, Job(), run)
 
 
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "sub/../file"])
+def test_a_description_or_a_manifest_names_only_files_of_the_checkpoint(name, run, recipe):
+    newest = complete(run / "checkpoints")[-1]
+    found = pickle.loads((newest / ".metadata").read_bytes())
+    for index, place in found.storage_data.items():
+        found.storage_data[index] = dataclasses.replace(place, relative_path=name)
+    (newest / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(BadInputError, match="is no description of tensors"):
+        described(newest)
+    content = json.loads((newest / "manifest.json").read_text())
+    content["files"][name] = content["files"].pop("__0_0.distcp")
+    (newest / "manifest.json").write_text(json.dumps(content))
+    del content["sha256"]
+    (newest / "manifest.json").write_text(json.dumps({"sha256": checkpoints._sum_of(content), **content}))
+    with pytest.raises(BadInputError, match=r"manifest\.json is damaged|is missing"):
+        weights(newest)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_no_tensor_is_read_through_a_link(name, run, tmp_path):
+    """Not even one that leads to the very bytes: whose they are is not known."""
+    newest = complete(run / "checkpoints")[-1]
+    (newest / name).rename(tmp_path / "outside")
+    (newest / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(BadInputError, match=f"{newest / name} is a link"):
+        weights(newest)
+    if name != ".metadata":
+        with pytest.raises(BadInputError, match=f"is no description of tensors .{name} is a link"):
+            described(newest)
+
+
 @pytest.mark.parametrize("where", reliability.PLANTS)
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(where, run, recipe, tmp_path):
     path, marker = complete(run / "checkpoints")[-1], tmp_path / "ran"

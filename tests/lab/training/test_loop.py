@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,28 @@ def test_sigterm_saves_too(tiny, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped and saved at step" in errors
     assert newest(tmp_path / "run").is_dir()
+
+
+def test_points_that_the_curve_has_lost_are_said(recipe, tmp_path, capsys, monkeypatch):
+    advance = _Run.advance
+    monkeypatch.setattr(_Run, "advance", lambda run: 1 / 0 if run.step == 17 else advance(run))
+    with pytest.raises(ZeroDivisionError):
+        train("adamw", recipe, Job(save_every=15), tmp_path)
+    monkeypatch.undo()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for name, kept, lacking in (("whole", lines, ""), ("empty", [], "3 of 3"), ("cut", lines[:-2], "2 of 3")):
+        out = shutil.copytree(tmp_path, tmp_path.with_name(name))
+        (out / "metrics.jsonl").write_text("".join(kept))
+        capsys.readouterr()
+        result = train("adamw", recipe, Job(), out, quiet=True)
+        said = capsys.readouterr().out
+        if lacking:
+            first = 5 if name == "empty" else 10
+            lost = f"{lacking} validation losses up to step 15, the first of step {first}"
+            assert said == f"{out}/metrics.jsonl lacks {lost}: the curve lacks these points\n"
+        else:
+            assert said == ""
+        assert len(result.curve) == 4 - int(lacking[:1] or 0)
 
 
 def test_a_finished_run_is_not_done_again(recipe, tmp_path):

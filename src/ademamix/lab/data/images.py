@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ademamix.backends.cache import cache_folder
 from ademamix.lab.config import BadInputError, ImageRecipe, to_json
 from ademamix.lab.console import say
 from ademamix.lab.data.sources import HUB, Tally, files_in, first_line, state_of
-from ademamix.lab.data.tokens import drawn
+from ademamix.lab.data.tokens import PIECE, drawn, identity
 from ademamix.lab.files import another_may_win, written_aside
 
 META = "images.json"
@@ -54,10 +55,19 @@ class Images:
             labels = {split: np.fromfile(folder / f"{split}-labels.bin", np.int32) for split in SPLITS}
             whole = all({len(pixels[split]), len(labels[split])} == {meta[split]["images"]} for split in SPLITS)
             channels, classes = meta["channels"], meta["classes"]
+            if type(classes) is not int:
+                raise TypeError(f"classes is {classes!r:.60}")
+            expected = {split: meta[split]["sha256"] for split in SPLITS}
         except (ValueError, TypeError, KeyError) as error:
             raise BadInputError(f"{folder} is damaged ({error}); remove it") from error
         if not whole:
             raise BadInputError(f"{folder} is damaged: its files are not as long as {META} says; remove it")
+        for split in SPLITS:
+            found = _sum_of(folder, split, meta["size"] ** 2 * channels, *map(identity, _files(folder, split)))
+            if found != expected[split]:
+                raise BadInputError(f"{folder} is damaged: the SHA-256 of {split} is not what {META} says; remove it")
+            if not 0 <= labels[split].min() <= labels[split].max() < classes:
+                raise BadInputError(f"{folder} is damaged: {split} has classes beyond {classes} ({META}); remove it")
         return cls(channels, classes, hashlib.sha256(text.encode()).hexdigest(), pixels, labels)
 
     def batch(
@@ -74,6 +84,24 @@ class Images:
     def _at(self, split: str, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         pixels, labels = self.pixels[split][chosen], self.labels[split][chosen]
         return torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
+
+
+def _files(folder: Path, split: str) -> tuple[Path, Path]:
+    """The pixels and the classes of a split."""
+    return folder / f"{split}.bin", folder / f"{split}-labels.bin"
+
+
+@cache  # as that of token files
+def _sum_of(folder: Path, split: str, size: int, *_: tuple[int, int, int]) -> str:
+    """The SHA-256 of a split's images, each with its class behind it."""
+    pixels, labels = _files(folder, split)
+    images = np.memmap(pixels, np.uint8, mode="r").reshape(-1, size)
+    classes = np.fromfile(labels, np.int32).view(np.uint8).reshape(-1, 4)
+    digest, at_once = hashlib.sha256(), max(1, PIECE // size)
+    for start in range(0, len(images), at_once):
+        some = slice(start, start + at_once)
+        digest.update(np.concatenate([images[some], classes[some]], axis=1).data)
+    return digest.hexdigest()
 
 
 def open_images(recipe: ImageRecipe) -> Images:

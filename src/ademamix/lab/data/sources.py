@@ -23,10 +23,11 @@ Value = tuple[Any, str, str]  # what a record holds as its text, where it stands
 
 
 class Tally:
-    """How many files there are, and what was left out: how often, and where first."""
+    """How many files there are, how many of them are links, and what was left out: how often, and where first."""
 
     def __init__(self) -> None:
         self.files = 0
+        self.linked: list[Path] = []
         self.skipped: dict[str, tuple[int, str]] = {}
 
     def skip(self, kind: str, where: object) -> None:
@@ -35,7 +36,11 @@ class Tally:
 
     def __str__(self) -> str:
         kinds = [f"{_counted(count, kind)} (first: {first})" for kind, (count, first) in self.skipped.items()]
-        return f"{_counted(self.files, 'file')}; skipped {', '.join(kinds) or 'nothing'}"
+        files = _counted(self.files, "file")
+        if self.linked:
+            first = f"{self.linked[0]} -> {os.path.realpath(self.linked[0])}"
+            files += f", {_counted(len(self.linked), 'link')} among them (first: {first})"
+        return f"{files}; skipped {', '.join(kinds) or 'nothing'}"
 
 
 def _counted(count: int, kind: str) -> str:
@@ -65,6 +70,7 @@ def files_in(folder: Path, tally: Tally) -> list[Path]:
                 folders.append(path)
             elif path.is_file():
                 files.append(path)
+                tally.linked += [path] if path.is_symlink() else []
             else:
                 tally.skip("special file" if path.exists() else "broken link", path)
     return sorted(files)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ademamix.lab.config import BadInputError, read_file
 META = "data.json"
 SPLITS = ("train", "valid")
 WHOLE = slice(None)  # all of a batch
+PIECE = 1 << 20  # tokens that are read at a time
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -37,7 +39,7 @@ class Tokens:
         """Open a folder written by `ademamix data`.
 
         Raises:
-            BadInputError: there is no such folder, it is incomplete, or its files are not as long as they should be.
+            BadInputError: there is no such folder, it is incomplete, or its files are not what data.json says.
         """
         try:
             text = read_file(folder / META).decode()
@@ -60,6 +62,18 @@ class Tokens:
             raise BadInputError(f"{folder} is no token folder ({error})") from error
         if [len(split) for split in splits] != lengths:
             raise BadInputError(f"{folder} is damaged: its token files are not as long as {META} says")
+        for split in SPLITS:
+            path = folder / f"{split}.bin"
+            digest, largest = _read_through(path, dtype, *identity(path))
+            if digest != meta[split].get("sha256"):
+                raise BadInputError(
+                    f"{path} is damaged: its SHA-256 is not what {META} says; {folder} must be made anew"
+                )
+            if largest >= meta["vocab_size"]:
+                allowed = f"a vocab_size of {meta['vocab_size']:,} ends at {meta['vocab_size'] - 1:,}"
+                raise BadInputError(
+                    f"{folder} is damaged: {path.name} has the token {largest:,}, and {allowed} ({META})"
+                )
         return cls(meta["vocab_size"], hashlib.sha256(text.encode()).hexdigest(), *splits)
 
     def check(self, context: int) -> None:
@@ -85,6 +99,23 @@ class Tokens:
         most = (len(self.valid) - 1) // context
         starts = np.linspace(0, len(self.valid) - context - 1, min(sequences, most)).astype(np.int64)
         return list(torch.split(_windows(self.valid, starts, context), batch))
+
+
+def identity(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written or replaced."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+@cache  # of a file that stays as it is: a process reads it once, however many runs it has
+def _read_through(path: Path, dtype: np.dtype[Any], *_: int) -> tuple[str, int]:
+    """A token file's SHA-256 and its largest token."""
+    tokens, digest, largest = np.memmap(path, dtype, mode="r").view(np.ndarray), hashlib.sha256(), 0
+    for start in range(0, len(tokens), PIECE):
+        piece = tokens[start : start + PIECE]
+        digest.update(piece.data)
+        largest = max(largest, int(piece.max()))
+    return digest.hexdigest(), largest
 
 
 def _drawn(

@@ -1,6 +1,7 @@
 """Many runs at a time: grids of them, kept by Optuna, on all cores or GPUs; what is finished is not done again."""
 
 import itertools
+import json
 import math
 import os
 import time
@@ -17,7 +18,7 @@ from optuna.samplers import GridSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from ademamix.lab.config import BadInputError, Job, Optimizer, Training
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, read_file, write_whole
 from ademamix.lab.console import say
 from ademamix.lab.experiments.statistics import loss_of
 from ademamix.lab.experiments.workers import Workers, train_here
@@ -84,6 +85,7 @@ class Trials:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         (out / f"{JOURNAL}.lock").unlink(missing_ok=True)  # of a process that was killed while it wrote
         self.out = out
+        _cut_torn_tail(out / JOURNAL)
         self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
         devices = _devices(device)
         self.workers = workers or len(devices) * (per_gpu if devices[0].startswith("cuda") else 1)
@@ -136,7 +138,10 @@ class Trials:
         """The trials of a grid that are not complete: those that a killed process left, then new ones."""
         study = self._study(grid)
         known = study.get_trials(deepcopy=False)
-        trials = [optuna.Trial(study, t._trial_id) for t in known if t.state == optuna.trial.TrialState.RUNNING]
+        running = [begun for begun in known if begun.state == optuna.trial.TrialState.RUNNING]
+        for begun in running:
+            study.sampler.before_trial(study, begun)  # gives it a point, if the kill came before
+        trials = [optuna.Trial(study, begun._trial_id) for begun in running]
         trials += [study.ask() for _ in range(grid.size - len(known))]
         for trial in trials:
             point: dict[str, Any] = {n: trial.suggest_categorical(n, list(values)) for n, values in grid.space.items()}
@@ -150,6 +155,33 @@ class Trials:
                 lost = math.isinf(t.value or 0.0)
                 found[tuple(point.values())] = None if lost else Result.read(self.out / grid.folder(point))
         return found
+
+
+def _cut_torn_tail(path: Path) -> None:
+    """Cut off what a crash left after a journal's last whole line, and keep it in FILE.torn.
+
+    The runs are in folders of their own, so their results are not lost.
+
+    Raises:
+        BadInputError: whole lines follow a damaged one.
+    """
+    *lines, rest = read_file(path).split(b"\n") if path.exists() else [b""]
+    sound = [_is_entry(line) for line in lines]
+    whole = sound.index(False) if False in sound else len(lines)
+    if any(sound[whole:]):
+        raise BadInputError(f"{path}, line {whole + 1} is damaged, and what follows it cannot be used without it")
+    torn = b"\n".join([*lines[whole:], rest])
+    if torn:
+        with open(path.with_name(f"{path.name}.torn"), "ab") as aside:
+            aside.write(torn + b"\n")
+        write_whole(path, b"".join(line + b"\n" for line in lines[:whole]))
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def best(results: Mapping[Point, Result | None]) -> Point:

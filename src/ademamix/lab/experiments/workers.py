@@ -14,19 +14,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ademamix.lab.config import Job, Optimizer, Training
+from ademamix.lab.signals import Interrupted, interrupt
 from ademamix.lab.training.loop import Result, train
 
 P = ParamSpec("P")
 T = TypeVar("T")
 ASK_AGAIN = 1.0  # seconds: a worker that was preparing its run did not listen yet
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__()
-        self.signum = signum
 
 
 class Workers:
@@ -51,7 +44,7 @@ class Workers:
         self.runs: list[Future[Any]] = []
 
     def __enter__(self) -> "Workers":
-        self.before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -84,10 +77,6 @@ class Workers:
         """Have a worker call a function, which is to train by `train_here`."""
         self.runs.append(self.pool.submit(function, *args, **kwargs))
         return self.runs[-1]
-
-
-def _interrupt(signum: int, _: object) -> None:
-    raise Interrupted(signum)
 
 
 _device = "cpu"  # of this worker

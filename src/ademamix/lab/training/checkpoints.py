@@ -312,6 +312,8 @@ def _fault_in(path: Path, share: slice) -> str | None:
         size, digest = files[name]
         if not os.path.isfile(path / name):  # pathlib's raises an error for names that are too long
             return f"{path / shortened(name)} is missing"
+        if os.path.islink(path / name):
+            return f"{path / name} is a link; put what it leads to in its place"
         found = _size_and_sum(path / name)
         if found[0] != size:
             return f"{path / name} is damaged: it has {found[0]:,} bytes, not {size:,}"

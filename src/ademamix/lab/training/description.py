@@ -176,6 +176,7 @@ def _check(found: Any, folder: Path) -> None:
         _expect(type(name) is str, "a file has no name")
         _expect(Path(name).name == name, f"{name!r} is no file of the folder")
         if name not in sizes:
+            _expect(not (folder / name).is_symlink(), f"{name} is a link")
             sizes[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1
         _expect(all(type(n) is int and n >= 0 for n in numbers), f"a place in {name} is none")
         _expect(sum(numbers) <= sizes[name], f"{name} has no byte {sum(numbers):,}")

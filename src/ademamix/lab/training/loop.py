@@ -34,7 +34,7 @@ from ademamix.lab.config import (
     to_json,
     write_whole,
 )
-from ademamix.lab.console import Show
+from ademamix.lab.console import Show, say
 from ademamix.lab.training.devices import Stopwatch, device_name, pick_device
 from ademamix.lab.training.model import checksum
 from ademamix.lab.training.optimizers import arguments_of, optimizer_of, pinned, title
@@ -222,7 +222,13 @@ class _Run:
         self.optimizer.zero_grad()
 
     def _open_metrics(self) -> None:
-        _keep_until(self.out / METRICS, self.step)
+        kept = _keep_until(self.out / METRICS, self.step)
+        looks = range(self.recipe.eval_every, self.step + 1, self.recipe.eval_every)
+        if lost := [step for step in looks if step not in kept]:
+            said = (
+                f"{len(lost)} of {len(looks)} validation losses up to step {self.step:,}, the first of step {lost[0]:,}"
+            )
+            say(f"{self.out / METRICS} lacks {said}: the curve lacks these points")
         expect_folder(self.out / BOARD)
         self.metrics = (self.out / METRICS).open("a")
         from torch.utils.tensorboard import SummaryWriter  # a second of import time
@@ -344,16 +350,23 @@ class _Run:
     def _write(self, **values: float) -> None:
         if not self.processes.first:
             return
+        self._refuse_gone()
         where = {"step": self.step, self.recipe.unit: self.step * self.recipe.units_per_step, "seconds": self.seconds}
         self.metrics.write(json.dumps(where | values) + "\n")
         self.metrics.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, self.step)
 
+    def _refuse_gone(self) -> None:
+        """Raise an error if the run's folder is gone: a checkpoint would make it anew, without what else it held."""
+        if not self.out.is_dir():
+            raise FileNotFoundError(f"{self.out} was removed while the run was under way")
+
     def save(self, loss: Tensor) -> None:
         """Begin to write a checkpoint; what was logged before is on the disk by then."""
         self._lap(loss)
         if self.processes.first:
+            self._refuse_gone()
             os.fsync(self.metrics.fileno())
         counts = {"step": self.step, "skipped_steps": self.skipped_steps, "clipped_steps": int(self.clipped)}
         about = {**self._identity(), **counts, "seconds": self.seconds}
@@ -389,7 +402,8 @@ class _Run:
         self.checkpoints.close()
         if self.processes.first:
             self.metrics.close()
-            self.board.close()
+            if self.out.is_dir():
+                self.board.close()
 
     def finish(self) -> Result:
         """Write and return what the run came to."""
@@ -454,19 +468,25 @@ def refuse_other(out: Path, differ: list[str]) -> None:
         raise BadInputError(f"{out} is a run with other settings: {', '.join(differ)}")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the metrics of steps that a killed run took after its last checkpoint; they will be taken again."""
-    if path.exists():
-        whole = [line for line in read_file(path).splitlines(keepends=True) if line.endswith(b"\n")]
-        steps = [_step_of(path, number, line) for number, line in enumerate(whole, 1)]
-        write_whole(path, b"".join(line for line, of_line in zip(whole, steps, strict=True) if of_line <= step))
+def _keep_until(path: Path, step: int) -> set[int]:
+    """Drop the metrics of steps that a killed run took after its last checkpoint; they will be taken again.
+
+    Returns:
+        The steps whose validation loss is kept.
+    """
+    if not path.exists():
+        return set()
+    whole = [line for line in read_file(path).splitlines(keepends=True) if line.endswith(b"\n")]
+    values = [_metrics_of(path, number, line) for number, line in enumerate(whole, 1)]
+    write_whole(path, b"".join(line for line, found in zip(whole, values, strict=True) if found["step"] <= step))
+    return {int(found["step"]) for found in values if "valid_loss" in found and found["step"] <= step}
 
 
-def _step_of(path: Path, number: int, line: bytes) -> int:
+def _metrics_of(path: Path, number: int, line: bytes) -> dict[str, float]:
     try:
-        found = json.loads(line)
+        found: dict[str, float] = json.loads(line)
         if fits(found, dict[str, float]) and fits(found.get("step"), int):
-            return int(found["step"])
+            return found
     except (ValueError, RecursionError):
         pass
     raise BadInputError(f"{path}, line {number} is damaged; without that line the run can go on")

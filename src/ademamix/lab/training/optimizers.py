@@ -17,6 +17,7 @@ import ademamix
 from ademamix import RuleOptimizer, optimizer_from, split_parameters
 from ademamix.engine.arguments import OF_GEOMETRY  # in `settings`, also of those that have a section
 from ademamix.lab.config import BadInputError, Optimizer, Training
+from ademamix.lab.own_code import refuse_unnamed, split
 
 SECTIONS = ("adamw", "ademamix")  # whose settings are a section of their own in a recipe; all others share `settings`
 REST_LR = "rest_lr"
@@ -28,7 +29,7 @@ def pinned(name: Optimizer) -> Optimizer:
     Raises:
         BadInputError: there is no such optimizer, or its rule is not the one that the name was pinned to.
     """
-    kind, (path, attribute, _) = kind_of(name), _split(name)
+    kind, (path, attribute, _) = kind_of(name), split(name)
     return f"{path}:{attribute}@{_digest(kind)}" if path else kind.__name__.lower()
 
 
@@ -39,7 +40,7 @@ def title(name: Optimizer) -> str:
 
 def folder_of(name: Optimizer) -> str:
     """A name for its runs' folder: no rule of the user's own shares one with an optimizer of the library's."""
-    path, attribute, _ = _split(name)
+    path, attribute, _ = split(name)
     return f"{Path(path).stem}-{attribute}" if path else name
 
 
@@ -84,15 +85,17 @@ def kind_of(name: Optimizer) -> type[RuleOptimizer]:
         name: NAME is a rule as :func:`ademamix.optimizer_from` takes it, or an optimizer class; a digest may follow.
 
     Raises:
-        BadInputError: see :func:`pinned`; or the rule has a mistake, which the library's message names.
+        BadInputError: see :func:`pinned`; or the rule has a mistake, which the library's message names, or a command
+            does not name its file.
     """
-    path, attribute, digest = _split(name)
+    path, attribute, digest = split(name)
     if not path:
         library = _library()
         if _folded(name) not in library:
             there = ", ".join(kind.__name__ for kind in library.values())
             raise BadInputError(f"unknown optimizer {name}; there are {there}, and FILE.py:NAME for a rule of your own")
         return library[_folded(name)]
+    refuse_unnamed(path, attribute)
     kind = _own(Path(path), attribute)
     if digest and digest != _digest(kind):
         raise BadInputError(f"{path}:{attribute} has changed since: its digest was {digest} and is {_digest(kind)}")
@@ -161,13 +164,6 @@ def _check_names(kind: type[RuleOptimizer], given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in names:
             raise BadInputError(f"{kind.__name__} has no setting {name}; it has {', '.join(names)}")
-
-
-def _split(name: Optimizer) -> tuple[str, str, str]:
-    """The file, what is meant in it, and its digest; no file for an optimizer of the library's."""
-    path, _, rest = name.rpartition(":")
-    attribute, _, digest = rest.partition("@")
-    return path, attribute, digest
 
 
 def _folded(name: Optimizer) -> str:
