@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from ademamix import backends
 from ademamix.backends import sent_to
 from ademamix.engine.sharding import global_norm
-from ademamix.engine.state import scalar
+from ademamix.engine.state import CPU, scalar
 
 
 class Norm(NamedTuple):
@@ -103,8 +103,8 @@ def factor_and_skip(
         if skip_nonfinite:
             skip = (norm.value - norm.value) != 0.0  # of an infinity or a NaN that is a NaN; isfinite() takes 6 kernels
     if scale is not None:
-        inverse = 1.0 / (scale if isinstance(scale, Tensor) else scalar(scale))
-        factor = inverse if factor is None else factor * inverse
+        known = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=CPU)
+        factor = 1.0 / known if factor is None else factor / scale
     if found_inf is not None:
         found_inf = found_inf if isinstance(found_inf, Tensor) else scalar(found_inf)  # 0, where it saw no gradient
         skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)

@@ -286,7 +286,7 @@ class _Seen:
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:
-    return [*map(type, grads), *map(Tensor.numel, grads), *[g.dtype for g in grads]]
+    return [*map(type, grads), *[g.shape for g in grads], *[g.dtype for g in grads]]
 
 
 Members = list[int]  # numbers of parameters

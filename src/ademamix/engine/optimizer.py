@@ -198,7 +198,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
         Returns:
             The norm before clipping (and without the scale), a tensor of no dimensions on the gradients' device. It
-            overflows to infinity for gradients above 1e19.
+            overflows to infinity for gradients above 1e19, for float64 ones above 1e154.
         """
         _check_bound("max_norm", max_norm)
         every = self._every()
