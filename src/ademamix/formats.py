@@ -66,8 +66,19 @@ def keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint3
 
 
 def turned(noise: Any, places: int) -> Any:
-    """The noise rotated to the left by 0 < places < 32: each slot of an element takes its bits from another place."""
+    """The noise rotated to the left by 0 < places < 32."""
     return xp.uint(xp.uint(noise << xp.uint(places)) ^ xp.shift_right(noise, 32 - places))
+
+
+def noise_share(number: int) -> tuple[int, int]:
+    """Which noise an element of the parameter (number 0) or of its slots (1, 2, ...) is rounded by: each has its own.
+
+    Returns:
+        Which: 0 for the noise of the step's key, others for that of the key ``hashed(key, which)``. And by how many
+        places it is turned: four share one noise, whose bits they take from different places.
+    """
+    which, place = divmod(number, 4)
+    return which, 8 * place
 
 
 def _same(x: Any, scale: Any, noise: Any) -> Any:

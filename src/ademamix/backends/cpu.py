@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names, global_names, with_numbers
 from ademamix.backends.cache import cache_folder, made_private, only_ours, trusted
 from ademamix.backends.pool import for_each
-from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
+from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, noise_share, turned
 
 PIECE = 1 << 10
 
@@ -187,20 +187,25 @@ class _Kernel:
         def encoded(k: int, x: str) -> str:
             if k not in self.coded:
                 return x
-            places = 8 * max(k - 1, 0) % 32
-            random = "h" if not places else f"turned(h, {places})"
+            which, places = noise_share(max(k - 1, 0))
+            random = f"turned(h{which}, {places})" if places else f"h{which}"
             return f"encode{k}({x}, {f's{k}' if k in scale else 'zero'}, {random if self._of(k).stochastic else 'nil'})"
 
+        noises = {which: n for n, which in enumerate(sorted({noise_share(max(k - 1, 0))[0] for k in self.late}))}
+        keys = [
+            "key0 = hashed(keys[tensor], done[coefficient])",
+            *(f"key{w} = hashed(key0, uint({w}))" for w in noises if w),
+        ]
         lanes = [
             f"for i in range({2 * LANES}):",
-            f"    store_lane(lanes, i, hashed(key, narrow(i & {LANES - 1})))",
+            *(f"    store_lane(lanes{w}, i, hashed(key{w}, narrow(i & {LANES - 1})))" for w in noises),
         ]
         prepare = [
             f"index = first + row * stride + column * {BLOCK}",
-            f"lane = lanes + 4 * (index & {LANES - 1})",
             f"wrap = min(n, {LANES} - (index & {LANES - 1}))",
-            f"block0 = hashed(key ^ uint({OTHER}), narrow(index >> 8))",
-            f"block1 = hashed(key ^ uint({OTHER}), narrow((index >> 8) + 1))",
+            *(f"lane{w} = lanes{w} + 4 * (index & {LANES - 1})" for w in noises),
+            *(f"block{w} = hashed(key{w} ^ uint({OTHER}), narrow(index >> 8))" for w in noises),
+            *(f"next{w} = hashed(key{w} ^ uint({OTHER}), narrow((index >> 8) + 1))" for w in noises),
         ]
         direct = [k for k in self.streams if k != 1 and k not in self.late]
         results = ["r0", *(f"r{k}" for k in range(2, len(self.formats)))]
@@ -214,16 +219,17 @@ class _Kernel:
         # Lane 0 may lie within the block: from there on, the hash is that of the next block of lanes.
         finish = [
             "for part in range(2):",
-            "    low, high, block_hash = (wrap, n, block1) if part else (0, wrap, block0)",
+            "    low, high = (wrap, n) if part else (0, wrap)",
+            *(f"    of_block{w} = next{w} if part else block{w}" for w in noises),
             "    for i in range(low, high):",
-            "        h = uint(load_lane(lane, i) ^ block_hash)",
+            *(f"        h{w} = uint(load_lane(lane{w}, i) ^ of_block{w})" for w in noises),
             *(
                 f"        store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})"
                 for k in self.late
             ),
         ]
         if not self.late:
-            lanes, prepare, finish = [], [], []
+            keys, lanes, prepare, finish = [], [], [], []
         rescale = [
             line
             for k in self.scaled
@@ -231,10 +237,13 @@ class _Kernel:
         ]
         return "\n".join(
             [
-                "def kernel(pointers, shapes, offsets, rows, coefficients, keys, begin, end):",
-                f"    scratch = np.empty({BLOCK * len(self.late) + 2 * LANES}, np.float32)",
+                "def kernel(pointers, shapes, offsets, rows, coefficients, done, keys, begin, end):",
+                f"    scratch = np.empty({BLOCK * len(self.late) + 2 * LANES * len(noises)}, np.float32)",
                 *(f"    z{k} = scratch.ctypes.data + {4 * BLOCK * i}" for i, k in enumerate(self.late)),
-                f"    lanes = scratch.ctypes.data + {4 * BLOCK * len(self.late)}",
+                *(
+                    f"    lanes{w} = scratch.ctypes.data + {4 * (BLOCK * len(self.late) + 2 * LANES * n)}"
+                    for w, n in noises.items()
+                ),
                 "    tensor = 0",
                 "    while offsets[tensor + 1] <= begin:",
                 "        tensor += 1",
@@ -244,8 +253,7 @@ class _Kernel:
                 *(f"        b{k} = pointers[tensor, {scale[k]}]" for k in self.scaled),
                 "        coefficient = rows[tensor]",
                 "        factor = coefficients[coefficient, 0]",
-                "        key = hashed(keys[tensor], uint(coefficients[coefficient, 1]))",
-                *(f"        {line}" for line in lanes),
+                *(f"        {line}" for line in (*keys, *lanes)),
                 *(f"        c{k} = coefficients[coefficient, {k + 2}]" for k in range(count)),
                 "        row = (begin - offsets[tensor]) // across",
                 "        column = (begin - offsets[tensor]) % across",
@@ -396,9 +404,9 @@ def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | Non
     module = sys.modules[name] = types.ModuleType(name)  # Numba looks modules up by name when it loads a kernel
     exec(compile(source, str(path or f"<{name}>"), "exec"), module.__dict__)
     module.__dict__.update(made.functions(name))
-    table, vector = nt.int64[:, ::1], nt.int64[::1]
+    table, vector, words = nt.int64[:, ::1], nt.int64[::1], nt.uint32[::1]
     number = getattr(nt, made.arithmetic)
-    signature = nt.void(table, table, vector, vector, number[:, ::1], nt.uint32[::1], nt.int64, nt.int64)
+    signature = nt.void(table, table, vector, vector, number[:, ::1], words, words, nt.int64, nt.int64)
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         raise RuntimeError("NUMBA_DISABLE_JIT is set, so nothing can be compiled")
 
@@ -442,7 +450,9 @@ class Launch:
             return
         self.pointers[:, 1] = list(map(torch.Tensor.data_ptr, grads))
         tables = (self.pointers, self.shapes, self.offsets)
-        arguments = (*tables, np.array(rows, np.int64), coefficients.to(self.dtype).numpy(), self.keys)
+        numbers = coefficients.to(self.dtype).numpy()
+        done = coefficients[:, 1].numpy().astype(np.int64).astype(np.uint32)  # exact, unlike float32
+        arguments = (*tables, np.array(rows, np.int64), numbers, done, self.keys)
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (64 * threads))

@@ -99,7 +99,7 @@ class Launches:
             for i, p, s in zip(inputs.of_group, inputs.params, saved, strict=True)
         ]
         self.states = [
-            state_of(s, p, f, p.device if self.on_device else CPU)
+            state_of(s, p, f, p.device if self.on_device else None)
             for s, p, f in zip(saved, inputs.params, formats, strict=True)
         ]
         self.fresh = True

@@ -25,7 +25,7 @@ from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, c
 from ademamix.engine.muon import Iteration, check_matrices
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
-from ademamix.engine.state import CPU, MASTER, check_state, renewed, scalar, slot_formats, state_of
+from ademamix.engine.state import CPU, MASTER, check_state, counter, renewed, slot_formats, state_of
 from ademamix.formats import Format
 from ademamix.geometries import NEWTON_SCHULZ
 
@@ -35,7 +35,8 @@ WHOLE = ("state", "backend", "skip_nonfinite", "offload")  # what no group has o
 class RuleOptimizer(torch.optim.Optimizer, Kind):
     """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
 
-    Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
+    Per-parameter state: ``step`` (0-dim tensor on the CPU, float32 as in torch.optim and float64 from 2**24 steps on;
+    where steps are counted on a device, float64) and, for each slot of the rule that is stored, one
     tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
     scales; those of "int8" and "int16" are negative. Parameters that are float64 or complex, have one dimension or less
     than 4096 elements keep full precision.
@@ -428,7 +429,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 kept.pop(MASTER, None)
             formats = {name: f for name, f in slot_formats(like, self._formats).items() if name in kept}
             exact, step = renewed(state_of(kept, like, formats), like, formats), kept["step"]
-            yield p, {**exact, "step": step if backends.is_fake(step) else scalar(float(step))}
+            yield p, {**exact, "step": step if backends.is_fake(step) else counter(float(step))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
