@@ -21,7 +21,7 @@ from ademamix.engine.clipping import Norm, Note, clipping, factor_and_skip, is_c
 from ademamix.engine.coefficients import Source
 from ademamix.engine.interrupts import uninterrupted, without_gradients
 from ademamix.engine.kinds import Kind, traced_once
-from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
+from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_layout, check_tensors
 from ademamix.engine.muon import Iteration, check_matrices
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
@@ -205,6 +205,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         every = self._every()
         params = [p for p in every if p.grad is not None]
         own: list[Any] = [p.grad for p in params]
+        self._check_layouts(own)
         norm = clipping(gradients(params, own), every, max_norm, grad_scale)
         self._note = Note(norm, own)
         return norm.value
@@ -212,10 +213,19 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     def _every(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
+    def _check_layouts(self, grads: Sequence[Tensor]) -> None:
+        """Raise RuntimeError, by group and shape, for gradients that have no norm."""
+        if any(g.layout != torch.strided for g in grads):
+            for i, group in enumerate(self.param_groups):
+                for p in group["params"]:
+                    if p.grad is not None:
+                        check_layout(type(self).__name__, i, p, p.grad)
+
     def _factor_and_skip(self, own: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Of the parameters' own gradients, and of these placed as the parameters are."""
         norm = self._note.norm if self._note is not None and self._note.serves(own) else None
         if norm is None and self.skip_nonfinite:
+            self._check_layouts(own)
             norm = Norm(global_norm(grads, self._every()), None, None)
         # A GradScaler sets these two for the time of a step.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

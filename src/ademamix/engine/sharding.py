@@ -170,9 +170,6 @@ def global_norm(grads: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process may
     have one.
     """
-    if grads and {g.layout for g in grads} != {torch.strided}:
-        found = next(g.layout for g in grads if g.layout != torch.strided)
-        raise RuntimeError(f"the norm of the gradients takes dense ones (torch.strided) alone, got {found}")
     plain: Sequence[Tensor] = grads
     sharded: dict[Any, list[Any]] = {}
     double = False  # the same on all processes
