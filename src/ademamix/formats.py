@@ -121,10 +121,10 @@ def _scale(absmax: Any, unit: Any) -> Any:
 
 def _scaled(x: Any, scale: Any) -> Any:
     """x / scale, by a factor that is the block's; 0 where the scale is 0."""
-    tiny = scale < 1e-30  # 1 / scale may be infinite: then both are raised by 2**64
-    raised = xp.where(tiny, scale * 18446744073709551616.0, scale)
-    inverse = xp.where(scale > 0.0, xp.divide(1.0, xp.maximum(raised, 1e-30)), 0.0)
-    return xp.where(tiny, x * 18446744073709551616.0, x) * inverse
+    # Both are raised by 2**64 where 1 / scale may be infinite; 0 * scale makes a float32 of it in every namespace.
+    raised = xp.where(scale < 1e-30, scale * 0.0 + 18446744073709551616.0, 1.0)
+    inverse = xp.where(scale > 0.0, xp.divide(1.0, xp.maximum(scale * raised, 1e-30)), 0.0)
+    return x * raised * inverse
 
 
 def scale_int8(absmax: Any) -> Any:

@@ -367,12 +367,12 @@ class _Kept(NullCache):  # type: ignore[misc]
         if data is not None:
             target_context.refresh()
             with contextlib.suppress(Exception):  # written by who knows what
-                return CompileResult._rebuild(target_context, *pickle.loads(data))
+                return CompileResult._rebuild(target_context, *pickle.loads(data))  # type: ignore[no-untyped-call]
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):  # the disk may be full
-            write(self.path, dumps(data._reduce()))
+            write(self.path, dumps(data._reduce()))  # type: ignore[no-untyped-call]
 
 
 def _place(name: str) -> Path | None:

@@ -204,9 +204,7 @@ class Launch:
                 self._update(pieces[:count], numbers, coefficients[row, 1], skip)
                 del pieces[:count]
 
-    def _update(
-        self, pieces: Sequence[_Piece], coefficients: Sequence[Any], done: Tensor, skip: Tensor | None
-    ) -> None:
+    def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[Any], done: Tensor, skip: Tensor | None) -> None:
         dtype = torch.float64 if self.batch.double else torch.float32
         tensors = list(zip(*(piece.tensors for piece in pieces), strict=True))
         scales = list(zip(*(piece.scales for piece in pieces), strict=True))

@@ -18,7 +18,6 @@ from torch import Tensor
 from ademamix.backends import bind, reason, sent_to, warn
 from ademamix.engine.tape import Coefficients, Tape, Values
 
-
 EXACT = 2.0**24  # steps, from which on float32 lacks every other number
 
 
