@@ -353,7 +353,7 @@ def fingerprint(function: Rule, outer: tuple[Rule, ...] = ()) -> str:
     return repr((text(code), names, constants, cells, function.__defaults__, function.__kwdefaults__, nested))
 
 
-class _Kept(NullCache):  # type: ignore[misc]
+class _Kept(NullCache):
     """Machine code in a file: where Numba looks for what it would compile, and leaves what it has compiled.
 
     Numba's own cache is files that refer to each other and runs whatever machine code they hold, damaged or not.

@@ -167,8 +167,8 @@ def global_norm(grads: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     """The 2-norm of all gradients together, a tensor of no dimensions on the first one's device; each is read once.
 
     It is float64 if gradients are, as torch's is, and else accumulated in float32. DTensors cost one all-reduce of one
-    number for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process may
-    have one.
+    number for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process
+    may have one.
     """
     plain: Sequence[Tensor] = grads
     sharded: dict[Any, list[Any]] = {}
