@@ -68,6 +68,11 @@ REFUSED_BY_ALL: tuple[tuple[Options, str], ...] = (
     ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
     ({"lr": NAN}, "lr must be a finite number >= 0, got nan"),
     ({"lr": INF}, "lr must be a finite number >= 0, got inf"),
+    ({"lr": 1e39}, r"lr must be a finite number >= 0, and at most 3.4e\+38 \(float32\), got 1e\+39"),
+    (
+        {"weight_decay": 1e39},
+        r"weight_decay must be a finite number >= 0, and at most 3.4e\+38 \(float32\), got 1e\+39",
+    ),
     ({"lr": "0.1"}, "lr must be a finite number >= 0, got '0.1'"),
     ({"lr": True}, "lr must be a finite number >= 0, got True"),
     ({"lr": torch.zeros(2)}, r"lr must be a finite number >= 0, got tensor\(\[0., 0.\]\)"),

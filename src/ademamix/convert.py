@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ademamix.engine.optimizer import RuleOptimizer
-from ademamix.engine.state import MASTER, decoded
+from ademamix.engine.state import MASTER, counter, decoded
 from ademamix.formats import BLOCK
 from ademamix.optimizers.adam import WARMUPS, AdEMAMix
 
@@ -265,7 +265,7 @@ def _renamed(source: str, i: Any, saved: Mapping[str, Any], names: Mapping[str, 
 def _step(source: str, i: Any, kept: Mapping[str, Any]) -> Tensor:
     if "step" not in kept:
         raise ValueError(f"{source}: parameter {i!r} has a state but no 'step'")
-    return torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
+    return counter(float(kept["step"]))
 
 
 def _numbers(source: str, i: Any, slots: Mapping[str, Tensor], name: str) -> Tensor:

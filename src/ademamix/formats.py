@@ -66,8 +66,19 @@ def keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint3
 
 
 def turned(noise: Any, places: int) -> Any:
-    """The noise rotated to the left by 0 < places < 32: each slot of an element takes its bits from another place."""
+    """The noise rotated to the left by 0 < places < 32."""
     return xp.uint(xp.uint(noise << xp.uint(places)) ^ xp.shift_right(noise, 32 - places))
+
+
+def noise_share(number: int) -> tuple[int, int]:
+    """Which noise an element of the parameter (number 0) or of its slots (1, 2, ...) is rounded by: each has its own.
+
+    Returns:
+        Which: 0 for the noise of the step's key, others for that of the key ``hashed(key, which)``. And by how many
+        places it is turned: four share one noise, whose bits they take from different places.
+    """
+    which, place = divmod(number, 4)
+    return which, 8 * place
 
 
 def _same(x: Any, scale: Any, noise: Any) -> Any:
@@ -99,18 +110,34 @@ def decode_bfloat16(code: Any, scale: Any) -> Any:
     return xp.from_bits(xp.uint(xp.uint(code) << xp.uint(16)))
 
 
+def _scale(absmax: Any, unit: Any) -> Any:
+    """A block's scale; ``unit`` is that of a maximum of 1, rounded up: no number may round to above the largest code's.
+
+    One that is so small that it may be a denormal number, which is rounded coarsely, is doubled.
+    """
+    scale = absmax * unit
+    return xp.where(scale < 1e-37, scale + scale, scale)
+
+
+def _scaled(x: Any, scale: Any) -> Any:
+    """x / scale, by a factor that is the block's; 0 where the scale is 0."""
+    # Both are raised by 2**64 where 1 / scale may be infinite; 0 * scale makes a float32 of it in every namespace.
+    raised = xp.where(scale < 1e-30, scale * 0.0 + 18446744073709551616.0, 1.0)
+    inverse = xp.where(scale > 0.0, xp.divide(1.0, xp.maximum(scale * raised, 1e-30)), 0.0)
+    return x * raised * inverse
+
+
 def scale_int8(absmax: Any) -> Any:
-    return absmax * (-1.000001 / 122878.0)  # the largest code's number: nothing may round to above it
+    return _scale(absmax, 1.000001 / 122878.0) * -1.0  # also of 0: -0.0
 
 
 def scale_int16(absmax: Any) -> Any:
-    return absmax * (-1.000001 / 131038.0)
+    return _scale(absmax, 1.000001 / 131038.0) * -1.0
 
 
 def _noisy_bits(x: Any, scale: Any, random: Any) -> Any:
     """float32's bits of |x / scale| + 2, with random ones added below those that a code keeps."""
-    inverse = xp.where(scale < -1e-37, xp.divide(1.0, xp.maximum(-scale, 1e-37)), 0.0)  # above, it would overflow
-    size = xp.from_bits(xp.uint(xp.bits(x * inverse) & xp.uint(0x7FFFFFFF)))
+    size = xp.from_bits(xp.uint(xp.bits(_scaled(x, -scale)) & xp.uint(0x7FFFFFFF)))
     return xp.uint(xp.bits(size + 2.0) + random)
 
 
@@ -147,7 +174,7 @@ def decode_int16(code: Any, scale: Any) -> Any:
 
 
 def scale_float8(absmax: Any) -> Any:
-    return absmax * (1.000001 / 1.875)  # 1.875 is the largest code's, and nothing may round to above it
+    return _scale(absmax, 1.000001 / 1.875)
 
 
 def encode_float8(x: Any, scale: Any, noise: Any) -> Any:
@@ -155,8 +182,7 @@ def encode_float8(x: Any, scale: Any, noise: Any) -> Any:
 
     What is smaller is stored as the smallest: a second moment that became 0 would divide by eps.
     """
-    inverse = xp.where(scale > 1e-36, xp.divide(1.0, xp.maximum(scale, 1e-36)), 0.0)  # below, 1 / scale would overflow
-    bits = xp.bits(xp.maximum(x * inverse, 4.656612873077393e-10))
+    bits = xp.bits(xp.maximum(_scaled(x, scale), 4.656612873077393e-10))
     return xp.shift_right(xp.uint(bits + xp.shift_right(noise, 12)), 20)  # a code is the lower 8 of these 10 bits
 
 

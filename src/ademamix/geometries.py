@@ -31,7 +31,7 @@ def adam(
     debias2: Any,  # 1 / sqrt(1 - beta2^t)
 ) -> tuple[Any, Any]:
     """Each element divided by its root mean square (Adam), with decoupled decay multiplied by lr as in PyTorch."""
-    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
+    exp_avg_sq = _mean_square(exp_avg_sq, g, w2, stay2, pull2)
     update = u / (debias2 * xp.sqrt(exp_avg_sq) + eps)
     return p - lr * (update + weight_decay * p), exp_avg_sq
 
@@ -60,13 +60,19 @@ def adam_limited(
     of older ones, and the less it counts the further they lie back. ``u`` itself is kept below the limit, not summed
     anew: a run without a limit keeps its bits.
     """
-    exp_avg_sq = stay2 * exp_avg_sq + w2 * (g * g - pull2 * exp_avg_sq)
+    exp_avg_sq = _mean_square(exp_avg_sq, g, w2, stay2, pull2)
     share = floor * slow
     over = share * slow > exp_avg_sq
     denominator = debias2 * xp.sqrt(exp_avg_sq) + eps
     # fast + exp_avg_sq / share where over, with one division: kernels of compact state wait for these.
     update = xp.where(over, fast * share + exp_avg_sq, u) / xp.where(over, share * denominator, denominator)
     return p - lr * (update + weight_decay * p), exp_avg_sq
+
+
+def _mean_square(exp_avg_sq: Any, g: Any, w2: Any, stay2: Any, pull2: Any) -> Any:
+    """The new average of squares. One that has become infinite stays so, as in torch: infinity minus itself is NaN."""
+    finite = xp.where(exp_avg_sq - exp_avg_sq < 1.0, exp_avg_sq, 0.0)
+    return stay2 * exp_avg_sq + w2 * (g * g - pull2 * finite)
 
 
 # --------------------------------------------------------------------------------- muon

@@ -31,7 +31,7 @@ from ademamix.engine.arguments import check_flags, check_seed
 from ademamix.engine.kinds import DECOUPLED
 from ademamix.engine.muon import Iteration
 from ademamix.engine.optimizer import RuleOptimizer
-from ademamix.engine.state import MASTER
+from ademamix.engine.state import MASTER, counter
 from ademamix.formats import Format, keys
 from ademamix.optimizers.adam import AdamW, AdEMAMix
 from ademamix.optimizers.muon import Muon
@@ -404,9 +404,7 @@ def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, leaves in columns.items():
         for i, leaf in enumerate(leaves):
-            tensors = states.setdefault(
-                i, {"step": torch.tensor(float(state.count), dtype=torch.float32, device="cpu")}
-            )
+            tensors = states.setdefault(i, {"step": counter(float(state.count))})
             if isinstance(leaf, Absent):
                 continue
             codes, scale = leaf if isinstance(leaf, Blocks) else (leaf, None)

@@ -2,14 +2,14 @@
 
 import os
 import pickle
+import random
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -52,7 +52,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def planted(filled: Path, folder: Path) -> Path:
-    """The folder with a pickle in the place of each index: the file that appears if one is read."""
+    """The folder with another pickle in the place of a kernel's: the file that appears if it is read."""
     shutil.copytree(filled, folder)
     marker = folder.parent / "ran"
 
@@ -60,8 +60,8 @@ def planted(filled: Path, folder: Path) -> Path:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(marker),)
 
-    (index,) = folder.rglob("*.nbi")
-    index.write_bytes(pickle.dumps(Planted()))
+    (kernel,) = folder.rglob("*.kernel")
+    cache.write(kernel, pickle.dumps(Planted()))
     return marker
 
 
@@ -94,19 +94,19 @@ def test_folders_and_files_are_the_user_s_alone_whatever_the_umask(
     made = [tmp_path / "above", *(tmp_path / "above").rglob("*")]
     assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o700}
     assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {0o600}
-    assert len([path for path in made if path.suffix == ".nbi"]) == 1
+    assert [path.suffix for path in made if path.is_file()] == [".kernel"]
     times = {path: path.stat().st_mtime_ns for path in made if path.is_file()}
     assert step() == []
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path / "above")} == times  # they are used
 
 
-def test_a_planted_index_would_run_code(planted: Path) -> None:
+def test_a_planted_kernel_would_run_code(planted: Path) -> None:
     """Where it has the owner and mode of our own; else it would be no wonder that none runs below."""
     step()
     assert planted.exists()
 
 
-PLACES = ["", "kernels", "kernels/__pycache__", ".."]
+PLACES = ["", "kernels", ".."]
 ROOT = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may give files away")
 
 
@@ -140,26 +140,26 @@ def test_nobody_else_may_write_to_the_folder_itself(mode: int, folder: Path) -> 
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o620])
-def test_an_index_that_others_may_write_to_is_made_anew(mode: int, folder: Path, planted: Path) -> None:
+def test_a_kernel_that_others_may_write_to_is_made_anew(mode: int, folder: Path, planted: Path) -> None:
     for path in files(folder):
         path.chmod(mode)
     assert step() == []
     assert not planted.exists()
-    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.nb?")} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.kernel")} == {0o600}
 
 
-def test_an_index_that_is_a_link_is_made_anew(folder: Path, tmp_path: Path, planted: Path) -> None:
-    (index,) = folder.rglob("*.nbi")
-    index.rename(tmp_path / "elsewhere")
-    index.symlink_to(tmp_path / "elsewhere")
+def test_a_kernel_that_is_a_link_is_made_anew(folder: Path, tmp_path: Path, planted: Path) -> None:
+    (kernel,) = folder.rglob("*.kernel")
+    kernel.rename(tmp_path / "elsewhere")
+    kernel.symlink_to(tmp_path / "elsewhere")
     assert step() == []
     assert not planted.exists()
-    assert not index.is_symlink()
+    assert not kernel.is_symlink()
 
 
 @ROOT
-def test_an_index_of_somebody_else_is_made_anew(folder: Path, planted: Path) -> None:
-    for path in folder.rglob("*.nb?"):
+def test_a_kernel_of_somebody_else_is_made_anew(folder: Path, planted: Path) -> None:
+    for path in folder.rglob("*.kernel"):
         os.chown(path, STRANGER, -1)
     assert step() == []
     assert not planted.exists()
@@ -199,18 +199,55 @@ def test_a_circle_of_links_is_no_folder(folder: Path) -> None:
     assert step() == []
 
 
-@pytest.mark.slow
-def test_numba_s_own_cache_folder_is_held_to_the_same(tmp_path: Path) -> None:
-    """NUMBA_CACHE_DIR takes the kernels elsewhere; it is read when Numba is imported."""
-    open_to_all = tmp_path / "numba"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o777)
-    code = (
-        "import torch\nfrom ademamix import AdamW\np = torch.zeros(3, requires_grad=True)\np.grad = torch.ones(3)\n"
-        "AdamW([p], backend='cpu').step()"
-    )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(open_to_all)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0
-    assert f"others may write to {open_to_all}" in done.stderr
-    assert not files(open_to_all)
+def damages(content: bytes) -> Iterator[bytes]:
+    """What disks, networks and users make of a file: bits and bytes changed, parts lost, doubled, zeroed or swapped."""
+    chance, size = random.Random(0), len(content)
+    for _ in range(20):
+        at, length = chance.randrange(size), chance.randrange(1, 4096)
+        first, hit, rest = content[:at], content[at : at + length], content[at + length :]
+        yield content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+        yield first
+        yield first + rest
+        yield first + hit + hit + rest
+        yield first + bytes(byte ^ 0xFF for byte in hit) + rest
+        yield rest + first + hit
+    yield from (b"", bytes(size), content + b"\0")
+
+
+def test_a_damaged_file_is_not_read(tmp_path: Path) -> None:
+    """Nor is one under another name."""
+    path, data = tmp_path / "a.kernel", random.Random(1).randbytes(10_000)
+    assert cache.read(path) is None
+    cache.write(path, data)
+    assert cache.read(path) == data
+    content = path.read_bytes()
+    for damaged in damages(content):
+        path.write_bytes(damaged)
+        assert cache.read(path) == (data if damaged == content else None)
+    path.write_bytes(content)
+    assert cache.read(path.rename(tmp_path / "b.kernel")) is None
+    assert [each.name for each in tmp_path.iterdir()] == ["b.kernel"]
+
+
+@pytest.mark.slow  # it compiles 123 times
+def test_a_damaged_kernel_is_compiled_anew(filled: Path, folder: Path) -> None:
+    """Machine code is run as it is: what was damaged could end the process, at every start."""
+    shutil.copytree(filled, folder)
+    (kernel,) = folder.rglob("*.kernel")
+    content = kernel.read_bytes()
+    for damaged in damages(content):
+        kernel.write_bytes(damaged)
+        assert step() == []
+        assert cache.read(kernel) is not None
+
+
+def test_a_kernel_is_found_whatever_numba_s_own_cache_folder_is(
+    filled: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(filled, folder)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "numba"))
+    (kernel,) = folder.rglob("*.kernel")
+    before = kernel.stat().st_mtime_ns
+    assert step() == []
+    assert kernel.stat().st_mtime_ns == before
+    assert not (tmp_path / "numba").exists()

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from ademamix.backends import pool
 
@@ -63,6 +64,26 @@ def test_an_error_of_a_helper_is_raised() -> None:
     for _ in range(2):
         with pytest.raises(MemoryError, match="of the helper"):
             pool.for_each(PIECES, act, 2)
+
+
+def test_denormal_numbers_are_flushed_by_all_threads_or_by_none() -> None:
+    """As this one does when it asks for help, whatever it did when they were started."""
+    found: set[tuple[bool, bool]] = set()
+    smallest = sys.float_info.min
+
+    def act(piece: int) -> None:
+        time.sleep(0.001)
+        found.add((threading.current_thread() is threading.main_thread(), smallest * 0.5 == 0.0))
+
+    try:
+        for flushes in (False, True, False):
+            if not torch.set_flush_denormal(flushes):
+                pytest.skip("this processor does not flush denormal numbers")
+            found.clear()
+            pool.for_each(PIECES, act, 3)
+            assert found == {(True, flushes), (False, flushes)}
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def interrupted(act: Any, after: int) -> bool:

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -116,18 +117,46 @@ def test_another_shape_is_refused(backend: str, offload: bool, dtype: torch.dtyp
     assert torch.equal(p, before)
 
 
+OTHER_SHAPES = {
+    "shorter": lambda: torch.ones(3, 4),
+    "turned": lambda: torch.ones(4, 6),
+    "flat": lambda: torch.ones(24),
+    "one that copy_ would spread": lambda: torch.ones(1, 4),
+    "of the same length and strides": lambda: torch.ones(6, 4).as_strided((6, 4, 1), (4, 1, 1)),
+}
+
+
 @BACKENDS
-def test_a_gradient_of_another_shape_is_refused(backend: str) -> None:
-    """What lies behind its end is not read."""
-    p = nn.Parameter(torch.ones(6, 4))
-    optimizer = AdEMAMix([p], backend=backend)
-    p.grad = torch.ones(6, 4)
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("other", OTHER_SHAPES)
+def test_a_gradient_of_another_shape_is_refused(other: str, laid_out: bool, offload: bool, backend: str) -> None:
+    """As by torch, which compares shapes in each step: what lies behind its end is not read.
+
+    ``laid_out``: in steps whose gradients are copied into the parameters' strides.
+    """
+    params = [nn.Parameter(torch.ones(6, 4)) for _ in range(2)]
+    optimizer = AdEMAMix(params, backend=backend, offload=offload)
+    for p in params:
+        p.grad = torch.ones(4, 6).t() if laid_out else torch.ones(6, 4)
     optimizer.step()
-    before = p.detach().clone()
-    p.grad.data = torch.ones(3, 4)
-    with pytest.raises(RuntimeError, match=r"has shape \(3, 4\): they must be equal"):
+    before = copy.deepcopy([p.detach() for p in params])
+    params[1].grad.data = OTHER_SHAPES[other]()
+    shape = tuple(params[1].grad.shape)
+    with pytest.raises(RuntimeError, match=re.escape(f"in group 0 has shape {shape}: they must be equal")):
         optimizer.step()
-    assert torch.equal(p, before)
+    assert same([p.detach() for p in params], before)
+
+
+def test_a_gradient_of_the_same_elements_and_strides_but_another_shape_is_refused() -> None:
+    """Dimensions of one element may have any strides."""
+    p = nn.Parameter(torch.ones(6, 1))
+    optimizer = AdamW([p])
+    p.grad = torch.ones(6, 1)
+    optimizer.step()
+    p.grad.data = torch.ones(6).as_strided((1, 6), (1, 1))
+    with pytest.raises(RuntimeError, match=r"has shape \(1, 6\): they must be equal"):
+        optimizer.step()
 
 
 # --------------------------------------------------------------------------------- hyperparameters

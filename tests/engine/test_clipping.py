@@ -155,6 +155,34 @@ def test_a_bad_norm_is_refused(bad: Any) -> None:
     assert optimizer._note is None
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("others", [(), (torch.float32,)], ids=["alone", "among others"])
+@pytest.mark.parametrize("size", [1.0, 1e40, 1e-60])
+def test_float64_gradients_are_clipped_in_float64(size: float, others: tuple[torch.dtype, ...], backend: str) -> None:
+    """float32 has neither 1e40 nor 1e-60, and its factors are off by 6e-8. With a scale too, which is no power of 2."""
+    runs = []
+    for how in ("torch", "ours", "scaled"):
+        params = [torch.zeros(5, dtype=d, requires_grad=True) for d in (torch.float64, *others)]
+        optimizer = AdamW(params, lr=0.1, eps=0.0, weight_decay=0.0, backend=backend)
+        for step in range(3):
+            give_gradients(params, step)
+            params[0].grad *= size * (3.0 if how == "scaled" else 1.0)
+            if others:
+                params[1].grad = torch.zeros(5)
+            if how == "torch":
+                norm = nn.utils.clip_grad_norm_(params, 0.3 * size)
+            else:
+                found = optimizer.clip_grad_norm_(0.3 * size, grad_scale=3.0 if how == "scaled" else None)
+                assert found.dtype == norm.dtype == torch.float64
+            optimizer.step()
+        if how != "torch":
+            torch.testing.assert_close(found, norm, rtol=1e-15, atol=0.0)  # some roundings
+        assert optimizer.skipped_steps == 0
+        runs.append(params[0].detach())
+    for run in runs[1:]:  # 20 roundings in three steps
+        torch.testing.assert_close(run, runs[0], rtol=20 * 2.0**-53, atol=0.0)
+
+
 @pytest.mark.parametrize("bad", [-1.0, math.nan, "1", None])
 def test_a_bad_max_norm_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"max_norm must be a number >= 0, got"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ademamix import AdamW, AdEMAMix, RuleOptimizer
-from optimizer_table import Case, Row, every_row, first_cases
+from optimizer_table import Case, Row, every_case, every_row, first_cases
 from small_models import BACKENDS, model, same, set_grads
 
 
@@ -204,3 +204,19 @@ def test_numbers_may_be_numpy_s(number: Any) -> None:
         optimizer.step()
         optimizer.clip_grad_norm_(kind(1))
     assert torch.equal(plain, ours)
+
+
+@every_case
+def test_schedulers_that_cycle_momentum_find_what_the_docs_say(make: Case) -> None:
+    """Without it they are for every optimizer, and leave betas alone."""
+    optimizer = make([torch.ones(3, requires_grad=True)])
+    (group,) = optimizer.param_groups
+    betas = group.get("betas")
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10, cycle_momentum=False)
+    assert group.get("betas") == betas
+    if betas is None:
+        with pytest.raises(ValueError, match="cycle_momentum"):
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+    else:
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+        assert group["betas"] == (0.95, *betas[1:])

@@ -59,6 +59,21 @@ def test_a_refused_gradient_leaves_everything_as_it_was(backend: str) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("how", ["step", "skip_nonfinite", "clip_grad_norm_"])
+def test_a_sparse_gradient_is_named_by_its_group_and_shape(how: str) -> None:
+    """Also where its norm is asked for first."""
+    good, embedding = nn.Parameter(torch.ones(3)), nn.Embedding(4, 2, sparse=True)
+    optimizer = AdEMAMix(
+        [{"params": [good]}, {"params": embedding.parameters()}], skip_nonfinite=how == "skip_nonfinite" or None
+    )
+    good.grad = torch.ones(3)
+    embedding(torch.tensor([1])).sum().backward()
+    named = r"AdEMAMix takes dense gradients .* of a parameter of shape \(4, 2\) in group 1 is torch\.sparse_coo"
+    with pytest.raises(RuntimeError, match=named):
+        _ = optimizer.clip_grad_norm_(1.0) if how == "clip_grad_norm_" else optimizer.step()
+    assert torch.equal(good, torch.ones(3))
+
+
 def test_a_step_that_fails_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from ademamix import KEMA, AdamW, ADana, AdEMAMix, RuleOptimizer, SimplifiedAdEMAMix
 from ademamix.backends import bind, coefficient_names
+from ademamix.engine.state import decoded
 from ademamix.optimizers.hyperparameters import average
-from optimizer_table import ROWS, Row
+from optimizer_table import ROWS, Case, Row, every_case
 
 EPS = 2.0**-24  # half a unit in the last place of 1 in float32: one rounding
 
@@ -44,6 +45,49 @@ def test_with_beta2_0_a_small_gradient_after_a_large_one_takes_torch_s_step(
     # Some ten roundings of each of two steps.
     torch.testing.assert_close(p.detach(), torch.as_tensor(expected).expand(3), rtol=40 * EPS, atol=0.0)
     assert torch.equal(ours.state[p]["exp_avg_sq"], torch.full((3,), 1e-4) ** 2)
+
+
+# --------------------------------------------------------------------------------- squares beyond float32
+
+
+def through(optimizer: torch.optim.Optimizer, sizes: tuple[float, ...]) -> list[torch.Tensor]:
+    """A parameter after each step; its first gradient is of these sizes, all others are ones."""
+    (p,) = optimizer.param_groups[0]["params"]
+    after = []
+    for size in sizes:
+        p.grad = torch.ones_like(p)
+        p.grad[0, 0] = size
+        optimizer.step()
+        after.append(p.detach().clone())
+    return after
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_after_an_infinite_square_no_step_is_taken_as_in_torch(backend: str) -> None:
+    """torch averages 0.001 g g, and not g g, so that its average is infinite from 5.8e20 on, ours from 1.8e19."""
+    p, q = (torch.zeros(64, 64, requires_grad=True) for _ in range(2))
+    ours = AdamW([p], lr=0.1, weight_decay=0.0, backend=backend)
+    sizes = (1.0, -1e21, 1.0, 1e21, 1.0)
+    found = through(ours, sizes)
+    expected = through(torch.optim.AdamW([q], lr=0.1, weight_decay=0.0), sizes)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=40 * EPS, atol=0.0)  # some ten roundings a step
+    assert all(x[0, 0] == found[0][0, 0] for x in found)
+    assert ours.state[p]["exp_avg_sq"][0, 0] == torch.inf
+
+
+@every_case
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
+@pytest.mark.parametrize("size", [2e19, 1e37])
+def test_finite_gradients_give_no_nan(make: Case, state: str, size: float) -> None:
+    """Up to where sums of gradients are finite. A block of compact state has one scale, and stops as a whole."""
+    p = torch.zeros(64, 300, requires_grad=True)
+    optimizer = make([p], state=state, backend="eager")
+    *_, last = through(optimizer, (1.0, size, 1.0, -size, 1.0))
+    assert last.isfinite().all()
+    squares = decoded(optimizer.state[p]["exp_avg_sq"], optimizer.state[p].get("exp_avg_sq_scale"))
+    assert squares.isinf().sum() == (256 if state == "compact" else 1)
+    assert not squares.isnan().any()
 
 
 # --------------------------------------------------------------------------------- every weight

@@ -1,7 +1,10 @@
-"""Where things are kept that can be made again, and whether what is found there can be trusted."""
+"""Where things are kept that can be made again, and whether what is found there can be trusted, and is whole."""
 
+import contextlib
+import hashlib
 import os
 import stat
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -85,3 +88,37 @@ def only_ours(path: Path) -> bool:
         return True
     about = path.lstat()
     return stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
+
+
+def read(path: Path) -> bytes | None:
+    """What :func:`write` has written; None if it is not there, damaged, or not the user's alone."""
+    try:
+        content = path.read_bytes() if only_ours(path) else b""
+    except OSError:
+        return None
+    digest, data = content[:DIGEST], content[DIGEST:]
+    return data if digest == _digest(path, data) else None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, in one moment, after a digest of its name and of what it holds.
+
+    Raises:
+        OSError: it cannot be written; then what was there still is.
+    """
+    handle, aside = tempfile.mkstemp(dir=path.parent)  # nobody else may read or write it
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_digest(path, data) + data)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+DIGEST = 32  # bytes
+
+
+def _digest(path: Path, data: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + b"\0" + data).digest()

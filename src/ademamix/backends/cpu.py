@@ -7,26 +7,30 @@ that the tensors do not overlap (any number of state slots vectorises) and that 
 
 import contextlib
 import hashlib
-import os
+import pickle
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import types as nt
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
 from ademamix.backends import Batch, Rule, bind, called_functions, coefficient_names, global_names, with_numbers
-from ademamix.backends.cache import cache_folder, made_private, only_ours, trusted
+from ademamix.backends.cache import cache_folder, made_private, read, trusted, write
 from ademamix.backends.pool import for_each
-from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
+from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, noise_share, turned
 
 PIECE = 1 << 10
 
@@ -187,20 +191,25 @@ class _Kernel:
         def encoded(k: int, x: str) -> str:
             if k not in self.coded:
                 return x
-            places = 8 * max(k - 1, 0) % 32
-            random = "h" if not places else f"turned(h, {places})"
+            which, places = noise_share(max(k - 1, 0))
+            random = f"turned(h{which}, {places})" if places else f"h{which}"
             return f"encode{k}({x}, {f's{k}' if k in scale else 'zero'}, {random if self._of(k).stochastic else 'nil'})"
 
+        noises = {which: n for n, which in enumerate(sorted({noise_share(max(k - 1, 0))[0] for k in self.late}))}
+        keys = [
+            "key0 = hashed(keys[tensor], done[coefficient])",
+            *(f"key{w} = hashed(key0, uint({w}))" for w in noises if w),
+        ]
         lanes = [
             f"for i in range({2 * LANES}):",
-            f"    store_lane(lanes, i, hashed(key, narrow(i & {LANES - 1})))",
+            *(f"    store_lane(lanes{w}, i, hashed(key{w}, narrow(i & {LANES - 1})))" for w in noises),
         ]
         prepare = [
             f"index = first + row * stride + column * {BLOCK}",
-            f"lane = lanes + 4 * (index & {LANES - 1})",
             f"wrap = min(n, {LANES} - (index & {LANES - 1}))",
-            f"block0 = hashed(key ^ uint({OTHER}), narrow(index >> 8))",
-            f"block1 = hashed(key ^ uint({OTHER}), narrow((index >> 8) + 1))",
+            *(f"lane{w} = lanes{w} + 4 * (index & {LANES - 1})" for w in noises),
+            *(f"block{w} = hashed(key{w} ^ uint({OTHER}), narrow(index >> 8))" for w in noises),
+            *(f"next{w} = hashed(key{w} ^ uint({OTHER}), narrow((index >> 8) + 1))" for w in noises),
         ]
         direct = [k for k in self.streams if k != 1 and k not in self.late]
         results = ["r0", *(f"r{k}" for k in range(2, len(self.formats)))]
@@ -214,16 +223,17 @@ class _Kernel:
         # Lane 0 may lie within the block: from there on, the hash is that of the next block of lanes.
         finish = [
             "for part in range(2):",
-            "    low, high, block_hash = (wrap, n, block1) if part else (0, wrap, block0)",
+            "    low, high = (wrap, n) if part else (0, wrap)",
+            *(f"    of_block{w} = next{w} if part else block{w}" for w in noises),
             "    for i in range(low, high):",
-            "        h = uint(load_lane(lane, i) ^ block_hash)",
+            *(f"        h{w} = uint(load_lane(lane{w}, i) ^ of_block{w})" for w in noises),
             *(
                 f"        store{stream[k]}(a{stream[k]}, i, {encoded(k, f'load{scratch[k]}(z{k}, i)')})"
                 for k in self.late
             ),
         ]
         if not self.late:
-            lanes, prepare, finish = [], [], []
+            keys, lanes, prepare, finish = [], [], [], []
         rescale = [
             line
             for k in self.scaled
@@ -231,10 +241,13 @@ class _Kernel:
         ]
         return "\n".join(
             [
-                "def kernel(pointers, shapes, offsets, rows, coefficients, keys, begin, end):",
-                f"    scratch = np.empty({BLOCK * len(self.late) + 2 * LANES}, np.float32)",
+                "def kernel(pointers, shapes, offsets, rows, coefficients, done, keys, begin, end):",
+                f"    scratch = np.empty({BLOCK * len(self.late) + 2 * LANES * len(noises)}, np.float32)",
                 *(f"    z{k} = scratch.ctypes.data + {4 * BLOCK * i}" for i, k in enumerate(self.late)),
-                f"    lanes = scratch.ctypes.data + {4 * BLOCK * len(self.late)}",
+                *(
+                    f"    lanes{w} = scratch.ctypes.data + {4 * (BLOCK * len(self.late) + 2 * LANES * n)}"
+                    for w, n in noises.items()
+                ),
                 "    tensor = 0",
                 "    while offsets[tensor + 1] <= begin:",
                 "        tensor += 1",
@@ -244,8 +257,7 @@ class _Kernel:
                 *(f"        b{k} = pointers[tensor, {scale[k]}]" for k in self.scaled),
                 "        coefficient = rows[tensor]",
                 "        factor = coefficients[coefficient, 0]",
-                "        key = hashed(keys[tensor], uint(coefficients[coefficient, 1]))",
-                *(f"        {line}" for line in lanes),
+                *(f"        {line}" for line in (*keys, *lanes)),
                 *(f"        c{k} = coefficients[coefficient, {k + 2}]" for k in range(count)),
                 "        row = (begin - offsets[tensor]) // across",
                 "        column = (begin - offsets[tensor]) % across",
@@ -313,7 +325,9 @@ class _Kernel:
             format = self._of(k)
             rules += [f for f in (format.encode, format.decode, format.scale) if f is not None]
         made_of = (source, self.storages, [fingerprint(f) for f in rules], Path(__file__).read_bytes())
-        return hashlib.sha256(repr((made_of, numba.__version__, sys.version)).encode()).hexdigest()[:16]
+        made_by = (numba.__version__, llvmlite.__version__, sys.version)
+        made_for = cpu_target.target_context.codegen().magic_tuple()  # the processor and what it can do
+        return hashlib.sha256(repr((made_of, made_by, made_for)).encode()).hexdigest()[:16]
 
 
 def fingerprint(function: Rule, outer: tuple[Rule, ...] = ()) -> str:
@@ -339,41 +353,35 @@ def fingerprint(function: Rule, outer: tuple[Rule, ...] = ()) -> str:
     return repr((text(code), names, constants, cells, function.__defaults__, function.__kwdefaults__, nested))
 
 
-def _stored(name: str, source: str) -> Path | None:
-    """A file of ``source`` in the cache folder, beside which Numba keeps the machine code; None where none can be made.
+class _Kept(NullCache):
+    """Machine code in a file: where Numba looks for what it would compile, and leaves what it has compiled.
 
-    The name holds a digest of all that goes into the kernel, so a file never changes once it is there.
+    Numba's own cache is files that refer to each other and runs whatever machine code they hold, damaged or not.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        data = read(self.path)
+        if data is not None:
+            target_context.refresh()
+            with contextlib.suppress(Exception):  # written by who knows what
+                return CompileResult._rebuild(target_context, *pickle.loads(data))  # type: ignore[no-untyped-call]
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full
+            write(self.path, dumps(data._reduce()))  # type: ignore[no-untyped-call]
+
+
+def _place(name: str) -> Path | None:
+    """The file of a kernel; None where nothing can be kept, or nobody can trust it: it is run as code."""
     try:
-        path = made_private(cache_folder() / "kernels") / f"{name}.py"
-        if not trusted(path.parent):
-            return None
-        if not path.exists():
-            handle, aside = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "w") as file:
-                file.write(source)
-            os.utime(aside, (0, 0))  # Numba's index holds the time: processes that start at once must agree on it
-            os.replace(aside, path)
-        made_private(path.parent / "__pycache__")  # Numba's would have the umask's mode
+        folder = made_private(cache_folder() / "kernels")
+        return folder / f"{name}.kernel" if trusted(folder) else None
     except OSError:
         return None
-    return path
-
-
-def _cached(dispatcher: Any, signature: Any, name: str) -> None:
-    """Compile, or load what Numba has kept: pickles, which must be nobody else's."""
-    folder = Path(dispatcher.stats.cache_path)  # another one with NUMBA_CACHE_DIR
-    if not trusted(folder):
-        raise PermissionError(f"others may write to {folder}")
-    kept = f"{name}.*.nb[ic]"
-    for file in folder.glob(kept):
-        if not only_ours(file):
-            file.unlink()
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()  # for other arguments
-    if os.name != "nt":
-        for file in folder.glob(kept):
-            file.chmod(0o600)
 
 
 def _jit(function: Rule, number: Callable[[float], Any], module: str) -> Any:
@@ -392,25 +400,20 @@ def kernel(rule: Rule, format: Format, grad: Format, formats: tuple[Format | Non
     made = _Kernel(rule, format, grad, formats)
     source = made.source()
     name = f"{rule.__name__}_{format.name}_{made.digest(source)}"
-    path = _stored(name, source)
     module = sys.modules[name] = types.ModuleType(name)  # Numba looks modules up by name when it loads a kernel
-    exec(compile(source, str(path or f"<{name}>"), "exec"), module.__dict__)
+    exec(compile(source, f"<{name}>", "exec"), module.__dict__)
     module.__dict__.update(made.functions(name))
-    table, vector = nt.int64[:, ::1], nt.int64[::1]
+    table, vector, words = nt.int64[:, ::1], nt.int64[::1], nt.uint32[::1]
     number = getattr(nt, made.arithmetic)
-    signature = nt.void(table, table, vector, vector, number[:, ::1], nt.uint32[::1], nt.int64, nt.int64)
+    signature = nt.void(table, table, vector, vector, number[:, ::1], words, words, nt.int64, nt.int64)
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         raise RuntimeError("NUMBA_DISABLE_JIT is set, so nothing can be compiled")
-
-    result: Callable[..., None]
-    if path is not None:
-        # Reading needs a folder that can be written too, the disk may be full, and files may be damaged.
-        with contextlib.suppress(Exception):
-            result = numba.njit(nogil=True, error_model="numpy", cache=True)(module.kernel)
-            _cached(result, signature, name)
-            return result
-    result = numba.njit(signature, nogil=True, error_model="numpy")(module.kernel)
-    return result
+    result: Any = numba.njit(nogil=True, error_model="numpy")(module.kernel)
+    if (path := _place(name)) is not None:
+        result._cache = _Kept(path)
+    result.compile(signature)
+    result.disable_compile()  # for other arguments
+    return result  # type: ignore[no-any-return]
 
 
 class Launch:
@@ -442,7 +445,9 @@ class Launch:
             return
         self.pointers[:, 1] = list(map(torch.Tensor.data_ptr, grads))
         tables = (self.pointers, self.shapes, self.offsets)
-        arguments = (*tables, np.array(rows, np.int64), coefficients.to(self.dtype).numpy(), self.keys)
+        numbers = coefficients.to(self.dtype).numpy()
+        done = coefficients[:, 1].numpy().astype(np.int64).astype(np.uint32)  # exact, unlike float32
+        arguments = (*tables, np.array(rows, np.int64), numbers, done, self.keys)
         threads = torch.get_num_threads()
         total = int(self.offsets[-1])
         piece = max(PIECE, total // (64 * threads))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ademamix.backends import Batch, bind, coefficient_names, is_fake, is_made_of_others, with_numbers
-from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, turned
+from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, Format, hashed, noise_share, turned
 
 PIECE = 1 << 20
 
@@ -223,20 +223,20 @@ class Launch:
                 while count < len(pieces) and elements < PIECE:
                     elements += pieces[count].tensors[1].numel()  # type: ignore[union-attr]
                     count += 1
-                self._update(pieces[:count], numbers, skip)
+                self._update(pieces[:count], numbers, coefficients[row, 1], skip)
                 del pieces[:count]
 
-    def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[Any], skip: Tensor | None) -> None:
+    def _update(self, pieces: Sequence[_Piece], coefficients: Sequence[Any], done: Tensor, skip: Tensor | None) -> None:
         tensors = list(zip(*(piece.tensors for piece in pieces), strict=True))
         scales = list(zip(*(piece.scales for piece in pieces), strict=True))
         p, g, *slots = (
             0.0 if f is None else Tensors([decode(f, t, s, self.dtype) for t, s in zip(ts, ss, strict=True)])
             for f, ts, ss in zip(self.formats, tensors, scales, strict=True)
         )
-        factor, done, *rest = coefficients
+        factor, _, *rest = coefficients
         with np.errstate(all="ignore"):  # of coefficients; other backends have no such warnings
             results = self.rule(p, _foreach("mul")(g, factor), *slots, **dict(zip(self.names, rest, strict=True)))
-        random = [self._noise(piece, done) if self.batch.stochastic else None for piece in pieces]
+        random: dict[int, list[Tensor]] = {}
         given = {id(t) for each in tensors for t in each}
         old: list[Tensor] = []
         new: list[Tensor] = []
@@ -249,8 +249,11 @@ class Launch:
                 # What one slot takes over from another is copied first: that may be written before it is read.
                 new += [x.clone() if id(x) in given else x for x in result.tensors]
                 continue
-            for x, t, s, h in zip(result.tensors, tensors[k], scales[k], random, strict=True):
-                places = 8 * max(k - 1, 0) % 32
+            which, places = noise_share(max(k - 1, 0))
+            if f.stochastic and which not in random:
+                random = {which: [self._noise(piece, done, which) for piece in pieces]}
+            for i, (x, t, s) in enumerate(zip(result.tensors, tensors[k], scales[k], strict=True)):
+                h = random[which][i] if f.stochastic else None
                 codes, scale = encode(f, x, _turned(h, places) if places and h is not None else h)
                 old += [_raw(t, f)] if s is None else [_raw(t, f), s]
                 new += [codes] if scale is None else [codes, scale]
@@ -258,13 +261,14 @@ class Launch:
             new = [torch.where(skip, o, n.to(o.dtype)) for o, n in zip(old, new, strict=True)]
         torch._foreach_copy_(old, new)
 
-    def _noise(self, piece: _Piece, done: float | Tensor) -> Tensor:
+    def _noise(self, piece: _Piece, done: Tensor, which: int) -> Tensor:
         like = piece.tensors[0]
         assert like is not None
         if is_fake(like):
             return torch.empty_like(like, dtype=torch.int32)
-        steps = done.to(torch.int32) if isinstance(done, Tensor) else int(done)
-        key = _hashed(self.keys[piece.parameter], steps)
+        steps = done.to(torch.int64).to(torch.int32)  # the lowest bits, of a number that float32 may not have
+        key = _hashed(self.keys[piece.parameter], steps if steps.device == like.device else int(steps))
+        key = _hashed(key, which) if which else key
         if piece.stride == like.shape[1]:
             return noise(key, piece.start, like.numel()).view(like.shape)
         rows, columns = (torch.arange(length, device=like.device) for length in like.shape)

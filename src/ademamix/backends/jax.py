@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from ademamix import geometries
 from ademamix.backends import bind, in_rows, row_length
-from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, as_saved, hashed, turned
+from ademamix.formats import BLOCK, FORMATS, LANES, OTHER, SMALLEST, Format, as_saved, hashed, noise_share, turned
 
 
 class Blocks(NamedTuple):
@@ -56,13 +56,13 @@ class format_xp:  # noqa: N801 - the namespace that formats are written against
 _hashed, _turned = bind(hashed, format_xp), bind(turned, format_xp)
 
 
-def noise(key: Any, steps: Array, shape: tuple[int, ...], blocked: bool) -> Array:
-    """``formats.noise`` of all elements of a parameter after so many steps; elements 2**32 apart have the same."""
+def noise(key: Array, shape: tuple[int, ...], blocked: bool) -> Array:
+    """``formats.noise`` of all elements of a parameter; those 2**32 apart have the same."""
     rows, rest = in_rows(shape)
     row, column = (lax.broadcasted_iota(jnp.uint32, (rows, rest), dim) for dim in (0, 1))
     stride = jnp.uint32(row_length(shape) if blocked else rest)
-    index, of_step = row * stride + column, _hashed(jnp.uint32(key), jnp.uint32(steps))
-    bits = _hashed(of_step, index & (LANES - 1)) ^ _hashed(of_step ^ jnp.uint32(OTHER), index >> 8)
+    index = row * stride + column
+    bits = _hashed(key, index & (LANES - 1)) ^ _hashed(key ^ jnp.uint32(OTHER), index >> 8)
     return bits.reshape(shape)
 
 
@@ -103,6 +103,21 @@ def encode(format: Format, x: Array, random: Array | None) -> Stored:
     return Blocks(codes.astype(format.storage), scale)
 
 
+class Noise:
+    """What the elements of a leaf are rounded by in a step: number 0 is for the parameter, 1, 2, ... are for slots."""
+
+    def __init__(self, key: Array, shape: tuple[int, ...], blocked: bool) -> None:
+        self.key, self.shape, self.blocked = key, shape, blocked
+        self.made: dict[int, Array] = {}
+
+    def __call__(self, number: int) -> Array:
+        which, places = noise_share(number)
+        if which not in self.made:
+            key = _hashed(self.key, jnp.uint32(which)) if which else self.key
+            self.made[which] = noise(key, self.shape, self.blocked)
+        return _turned(self.made[which], places) if places else self.made[which]
+
+
 class Leaf:
     """A leaf of the parameters: its dtypes, and the formats of its slots.
 
@@ -131,12 +146,10 @@ class Leaf:
             return zeros
         return Blocks(zeros, jnp.zeros_like(_blocked(self.p)[:, :, 0], dtype=jnp.float32))
 
-    def noise(self, key: Any, steps: Array) -> Array | None:
-        """That of a step after so many, with ``key`` of :func:`ademamix.formats.keys`; None where nothing needs it."""
-        every = self.formats.values()
-        if not any(format.stochastic for format in (self.own, *every)):
-            return None
-        return noise(key, steps, self.p.shape, any(format.scale is not None for format in every))
+    def noise(self, key: Any, steps: Array) -> Noise:
+        """That of a step after so many, with ``key`` of :func:`ademamix.formats.keys`."""
+        of_step = _hashed(jnp.uint32(key), jnp.uint32(steps))
+        return Noise(of_step, self.p.shape, any(format.scale is not None for format in self.formats.values()))
 
     def run(
         self,
@@ -145,7 +158,7 @@ class Leaf:
         slots: Mapping[str, Stored],  # those that are stored
         names: Sequence[str],  # of all slots of the rule
         coefficients: Mapping[str, Any],
-        random: Array | None,
+        random: Noise,
     ) -> tuple[Array, dict[str, Stored]]:
         """What the rule returns in the parameter's place, and the new slots."""
         numbers = [decode(slots[name], self.dtype) if name in slots else 0.0 for name in names]
@@ -153,18 +166,18 @@ class Leaf:
         new = {}
         for k, (name, x) in enumerate(zip(names, results, strict=True), start=1):
             if name in slots:
-                places = 8 * k % 32  # each slot takes its bits from another place
-                turned_noise = random if random is None or not places else _turned(random, places)
-                new[name] = encode(self.formats[name], x, turned_noise)
+                format = self.formats[name]
+                new[name] = encode(format, x, random(k) if format.stochastic else None)
         return first, new
 
     @property
     def numbers(self) -> Array:
         return self.p.astype(self.dtype)
 
-    def moved(self, after: Array, random: Array | None) -> Array:
+    def moved(self, after: Array, random: Noise) -> Array:
         """The difference between a new parameter, as it is stored, and this one, in its dtype."""
-        return (decode(encode(self.own, after, random), self.dtype) - self.numbers).astype(self.p.dtype)
+        stored = encode(self.own, after, random(0) if self.own.stochastic else None)
+        return (decode(stored, self.dtype) - self.numbers).astype(self.p.dtype)
 
 
 # --------------------------------------------------------------------------------- matrices

@@ -6,10 +6,13 @@ an exception may hit any line of it, also one that another thread or a signal ha
 
 import _thread
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue  # written in C: an exception cannot leave it half changed
 from typing import Any
+
+import torch
 
 _jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
 _helpers: list[int] = []  # all wait for jobs
@@ -54,6 +57,7 @@ def for_each(pieces: range, act: Callable[[int], None], threads: int) -> None:
     busy: list[None] = []  # an entry for each helper at work
     ended: SimpleQueue[None] = SimpleQueue()
     errors: list[BaseException] = []
+    flushes = sys.float_info.min * 0.5 == 0.0  # denormal numbers to 0: a setting that each thread has of its own
 
     def work() -> None:
         for piece in left:
@@ -62,6 +66,7 @@ def for_each(pieces: range, act: Callable[[int], None], threads: int) -> None:
     def help() -> None:
         busy.append(None)  # before it takes a piece: once none are left, nobody else begins
         try:
+            torch.set_flush_denormal(flushes)
             work()
         except BaseException as error:
             errors.append(error)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ademamix.backends import Batch, Rule, bind, capturing, coefficient_names, sent_to
-from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, turned
+from ademamix.formats import BLOCK, LANES, OTHER, Format, hashed, noise_share, turned
 
 BLOCKS = 8  # of one program, which computes once what they share: addresses, coefficients, the noise of lanes
 OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}  # eager has no fused multiply-add either
@@ -183,7 +183,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
     arithmetic = "float64" if _of(formats[0]).storage == "float64" else "float32"
     width = len(kept) + len(scaled) + 2
     names = coefficient_names(rule)
-    stochastic = any(f is not None and f.stochastic for f in formats)
+    noises = sorted({noise_share(max(k - 1, 0))[0] for k in kept if _of(formats[k]).stochastic})
 
     def loaded(k: int) -> str:
         _, integer = STORAGES[_of(formats[k]).storage]
@@ -201,27 +201,29 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
                 f"tl.store(b{k} + block, s{k})",
             ]
         if k in coded:
-            places = 8 * max(k - 1, 0) % 32
-            random = "random" if not places else f"turned(random, {places})"
+            which, places = noise_share(max(k - 1, 0))
+            random = f"turned(random{which}, {places})" if places else f"random{which}"
             given = f"s{k}" if k in scale else "0.0"
             x = f"encode{k}(r{k}, {given}, {random if _of(formats[k]).stochastic else '0'})"
         return [*lines, f"tl.store(a{k} + start + place, {x}.to(tl.{memory}), mask=mask)"]
 
     # What lies under one program: the same for all of its blocks.
-    key = ["key = hashed(uint(tl.load(keys + tensor)), uint(tl.load(row_of + 1)))"]
+    key = ["key0 = hashed(uint(tl.load(keys + tensor)), uint(tl.load(row_of + 1)))"]
+    key += [f"key{w} = hashed(key0, {w})" for w in noises if w]
     key += ["origin, stride = tl.load(shapes + 4 * tensor + 2), tl.load(shapes + 4 * tensor + 3)"]
-    lanes = [] if shifted else ["of_lane = hashed(key, place)"]
+    lanes = [] if shifted else [f"of_lane{w} = hashed(key{w}, place)" for w in noises]
     # And the noise of a block.
     noise = [f"first = origin + row * stride + column * {BLOCK}"]
-    noise += [f"of_block = hashed(key ^ uint({OTHER}), first >> 8)"]
-    if shifted:
-        noise += [
-            f"lane = (first & {LANES - 1}).to(tl.int32) + place",  # below 2 * LANES
-            f"of_lane = hashed(key, lane & {LANES - 1})",
-            f"of_next = hashed(key ^ uint({OTHER}), (first >> 8) + 1)",
-            f"of_block = tl.where(lane < {LANES}, of_block, of_next)",
-        ]
-    noise += ["random = uint(of_lane ^ of_block)"]
+    noise += [f"lane = (first & {LANES - 1}).to(tl.int32) + place"] if shifted else []  # below 2 * LANES
+    for w in noises:
+        noise += [f"of_block{w} = hashed(key{w} ^ uint({OTHER}), first >> 8)"]
+        if shifted:
+            noise += [
+                f"of_lane{w} = hashed(key{w}, lane & {LANES - 1})",
+                f"of_next{w} = hashed(key{w} ^ uint({OTHER}), (first >> 8) + 1)",
+                f"of_block{w} = tl.where(lane < {LANES}, of_block{w}, of_next{w})",
+            ]
+        noise += [f"random{w} = uint(of_lane{w} ^ of_block{w})"]
     slots = [f"x{k}" if k in stream else "0.0" for k in range(2, len(formats))]
     results = ", ".join(["r0", *(f"r{k}" for k in range(2, len(formats)))])
     coefficients = [f"c{i}" for i, _ in enumerate(names)]
@@ -234,7 +236,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
         f"factor = tl.load(row_of).to(tl.{arithmetic})",
         *(f"{c} = tl.load(row_of + {i}).to(tl.{arithmetic})" for i, c in enumerate(coefficients, 2)),
         f"place = tl.arange(0, {BLOCK})",
-        *([*key, *lanes] if stochastic else []),
+        *([*key, *lanes] if noises else []),
         "begin = tl.load(begins + tl.program_id(0))",
         f"end = tl.minimum(begin + {BLOCKS}, tl.load(lengths + tensor).to(tl.int32))",
     ]
@@ -248,7 +250,7 @@ def source(rule: Rule, formats: Sequence[Format | None], in_rows: bool, shifted:
         f"    number = tl.multiple_of(number, {ALIGNMENT})",
         "mask = place < number",
         *map(loaded, kept),
-        *(noise if stochastic else []),
+        *(noise if noises else []),
         f"{results}, = rule({', '.join(['x0', 'x1 * factor', *slots, *coefficients])})",
         *(line for k in written for line in stored(k)),
     ]

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 NUMBERS = (int, float, np.integer, np.floating)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Common(TypedDict, total=False):
@@ -62,11 +63,14 @@ def _are_options(annotation: Any) -> bool:
 
 
 def check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
-    """Raise ValueError unless the value is a finite number (not a bool), or a tensor of one element, that fits."""
+    """Raise ValueError unless the value is a number (not a bool), or a tensor of one element, that fits and is finite
+    in float32, in which most steps are computed."""
     number = (isinstance(value, NUMBERS) and not isinstance(value, bool)) or _is_one(value)
     x = float(value.detach() if isinstance(value, Tensor) else value) if number else math.nan
     if not math.isfinite(x) or not fits(x):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if abs(x) > LARGEST:
+        raise ValueError(f"{name} must be {allowed}, and at most {LARGEST:.2g} (float32), got {value!r}")
 
 
 def check_seed(value: Any) -> None:

@@ -13,7 +13,7 @@ from ademamix import backends
 from ademamix.backends import sent_to
 from ademamix.engine.arguments import NUMBERS
 from ademamix.engine.sharding import global_norm, gradients, is_sharded
-from ademamix.engine.state import scalar
+from ademamix.engine.state import CPU, scalar
 
 
 class Norm(NamedTuple):
@@ -82,6 +82,8 @@ def clipping(
         value = global_norm(gradients(members, [p.grad for p in members]), params)
     else:
         value = _one_number(norm)
+        if not any(p.dtype == torch.float64 for p in members):
+            value = value.float()
         value = sent_to(members[0].device, value) if members else value
     if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
         grad_scale = sent_to(value.device, grad_scale)  # a GradScaler's lies where the loss does
@@ -94,11 +96,11 @@ def _one_number(norm: Any) -> Tensor:
     """A norm that somebody else has computed, as :func:`global_norm` gives one. It may be a NaN."""
     if isinstance(norm, Tensor) and norm.numel() == 1:
         whole: Any = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
-        value: Tensor = whole.detach().reshape(()).float()
+        value: Tensor = whole.detach().reshape(())
         return value
     if not isinstance(norm, NUMBERS) or norm < 0.0:
         raise ValueError(f"norm must be a number >= 0 or a tensor of one element, got {norm!r}")
-    return scalar(float(norm))
+    return torch.tensor(float(norm), dtype=torch.float64)
 
 
 def factor_and_skip(
@@ -127,8 +129,8 @@ def factor_and_skip(
         if skip_nonfinite:
             skip = (norm.value - norm.value) != 0.0  # of an infinity or a NaN that is a NaN; isfinite() takes 6 kernels
     if scale is not None:
-        inverse = 1.0 / (scale if isinstance(scale, Tensor) else scalar(scale))
-        factor = inverse if factor is None else factor * inverse
+        known = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=CPU)
+        factor = 1.0 / known if factor is None else factor / scale
     if found_inf is not None:
         found_inf = found_inf if isinstance(found_inf, Tensor) else scalar(found_inf)  # 0, where it saw no gradient
         skip = found_inf.bool() if skip is None else skip | found_inf.bool().to(skip.device)

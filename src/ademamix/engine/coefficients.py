@@ -18,6 +18,8 @@ from torch import Tensor
 from ademamix.backends import bind, reason, sent_to, warn
 from ademamix.engine.tape import Coefficients, Tape, Values
 
+EXACT = 2.0**24  # steps, from which on float32 lacks every other number
+
 
 class Source(NamedTuple):
     """What a step's coefficients are computed of."""
@@ -106,9 +108,9 @@ class CountedOnHost:
     """The steps of parameters, counted in memory that the host reads."""
 
     def __init__(self, steps: Sequence[Tensor], of_group: Sequence[int]) -> None:
-        self.of_group = of_group
+        self.steps, self.of_group = steps, of_group
         # Read and written through these, many scalars take a tenth of the time that torch takes.
-        self.counters: list[Any] = [memoryview(step.numpy()) for step in steps]  # type: ignore[arg-type]
+        self.counters: list[Any] = list(map(_memory, steps))
 
     def next(
         self, source: Source, factor: Tensor | None, skip: Tensor | None
@@ -120,13 +122,27 @@ class CountedOnHost:
             factor: multiplies all gradients; of one element.
             skip: boolean, of one element: the step that is not taken is not counted, where that happens at once.
         """
-        rows, table = on_host(*source, self.of_group, [counter[()] for counter in self.counters])
+        done = [counter[()] for counter in self.counters]
+        if max(done, default=0.0) >= EXACT:
+            self._widen(done)
+        rows, table = on_host(*source, self.of_group, done)
         return rows, lambda device: _multiplied(table(device), factor, device)
 
     def taken(self) -> None:
         """Count the step, once it has been taken."""
         for counter in self.counters:
             counter[()] += 1.0
+
+    def _widen(self, done: Sequence[float]) -> None:
+        """Count in float64 from now on where float32 would lack the next number."""
+        for i, (step, count) in enumerate(zip(self.steps, done, strict=True)):
+            if step.dtype == torch.float32 and count >= EXACT:
+                step.data = step.double()
+                self.counters[i] = _memory(step)
+
+
+def _memory(step: Tensor) -> Any:
+    return memoryview(step.numpy())  # type: ignore[arg-type]
 
 
 class CountedByNobody:
@@ -214,7 +230,7 @@ class CountedOnDevice:
         if skip is None:
             torch._foreach_add_(steps, 1.0)
         else:  # without alpha, torch would take the tensor for a number and wait for it
-            torch._foreach_add_(steps, 1.0 - skip.float(), alpha=1.0)
+            torch._foreach_add_(steps, 1.0 - skip.to(steps[0].dtype), alpha=1.0)
         return _multiplied(table, factor, device)
 
     def _in_one_launch(

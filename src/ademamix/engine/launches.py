@@ -100,7 +100,7 @@ class Launches:
             for i, p, s in zip(inputs.of_group, inputs.params, saved, strict=True)
         ]
         self.states = [
-            state_of(s, p, f, p.device if self.on_device else CPU)
+            state_of(s, p, f, p.device if self.on_device else None)
             for s, p, f in zip(saved, inputs.params, formats, strict=True)
         ]
         self.fresh = True
@@ -287,7 +287,7 @@ class _Seen:
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:
-    return [*map(type, grads), *map(Tensor.numel, grads), *[g.dtype for g in grads]]
+    return [*map(type, grads), *[g.shape for g in grads], *[g.dtype for g in grads]]
 
 
 Members = list[int]  # numbers of parameters
@@ -418,12 +418,18 @@ def _cut(t: Tensor, cut: slice | None) -> Tensor:
     return t if cut is None else t.view(-1)[cut]
 
 
+def check_layout(name: str, group: int, p: Tensor, g: Tensor) -> None:
+    """Raise RuntimeError for a sparse gradient of an optimizer of this name."""
+    if g.layout != torch.strided:
+        where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
+        raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
+
+
 def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
     """Raise RuntimeError for a parameter and a gradient that cannot be served together."""
     name = program.name
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
-    if g.layout != torch.strided:
-        raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
+    check_layout(name, group, p, g)
     for what, t in (("parameter", p), ("gradient", g)):
         if t is p and p.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(

@@ -21,12 +21,12 @@ from ademamix.engine.clipping import Norm, Note, clipping, factor_and_skip, is_c
 from ademamix.engine.coefficients import Source
 from ademamix.engine.interrupts import uninterrupted, without_gradients
 from ademamix.engine.kinds import Kind, traced_once
-from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_tensors
+from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, check_layout, check_tensors
 from ademamix.engine.muon import Iteration, check_matrices
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
 from ademamix.engine.shared import Shared
-from ademamix.engine.state import CPU, MASTER, are_low, check_state, renewed, scalar, slot_formats, state_of
+from ademamix.engine.state import CPU, MASTER, are_low, check_state, counter, renewed, slot_formats, state_of
 from ademamix.formats import SMALLEST, Format
 from ademamix.geometries import NEWTON_SCHULZ
 
@@ -36,7 +36,8 @@ WHOLE = ("state", "backend", "skip_nonfinite", "offload", "flat_parameters")  # 
 class RuleOptimizer(torch.optim.Optimizer, Kind):
     """An optimizer made of a rule: a subclass names the rule, its hyperparameters and the coefficients they give.
 
-    Per-parameter state: ``step`` (0-dim float32 tensor on the CPU) and, for each slot of the rule that is stored, one
+    Per-parameter state: ``step`` (0-dim tensor on the CPU, float32 as in torch.optim and float64 from 2**24 steps on;
+    where steps are counted on a device, float64) and, for each slot of the rule that is stored, one
     tensor of the parameter's shape, and ``<slot>_scale`` (float32, [dim 0, ceil(rest / 256)]) where its format has
     scales; those of "int8" and "int16" are negative. Parameters that are float64 or complex, have one dimension or less
     than 4096 elements keep full precision. With ``flat_parameters`` those of one dimension and n elements are stored as
@@ -251,20 +252,31 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
         Returns:
             The norm before clipping (and without the scale), a tensor of no dimensions on the gradients' device. It
-            overflows to infinity for gradients above 1e19.
+            overflows to infinity for gradients above 1e19, for float64 ones above 1e154.
         """
         every = self._every()
+        own = [p.grad for p in every if p.grad is not None]
+        self._check_layouts(own)
         found = clipping(every, max_norm, grad_scale, norm)
-        self._note = Note(found, [p.grad for p in every if p.grad is not None])
+        self._note = Note(found, own)
         return found.value
 
     def _every(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
+    def _check_layouts(self, grads: Sequence[Tensor]) -> None:
+        """Raise RuntimeError, by group and shape, for gradients that have no norm."""
+        if any(g.layout != torch.strided for g in grads):
+            for i, group in enumerate(self.param_groups):
+                for p in group["params"]:
+                    if p.grad is not None:
+                        check_layout(type(self).__name__, i, p, p.grad)
+
     def _factor_and_skip(self, own: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Of the parameters' own gradients, and of these placed as the parameters are."""
         norm = self._note.norm if self._note is not None and self._note.serves(own) else None
         if norm is None and self.skip_nonfinite:
+            self._check_layouts(own)
             norm = Norm(global_norm(grads, self._every()), None, None)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return factor_and_skip(norm, scale, found_inf, self.skip_nonfinite is not False)
@@ -495,7 +507,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 name: f for name, f in slot_formats(like, self._formats, self.flat_parameters).items() if name in kept
             }
             exact, step = renewed(state_of(kept, like, formats), like, formats), kept["step"]
-            yield p, {**exact, "step": step if backends.is_fake(step) else scalar(float(step))}
+            yield p, {**exact, "step": step if backends.is_fake(step) else counter(float(step))}
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

@@ -166,24 +166,25 @@ def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
 def global_norm(grads: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     """The 2-norm of all gradients together, a tensor of no dimensions on the first one's device; each is read once.
 
-    Norms are accumulated in float32 at least, whatever the gradients' dtype. DTensors cost one all-reduce of one number
-    for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process may
-    have one.
+    It is float64 if gradients are, as torch's is, and else accumulated in float32. DTensors cost one all-reduce of one
+    number for each device mesh that ``params`` lie on: all of them, with a gradient here or not, since another process
+    may have one.
     """
-    if grads and {g.layout for g in grads} != {torch.strided}:
-        found = next(g.layout for g in grads if g.layout != torch.strided)
-        raise RuntimeError(f"the norm of the gradients takes dense ones (torch.strided) alone, got {found}")
     plain: Sequence[Tensor] = grads
     sharded: dict[Any, list[Any]] = {}
+    double = False  # the same on all processes
     if may_be_sharded():
+        double = any(is_sharded(p) and p.dtype.to_real() == torch.float64 for p in params)
         sharded = {p.device_mesh: [] for p in params if is_sharded(p)}
         plain = [g for g in grads if not is_sharded(g)]
         for g in filter(is_sharded, grads):
             sharded.setdefault(g.device_mesh, []).append(g)  # type: ignore[attr-defined]
-    norms = _norms(plain) + [_norm_over(mesh, members).view(1) for mesh, members in sharded.items()]
+    norms = _norms(plain)
+    double |= any(each.dtype == torch.float64 for each in norms)
+    norms += [_norm_over(mesh, members).view(1) for mesh, members in sharded.items()]
     if not norms:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    together = [sent_to(norms[0].device, each.float()) for each in norms]
+    together = [sent_to(norms[0].device, each.double() if double else each.float()) for each in norms]
     norm: Tensor = torch.linalg.vector_norm(together[0] if len(together) == 1 else torch.cat(together))
     return norm
 

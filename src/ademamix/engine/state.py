@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ademamix import backends
 from ademamix.backends import eager, in_rows
+from ademamix.engine.coefficients import EXACT
 from ademamix.engine.sharding import blocks_are_whole, is_sharded, joined, local, local_part
 from ademamix.formats import BLOCK, FORMATS, ONCE_LINEAR, SMALLEST, Format, as_saved
 
@@ -22,6 +23,29 @@ MASTER = "master"  # the key of float32 master weights, which a parameter with i
 def scalar(value: float) -> Tensor:
     """On the CPU, whatever the user has made torch's default device and dtype."""
     return torch.tensor(value, dtype=torch.float32, device=CPU)
+
+
+def counter(steps: float) -> Tensor:
+    """A number of steps as a state on the host has it: as torch's, in float32, while that is exact; then in float64."""
+    return torch.tensor(steps, dtype=torch.float64 if steps >= EXACT else torch.float32, device=CPU)
+
+
+def counted(step: Any, device: torch.device | None) -> Tensor:
+    """A state's number of steps as it is to be; the same tensor where it is that already.
+
+    Args:
+        step: a number, or a tensor of one element.
+        device: what counts steps; None for the host. It does so in float64 from the start, as nobody sees when that
+            becomes necessary; MPS has no float64.
+    """
+    if device is not None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+    else:
+        dtype = torch.float32 if backends.is_fake(step) or float(step) < EXACT else torch.float64
+    there = device or CPU
+    if isinstance(step, Tensor) and (step.shape, step.dtype, step.device) == ((), dtype, there):
+        return step
+    return torch.as_tensor(step, dtype=dtype, device=there).reshape(())
 
 
 def slot_formats(p: Tensor, formats: dict[str, Format], flat: bool) -> dict[str, Format]:
@@ -195,16 +219,15 @@ def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format])
 
 
 def state_of(
-    saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], step_device: torch.device = CPU
+    saved: Mapping[str, Any] | None, p: Tensor, formats: Mapping[str, Format], counts: torch.device | None = None
 ) -> dict[str, Any]:
-    """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed."""
-    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device), **(saved or {})}
+    """The parameter's state with all its slots: ``saved`` itself where nothing had to be added or changed.
+
+    ``counts`` is the device that counts steps, None for the host.
+    """
+    state: dict[str, Any] = {"step": counter(0.0), **(saved or {})}
     check_state(state, p, formats)
-    step = state["step"]
-    if not (
-        isinstance(step, Tensor) and step.shape == () and step.dtype == torch.float32 and step.device == step_device
-    ):
-        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=step_device).reshape(())
+    state["step"] = counted(state["step"], counts)
     for name in formats:
         value, scale = state.get(name), state.pop(f"{name}_scale", None)
         if value is not None:

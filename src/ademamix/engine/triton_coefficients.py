@@ -35,18 +35,17 @@ def kernel(structure: tuple[str, ...], results: tuple[str, ...], count: int) -> 
     lines = [
         f"i = tl.program_id(0) * {ROWS} + tl.arange(0, {ROWS})",
         "here = i < members",
-        "step = tl.load(steps + i, mask=here, other=0).to(tl.pointer_type(tl.float32))",
+        "step = tl.load(steps + i, mask=here, other=0).to(tl.pointer_type(tl.float64))",
         "done = tl.load(step, mask=here, other=0.0)",
-        "before = done.to(tl.float64)",
-        "t = before + 1.0",
+        "t = done + 1.0",
         f"given = numbers + tl.load(groups + i, mask=here, other=0) * {count}",
         *(f"n{k} = tl.load(given + {k})" for k in range(count)),
         *structure,
         f"out = table + tl.load(rows + i, mask=here, other=0) * {1 + len(results)}",
         f"tl.store(out, {first} * tl.load(factor).to(tl.float64), mask=here)",
-        "tl.store(out + 1, before, mask=here)",
+        "tl.store(out + 1, done, mask=here)",
         *(f"tl.store(out + {k}, {x}, mask=here)" for k, x in enumerate(others, 2)),
-        "tl.store(step, tl.where(tl.load(skip) == 0, done + 1.0, done), mask=here)",
+        "tl.store(step, tl.where(tl.load(skip) == 0, t, done), mask=here)",
         "",
     ]
     head = "def coefficients(steps, rows, groups, numbers, factor, skip, table, members):\n    "
@@ -58,7 +57,7 @@ class Table:
     """The table of the parameters on one device.
 
     Args:
-        steps: their counters, float32 tensors of no dimensions there.
+        steps: their counters, float64 tensors of no dimensions there.
         of_group: the group of each.
     """
 
