@@ -4,12 +4,20 @@ PYTHON312 ?= python3.12
 BIN := .venv/bin
 READY := .venv/.ready
 WORKERS ?= 2
+CONSTRAINTS ?= --constraint constraints.txt
 PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The tests whose outcome depends on the versions of torch, Triton, NumPy and Numba.
 VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends engine lab/training/test_checkpoints.py)
 
-.PHONY: demo test test-all test-lowest test-2.11 lint bench gpu clean
+SPELLED := src tests benchmarks .ci .github Makefile pyproject.toml CONTRIBUTING.md docs/installation.md
+
+.PHONY: help demo test test-all test-lowest test-2.11 lint package bench gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@sed -nE 's/^([a-z0-9.-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; do \
+		printf 'make %-12s %s\n' "$$target" "$$text" | fold -sw 100 | sed '2,$$s/^/                  /'; done
 
 demo: $(READY)  ## train AdamW and AdEMAMix on the same text, a few minutes on 2 cores, and write a report
 	$(BIN)/ademamix compare
@@ -25,11 +33,16 @@ test-2.11: .venv-2.11/.ready  ## the same with torch 2.11; needs Python 3.12
 test-lowest test-2.11:
 	$(<D)/bin/$(PYTEST) -m "not slow" $(VERSIONED)
 
-lint: $(READY)  ## formatting, lint, the floors of the house and types, as CI does
+lint: $(READY)  ## formatting, lint, prose, spelling, layers and types, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell $(SPELLED)
+	$(BIN)/python .ci/prose.py
 	$(BIN)/mypy
+
+package: $(READY)  ## build the package, check it, and use the wheel in an empty environment
+	$(BIN)/python .ci/package.py
 
 bench: $(READY)  ## one optimizer step against torch.optim
 	$(BIN)/python benchmarks/step.py
@@ -43,7 +56,7 @@ clean:  ## remove the environments
 # Made anew only when the dependencies change; removed if an install fails half way.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 .venv-lowest/.ready: private PYTHON := $(PYTHON310)

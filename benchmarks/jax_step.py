@@ -79,7 +79,7 @@ def main() -> None:
     elements = sum(p.size for p in start)
     print(f"{elements / 1e6:.1f}M parameters, jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0]}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.rounds} rounds\n")
-    print("| program | first step, s | ms a step, median | min to max | to optax's AdEMAMix | bytes a parameter |")
+    print("| program | first step, s | ms per step, median | min to max | to optax's AdEMAMix | bytes per parameter |")
     print("|---|--:|--:|--:|--:|--:|")
     reference = np.array(times[REFERENCE][1:])
     for name, (first, *rest) in times.items():

@@ -4,7 +4,7 @@
 
 For each kernel and target: registers of a thread, bytes that it spills, warps that fit on one multiprocessor (32 at
 most), loads and stores of 128 bits, and instructions per element in the loop over blocks, with those for rare cases of
-division and square root. For the H100 (sm_90) also what issuing these instructions would take alone (132
+division and square root. For the H100 (sm_90) also what issuing only these instructions would take (132
 multiprocessors at 1.755 GHz), and what moving the bytes would take at 3.0 TB/s.
 """
 

@@ -1,7 +1,7 @@
 """What a training survives: `python benchmarks/reliability.py FOLDER [--out TABLE]`.
 
 Faults are made on purpose - processes killed, bad gradients, damaged files, a full disk, pickles that run code - and
-what came of each is compared with a training that met none. The tests carry out the same, smaller.
+what came of each is compared with a run that met none. The tests carry out the same, smaller.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def writing(run: Path, since: float) -> bool:
 
 
 def killed_at_random(folder: Path, recipe: Recipe, kills: int) -> Figures:
-    """Kill a training again and again, every third time while it writes a checkpoint, and go on each time."""
+    """Kill a run again and again, every third time while it writes a checkpoint, and resume each time."""
     job, chance = Job(log_every=1, save_every=10), random.Random(0)
     whole, broken = folder / "whole", folder / "broken"
     carry_out(recipe, job, whole)
@@ -314,7 +314,7 @@ def damaged(folder: Path, recipe: Recipe) -> Figures:
 
 
 def full_disk(folder: Path, recipe: Recipe, disk: str) -> Figures:
-    """Let the disk be full when a checkpoint is written, then make room and go on.
+    """Let the disk be full when a checkpoint is written, then make room and resume.
 
     Args:
         folder: for the runs.
@@ -419,7 +419,7 @@ def sealed(path: Path) -> None:
 
 
 def planted(folder: Path, recipe: Recipe) -> Figures:
-    """Plant a pickle that runs code in each place of a checkpoint where there is a pickle, and go on from there."""
+    """Plant a pickle that runs code in each place of a checkpoint where there is a pickle, and resume from there."""
     train("ademamix", recipe, Job(), folder / "run", quiet=True)
     ran = refused = 0
     for number, plant in enumerate(PLANTS.values()):

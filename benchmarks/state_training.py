@@ -1,8 +1,8 @@
 """What low-bit state costs in loss: `python benchmarks/state_training.py FOLDER [--only ...] [--out TABLE]`.
 
 Trains the demo's model with AdEMAMix for every way of storing, three seeds each, from the same weights on the same
-batches as the float32 run of the seed; one run a core. Runs are kept in FOLDER: a second call goes on where the first
-was cut off.
+batches as the float32 run of the seed; one run per core. Runs are kept in FOLDER: a second call continues where the
+first was cut off.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def made(variant: str, seed: int) -> tuple[Optimizer, Recipe]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the runs are kept")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside float32")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides float32")
     parser.add_argument("--out", help="also write the table to this file")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def main() -> None:
         "byte, and by how much it is higher than that of the float32 run of the seed. Parameters of one dimension, and",
         "those of less than 4096 elements, keep float32 state.",
         "",
-        f"| state | bytes a parameter | {' | '.join(f'seed {s}' for s in SEEDS)} | mean | higher by | worst seed |",
+        f"| state | bytes per parameter | {' | '.join(f'seed {s}' for s in SEEDS)} | mean | higher by | worst seed |",
         f"|---|--:|{'--:|' * len(SEEDS)}--:|--:|--:|",
     ]
     for name, values in losses.items():

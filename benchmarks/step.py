@@ -4,7 +4,7 @@
 
 Each program takes turns with ``copy`` and torch's fused AdamW, one step each round, on the same parameters and
 gradients; only its own state and theirs are in memory then. Reported are medians over the rounds; ratios are medians of
-the round-by-round ratios to torch's fused AdamW, so a machine that gets slower does not favour anyone. ``copy`` moves
+the round-by-round ratios to torch's fused AdamW, so a machine that gets slower does not favor anyone. ``copy`` moves
 the float32 parameters and gradients from one place to another: the speed of the memory. Each program's bytes are those
 of the parameters and the state, read and written, and of the gradients, read.
 
@@ -167,7 +167,7 @@ def kernels(step: Step) -> tuple[int, int, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    # Beside these there are the calls that start them, on the CPU, and what is marked on the GPU's time line.
+    # There are also the calls that start them, on the CPU, and what is marked on the GPU's time line.
     on_gpu = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     taken = [e.time_range.elapsed_us() / 1e3 for e in on_gpu if not e.name.startswith("Mem")]
     return len(taken), len(on_gpu) - len(taken), sum(taken)
@@ -219,7 +219,7 @@ def rules(rounds: int, device: torch.device) -> Iterator[str]:
     }
     contenders = {name: Program.of(optimizer) for name, optimizer in optimizers.items()}
     every = timed(contenders, rounds, device)
-    heads = ["rule", "ms a step, median", "min to max", "to AdamW", "bytes to AdamW's", "time for its bytes"]
+    heads = ["rule", "ms per step, median", "min to max", "to AdamW", "bytes to AdamW's", "time for its bytes"]
     yield from head(f"Rules, {title}", heads)
     for name, taken in every.items():
         ratio = np.median(taken / every["AdamW"])
@@ -233,7 +233,7 @@ class Figures:
     """What is said about a program in comparison with others."""
 
     to_fused: float  # its time, to that of torch's fused AdamW in float32
-    of_copy: float  # its bytes a second, to those of a copy
+    of_copy: float  # its bytes per second, to those of a copy
     launches: int | None = None  # kernels; None on a CPU
 
 
@@ -249,7 +249,15 @@ def steps(
     figures = {}
     contenders = programs(params, states)
     references = dict(islice(contenders, 1 + len(FUSED)))
-    heads = ["program", "ms a step, median", "min to max", "to torch, float32", "to torch, bfloat16", "GB/s", "of copy"]
+    heads = [
+        "program",
+        "ms per step, median",
+        "min to max",
+        "to torch, float32",
+        "to torch, bfloat16",
+        "GB/s",
+        "of copy",
+    ]
     heads += ["launches", "ms in kernels"] * (device.type == "cuda")
     yield from head(title, heads)
 
@@ -362,7 +370,7 @@ def launches(rounds: int, device: torch.device) -> Iterator[str]:
     """What each way of taking a step costs a GPU, and what it starts there."""
     title, shapes = SHAPES["gpt2"]
     counted = ["kernels", "copies", "ms in kernels"] * (device.type == "cuda")
-    yield from head(f"Clipped, moving, capturable: {title}", ["step", "ms a step, median", "min to max", *counted])
+    yield from head(f"Clipped, moving, capturable: {title}", ["step", "ms per step, median", "min to max", *counted])
     contenders = ways(made(shapes, device))
     for name, taken in timed(contenders, rounds, device).items():
         cells = milliseconds(taken, device)
@@ -467,7 +475,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
     only = [*SHAPES, "host", "launches", "rules", "start", "memory"]
-    parser.add_argument("--only", choices=only, help="one part alone")
+    parser.add_argument("--only", choices=only, help="only one part")
     parser.add_argument(
         "--tiny", action="store_true", help="a dry run of what is measured on a GPU, with small tensors"
     )

@@ -155,3 +155,14 @@ def test_what_is_refused_changes_nothing() -> None:
     assert memory._note is None
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True))
     assert clip_grad_norm_([], 1.0) == 0.0
+
+
+@pytest.mark.parametrize("kind", [ours, torchs])
+def test_a_sparse_gradient_is_named(kind: Any) -> None:
+    net = model()
+    set_grads(net, 0)
+    net[2].weight.grad = net[2].weight.grad.to_sparse()
+    with pytest.raises(
+        RuntimeError, match=r"only takes dense gradients .* of shape \(3, 8\) in group 0 is torch.sparse"
+    ):
+        clip_grad_norm_(split(net, ours, kind), 1.0)

@@ -232,7 +232,7 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
     [
         ({"model": 1}, r"from_adamw: an optimizer's state dict has 'state', this one has \['model'\]"),
         (without(adamw_state(), "exp_avg_sq"), r"the state of parameter 1 has no 'exp_avg_sq'; it has \['exp_avg', "),
-        (adamw_state(amsgrad=True), "amsgrad=True is nothing that AdEMAMix can go on from; allowed: False"),
+        (adamw_state(amsgrad=True), "amsgrad=True is not supported by AdEMAMix; allowed: False"),
         (
             torch.optim.SGD(parameters(), lr=1.0, momentum=0.9).state_dict(),
             r"parameter group 0 has no 'betas'; it has \['dampening', ",
@@ -240,7 +240,7 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
         (AdEMAMix(parameters()).state_dict(), r"'betas' of parameter group 0 must be 2, got \(0.9, 0.999, 0.9999\)"),
         (
             torch.optim.Adam(parameters(), weight_decay=0.1).state_dict(),
-            "decoupled_weight_decay=False is nothing that AdEMAMix can go on from; allowed: True",
+            "decoupled_weight_decay=False is not supported by AdEMAMix; allowed: True",
         ),
         (
             torch.optim.AdamW([{"params": [p]} for p in parameters()]).state_dict(),
@@ -428,7 +428,7 @@ BROKEN = [
     (
         from_pytorch_optimizer,
         altered(pytorch_optimizer, weight_decouple=False),
-        "weight_decouple=False is nothing that AdEMAMix can go on from; allowed: True",
+        "weight_decouple=False is not supported by AdEMAMix; allowed: True",
     ),
     (from_pytorch_optimizer, altered(authors), "parameter group 0 has no 't_alpha_beta3'"),
     (to_adamw, adamw_state(), "parameter group 0 has no 'alpha'"),

@@ -146,7 +146,7 @@ def test_noise_is_even_and_differs_between_steps_positions_and_seeds() -> None:
     for place in range(32):  # 2**20 fair coins: a standard deviation is 0.0005
         assert ((bits >> place) & 1).float().mean().item() == pytest.approx(0.5, abs=0.0025)
     above = ((bits >> 31) & 1).float() - 0.5
-    assert abs((above[1:] * above[:-1]).mean().item()) < 0.0013  # neighbours are uncorrelated: 5 * 0.25 / 1024
+    assert abs((above[1:] * above[:-1]).mean().item()) < 0.0013  # neighbors are uncorrelated: 5 * 0.25 / 1024
 
 
 class python_xp:  # noqa: N801 - the namespace of formats in Python's own integers

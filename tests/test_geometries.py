@@ -185,7 +185,7 @@ def best_quintic(low: float, high: float) -> tuple[Array, float]:
 
 
 def test_the_constants_of_polar_express_are_the_best_there_are() -> None:
-    """Each quintic is the best for where the values of [1e-3, 1] have come to lie, centred around 1; but not for less
+    """Each quintic is the best for where the values of [1e-3, 1] have come to lie, centered around 1; but not for less
     than 0.0241 of the largest (the paper's cushion), below which the best would lower what lies in between too much."""
     low, high = 1e-3, 1.0
     for found in geometries.POLAR_EXPRESS[:-2]:

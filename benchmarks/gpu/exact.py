@@ -254,7 +254,7 @@ def many_tensors(count: int) -> tuple[bool, str]:
 
 
 def huge(state: str, dtype: torch.dtype) -> tuple[bool, str]:
-    """More than 2**31 elements: the last rows become what they become alone, up to the noise of stochastic rounding."""
+    """More than 2**31 elements: the last rows become what they are on their own, up to stochastic rounding's noise."""
     rows, part = (70_000 if CUDA else 70), 64
     random = torch.Generator(DEVICE).manual_seed(0)
     whole = torch.empty(rows, 32768, device=DEVICE, dtype=dtype).normal_(generator=random)
@@ -272,7 +272,7 @@ def huge(state: str, dtype: torch.dtype) -> tuple[bool, str]:
     noisy = (state, dtype) != ("float32", torch.float32)
     bound = 0.04 * (1.0 + alone.detach().double().abs()) if noisy else 0.0
     within = (off <= bound).double().mean().item()
-    said = f"{whole.numel():,} elements; of the last {part} rows {within:.1%} are what they become alone"
+    said = f"{whole.numel():,} elements; of the last {part} rows {within:.1%} are what they become on their own"
     return within > (0.9 if noisy else 1.0 - 1e-9), said
 
 

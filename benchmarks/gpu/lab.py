@@ -59,7 +59,7 @@ def train_rows(device: str, result: Path) -> str:
     found = json.loads(result.read_text())
     rows = {
         "tokens per second": f"{found['seen'] / found['seconds']:,.0f}",
-        "optimizer, ms a step": f"{found['optimizer_ms']:.2f}",
+        "optimizer, ms per step": f"{found['optimizer_ms']:.2f}",
         "validation loss": f"{found['valid_loss']:.3f}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -116,7 +116,7 @@ def offload_in_chunks() -> tuple[bool, str]:
         times.append(time.perf_counter() - began)
     off = max((p - q).abs().max().item() for p, q in zip(params, twins, strict=True))
     size = sum(p.numel() for p in params)
-    return off < 1e-5, f"{size / 1e6:.0f}M parameters are off by {off:.2g}; {1e3 * min(times):.0f} ms a step"
+    return off < 1e-5, f"{size / 1e6:.0f}M parameters are off by {off:.2g}; {1e3 * min(times):.0f} ms per step"
 
 
 def resume() -> tuple[bool, str]:
@@ -154,7 +154,7 @@ def memory_of_a_step() -> tuple[bool, str]:
     sync()
     extra = torch.cuda.max_memory_allocated() - before
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
-    return extra < 0.01 * state, f"{extra / 1e6:.2f} MB beside {state / 1e6:.0f} MB of state"
+    return extra < 0.01 * state, f"{extra / 1e6:.2f} MB besides {state / 1e6:.0f} MB of state"
 
 
 def fsdp() -> tuple[bool, str]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ademamix.backends import sent_to
 from ademamix.engine.clipping import clipping
 from ademamix.engine.interrupts import without_gradients
+from ademamix.engine.launches import check_layout
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.engine.sharding import local
 
@@ -41,6 +42,7 @@ def clip_grad_norm_(
         The norm before clipping (and without the scale), a tensor of no dimensions on the first gradient's device.
 
     Raises:
+        RuntimeError: a gradient is sparse.
         ValueError: ``optimizers`` are none, ``max_norm`` is not >= 0, or a parameter is in an optimizer of this library
             and in another; no gradient has been changed then.
 
@@ -57,6 +59,11 @@ def clip_grad_norm_(
             "clip_grad_norm_ takes no parameter that an optimizer of this library shares with another, which would "
             f"clip its gradient twice, got parameters of shape {both}"
         )
+    for optimizer in found:
+        for i, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_layout(type(optimizer).__name__, i, p, p.grad)
     norm = clipping([*ours, *theirs], max_norm, grad_scale)
     assert norm.factor is not None
     for optimizer in found:

@@ -1,4 +1,4 @@
-"""State dicts of other optimizers as those of AdEMAMix, and back: a training moves over and goes on.
+"""State dicts of other optimizers as those of AdEMAMix, and back, so that a run can resume with another optimizer.
 
 Every function here is pure: it takes what the other program's ``optimizer.state_dict()`` gave and returns a new dict;
 tensors that need no change are shared with the old one.
@@ -27,10 +27,10 @@ RUNNING = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decou
 
 
 def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> StateDict:
-    """A running AdamW training's state dict as one that ``optimizer``, an AdEMAMix, loads and goes on from.
+    """The state dict of an AdamW run as one that ``optimizer``, an AdEMAMix, can load and resume from.
 
     As in the paper (arXiv 2409.03137): the first moment becomes the fast EMA, the second moment and the
-    steps done stay (bias corrections go on), and the slow EMA starts at zero. The warmups of alpha and beta3 count from
+    steps done stay (bias corrections continue), and the slow EMA starts at zero. The warmups of alpha and beta3 start
     here: ``schedule_start`` of a group becomes the largest number of steps that a parameter of it has done.
 
     What AdamW has (lr, the first two betas, eps, weight_decay, maximize, a scheduler's entries) comes from
@@ -45,8 +45,8 @@ def from_adamw(state_dict: Mapping[str, Any], optimizer: RuleOptimizer) -> State
         optimizer: the AdEMAMix over the same parameters in the same groups.
 
     Raises:
-        ValueError: an entry is missing, unknown, or one that AdEMAMix cannot go on from (amsgrad); it is named. Or
-            the optimizer is no AdEMAMix.
+        ValueError: an entry is missing, unknown, or one that AdEMAMix cannot resume from (amsgrad); it is named. Or
+            the optimizer is not an AdEMAMix.
     """
     source = "from_adamw"
     if not isinstance(optimizer, AdEMAMix):
@@ -172,7 +172,7 @@ def from_pytorch_optimizer(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
-    """An AdEMAMix state dict as one that torch.optim.AdamW or :class:`ademamix.AdamW` loads and goes on from.
+    """An AdEMAMix state dict as one that torch.optim.AdamW or :class:`ademamix.AdamW` can load and resume from.
 
     The fast EMA becomes the first moment (zeros with beta1 = 0, where the next gradient replaces it), the second moment
     and the steps done stay, the slow EMA is dropped; codes of low-bit state become float32 numbers. Master weights that
@@ -222,7 +222,7 @@ def _groups(
 def _refuse(source: str, group: Mapping[str, Any], key: str, allowed: Any) -> None:
     """Raise ValueError where a group's entry is there and is not what AdEMAMix computes."""
     if group.get(key, allowed) != allowed:
-        raise ValueError(f"{source}: {key}={group[key]!r} is nothing that AdEMAMix can go on from; allowed: {allowed}")
+        raise ValueError(f"{source}: {key}={group[key]!r} is not supported by AdEMAMix; allowed: {allowed}")
 
 
 def _without(group: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ mean what they mean in a memory (``memories.py``). What stands between ``p`` and
 its slots. It computes with the array namespace ``xp``: arithmetic, and what all backends have (``sqrt``, ``abs``,
 ``exp``, ``log``, ``minimum``, ``maximum``, ``where``).
 
-"muon" is no elementwise geometry. A step in it has three parts: :func:`direction` writes ``u``, :func:`orthogonalized`
+"muon" is not elementwise. A step in it has three parts: :func:`direction` writes ``u``, :func:`orthogonalized`
 makes matrices of it, and :func:`decoupled` takes the step.
 """
 
@@ -55,7 +55,7 @@ def adam_limited(
 ) -> tuple[Any, Any]:
     """Adam's step, in which a slow part r times as large as its limit counts as 1 / r of the limit.
 
-    Where gradients stop, their mean square is forgotten before the slow average is, and the quotient of the two grows
+    Where gradients stop, their mean square is forgotten before the slow EMA is, and the quotient of the two grows
     by orders of magnitude. A mean never exceeds the root mean square of the same gradients, so a slow part that does is
     of older ones, and the less it counts the further they lie back. ``u`` itself is kept below the limit, not summed
     anew: a run without a limit keeps its bits.

@@ -255,7 +255,7 @@ def transformation(optimizer: type[RuleOptimizer]) -> Callable[..., optax.Gradie
 
     The maker's arguments are the class's hyperparameters under optax's names (``lr`` is ``learning_rate``, ``betas``
     are ``b1``, ``b2``, ...; the class says what they mean), each a number, an array or a schedule, that is, a function
-    of the number of steps done. Beside them:
+    of the number of steps done. In addition:
 
     - ``mask``: a tree of booleans, or a function from parameters to one: the leaves that weight decay is for.
     - ``mu_dtype``: float32 or bfloat16, for all slots but those of squares.
@@ -391,7 +391,7 @@ def _leaf_from_torch(t: torch.Tensor, scale: torch.Tensor | None) -> Stored:
 
 
 def state_to_torch(state: State) -> dict[int, dict[str, torch.Tensor]]:
-    """The tensors by which a torch optimizer of the same rule goes on::
+    """The tensors with which a torch optimizer of the same rule resumes::
 
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state_to_torch(state)})
 

@@ -1,7 +1,7 @@
 """The mathematics of remembering: what is kept of past gradients, and the direction that is made of it.
 
 A memory maps ``(g, *slots)`` and its keyword-only coefficients to ``(u, *new slots)``: of the gradient to a direction
-``u``, elementwise. One with a slow average returns ``(u, fast, slow, *new slots)``, where ``u`` is the sum of the two.
+``u``, elementwise. One with a slow EMA returns ``(u, fast, slow, *new slots)``, where ``u`` is the sum of the two.
 Its positional names after ``g`` are the names of the state slots; its keyword-only names are the coefficients, computed
 once for each group and step by the optimizer class. A memory computes with arithmetic, and with what ``xp`` has
 (``geometries.py``, which is also where ``u`` becomes a step).

@@ -59,7 +59,7 @@ def log_time_weight(step: Any, delta: Any) -> Any:
 
 
 def log_time_alpha(step: Any, kappa: Any) -> Any:
-    """The weight of such an EMA beside the gradient: (1 + t)^(1 - kappa) (arXiv 2602.05298, ADana's alpha_t).
+    """The weight of such an EMA relative to the gradient: (1 + t)^(1 - kappa) (arXiv 2602.05298, ADana's alpha_t).
 
     Args:
         step: step or steps t, from 1 on.

@@ -69,7 +69,7 @@ def wide(assembly: str, kind: str) -> dict[int, int]:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("state", STATES)
 def test_nvidia_accesses_are_as_wide_as_they_can_be(state: str, target: str) -> None:
-    """A thread of an aligned tile has 8 neighbouring elements: 128 bits of 16-bit streams, two times 128 of float32,
+    """A thread of an aligned tile has 8 neighboring elements: 128 bits of 16-bit streams, two times 128 of float32,
     64 of codes of 8 bits."""
     formats = STATES[state]
     assembly = assembly_of(AdEMAMix.rule, formats, target)
@@ -135,7 +135,7 @@ def test_coefficients_compile_without_a_number_in_them(kind: Any, options: Any, 
 
 @pytest.mark.parametrize("state", STATES)
 def test_it_compiles_for_amd(state: str) -> None:
-    """A lane has 4 neighbouring elements of a block: 128 bits of float32 streams, 64 of 16-bit ones."""
+    """A lane has 4 neighboring elements of a block: 128 bits of float32 streams, 64 of 16-bit ones."""
     assembly = assembly_of(AdEMAMix.rule, STATES[state], "gfx942")
     for kind in ("load", "store"):
         widths = re.findall(rf"(?:global|buffer|flat)_{kind}_dword(x\d)?", assembly)

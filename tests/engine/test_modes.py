@@ -88,7 +88,7 @@ def test_a_fused_backend_takes_no_fake_tensors() -> None:
     with FakeTensorMode():
         p = faked((3,), torch.float32, "cpu")
     with pytest.raises(
-        RuntimeError, match=r"a parameter in group 0 is a FakeTensor.*allowed with backend='eager' alone"
+        RuntimeError, match=r"a parameter in group 0 is a FakeTensor.*only allowed with backend='eager'"
     ):
         AdamW([p], backend="cpu").step()
 

@@ -68,7 +68,7 @@ def test_a_sparse_gradient_is_named_by_its_group_and_shape(how: str) -> None:
     )
     good.grad = torch.ones(3)
     embedding(torch.tensor([1])).sum().backward()
-    named = r"AdEMAMix takes dense gradients .* of a parameter of shape \(4, 2\) in group 1 is torch\.sparse_coo"
+    named = r"AdEMAMix only takes dense gradients .* of a parameter of shape \(4, 2\) in group 1 is torch\.sparse_coo"
     with pytest.raises(RuntimeError, match=named):
         _ = optimizer.clip_grad_norm_(1.0) if how == "clip_grad_norm_" else optimizer.step()
     assert torch.equal(good, torch.ones(3))

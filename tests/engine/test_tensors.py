@@ -228,7 +228,7 @@ def test_tensors_made_of_other_tensors() -> None:
     optimizer.step()
     for q in (p, wrapped):
         q.grad = pair(1.0)
-        with pytest.raises(RuntimeError, match=r"in group 0 is a TwoTensor.*; allowed with backend='eager' alone"):
+        with pytest.raises(RuntimeError, match=r"in group 0 is a TwoTensor.*; only allowed with backend='eager'"):
             optimizer.step()
         assert torch.equal(p, torch.ones(3))
         assert optimizer.state[p]["step"] == 1.0
@@ -327,7 +327,7 @@ def test_quantized_weights_are_computed_in_float32_and_written_by_themselves(opt
 
 @pytest.mark.parametrize(
     ("options", "allowed"),
-    [({"backend": "cpu"}, "with backend='eager' alone"), ({"offload": True}, "with offload=False")],
+    [({"backend": "cpu"}, "only with backend='eager'"), ({"offload": True}, "with offload=False")],
 )
 def test_where_quantized_weights_cannot_be_served(options: Any, allowed: str) -> None:
     p, bias = nn.Parameter(Rounded(torch.ones(4, 4))), torch.zeros(4, requires_grad=True)

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ademamix
 from ademamix.lab.cli import _finish, _place
 from ademamix.lab.config import BadInputError
 from ademamix.lab.experiments import EXPERIMENTS
@@ -37,21 +39,82 @@ def test_without_the_extra_one_line_says_what_to_install():
     assert 'tyro is missing): pip install "ademamix[lab]"' in line
 
 
-def test_help_names_the_commands_and_loads_no_model_library():
+def test_help_is_shown_without_torch():
     code = (
         "import sys; from ademamix.lab.cli import main\n"
-        "for command in ([], ['train'], ['data']):\n"
+        "for command in ([], ['run'], ['train'], ['data'], ['compare'], ['plan'], ['report']):\n"
         "    sys.argv[1:] = [*command, '--help']\n"
         "    try: main()\n"
         "    except SystemExit as end: assert not end.code\n"
-        "    assert not {'transformers', 'plotly', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not {'torch', 'numpy', 'transformers', 'plotly', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "    print('NEXT')"
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     *pages, _ = done.stdout.split("NEXT")
-    for page, word in zip(pages, ("compare", "--ademamix.beta3", "--text-key"), strict=True):
+    words = ("--version", "geometry", "--ademamix.beta3", "--text-key", "--match-cap", "--vocab-size", "claim")
+    for page, word in zip(pages, words, strict=True):
         assert word in page
+        assert "examples:\n  ademamix " in page
+        assert "None" not in page
+        assert "(default: )" not in page
+        assert max(map(len, page.split("examples:")[0].splitlines())) <= 80
+
+
+def test_the_version_is_the_librarys(cli, capsys):
+    assert cli("--version") == 0
+    assert capsys.readouterr().out == f"ademamix {ademamix.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [("run",), ("run", "--help"), ("run", "-h")])
+def test_run_without_a_name_lists_the_experiments(words, cli, capsys):
+    assert cli(*words) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", listed, re.MULTILINE) for name in EXPERIMENTS)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "last"), [(("x",), "command", "report"), (("run", "x"), "experiment", "geometry")]
+)
+def test_an_unknown_name_is_refused_with_those_that_there_are(words, kind, last, cli, capsys):
+    assert cli(*words) == 2
+    line = refusal(capsys)
+    assert line.startswith(f"ademamix: unknown {kind} x; there are ")
+    assert line.endswith(last)
+
+
+def test_data_without_out_says_so(cli, capsys):
+    Path("some.txt").write_text("text")
+    assert cli("data", "some.txt") == 2
+    said = capsys.readouterr().err
+    assert "--out FOLDER" in said
+    assert "exists" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [
+        (("train", "--steps", "200"), 10),  # the preset's is 250 of 5,000
+        (("train", "--steps=200"), 10),
+        (("compare", "--steps", "200", "--preset", "110m"), 200 * 3000 // 256_000),
+        (("run", "lm", "--steps", "200"), 10),
+        (("train", "--steps", "1"), 0),
+        (("train", "--steps", "200", "--warmup", "7"), 7),
+        (("train",), 250),
+    ],
+)
+def test_the_warmup_scales_with_the_steps(words, warmup, cli, capsys):
+    assert cli(*words, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Steps of linear learning-rate warmup. (default: {warmup})" in text or "--warmup" in words
+
+
+def test_a_resume_says_from_which_step(finished, cli, capsys):
+    (finished / "result.json").unlink()
+    shutil.rmtree(finished / "checkpoints" / "step-00000020")
+    assert cli("train", "--resume", "run") == 0
+    assert "AdEMAMix resumes from step 16\n" in capsys.readouterr().out
 
 
 def test_the_library_does_not_import_the_lab():
@@ -351,7 +414,7 @@ def test_a_resume_names_a_folder_in_the_place_of_a_file(name, finished, cli, cap
     assert cli("train", "--resume", "run") == 2
     line = refusal(capsys)
     assert f"run/{name} " in line
-    assert "go on with" not in line
+    assert "resume with" not in line
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000030.partial", "tensorboard"])
@@ -362,7 +425,7 @@ def test_a_resume_names_a_file_in_the_place_of_a_folder(name, finished, cli, cap
     assert cli("train", "--resume", "run") == 2
     line = refusal(capsys)
     assert f"run/{name} must be a folder, but is a file; move it away" in line
-    assert "go on with" not in line
+    assert "resume with" not in line
     assert (finished / name).read_text() == "mine"
 
 
@@ -459,7 +522,7 @@ def test_a_folder_that_was_removed_is_not_offered_and_not_made_anew(command, cli
     assert cli(command, *tiny, "--out", "run") == 1
     line = refusal(capsys)
     assert "was removed while the run was under way" in line
-    assert line.endswith("; run has nothing left to go on with")
+    assert line.endswith("run has nothing left to resume")
     assert not list(Path("run").rglob("*.distcp"))
 
 

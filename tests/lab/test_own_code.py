@@ -37,8 +37,7 @@ def changed(path: Path, change: Callable[[dict], object]) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return capsys.readouterr().err.strip()
 
 
 @pytest.mark.parametrize("name", ["code.txt:rule", "code.txt:rule@0123abcd", "../{}/code.txt:rule"])
@@ -52,7 +51,8 @@ def test_a_resumed_folder_runs_no_code_that_it_alone_names(command, name, plante
     plain = name.partition("@")[0]
     typed = f"{PROGRAM} {command} --resume run --optimizer {plain}"
     file = plain.rpartition(":")[0]
-    assert line == f"ademamix: the run's folder names the code in {file}, which is not run unless you name it: {typed}"
+    said = f"ademamix: the run's folder names the code in {file}, which is not run unless you name it"
+    assert line == f"{said}\nif you trust it: {typed}"
     assert (
         cli(*shlex.split(typed.removeprefix(PROGRAM))) == 2
     )  # its digest, or its settings, are others; but now it is asked for
@@ -100,7 +100,7 @@ def test_what_is_said_on_ctrl_c_resumes_a_run_of_an_own_rule(words, planted, cli
 
     monkeypatch.setattr(_Run, "finish", stopped)
     assert cli("train", *tiny, *words, "--settings", "lr=0.1", "--out", "a run") == 128 + 2
-    how = refusal(capsys).partition("go on with: ")[2]
+    how = refusal(capsys).partition("resume with: ")[2]
     assert how == f"{PROGRAM} train --resume 'a run' --optimizer code.txt:rule"
     monkeypatch.setattr(_Run, "finish", finish)
     assert cli(*shlex.split(how.removeprefix(PROGRAM))) == 0

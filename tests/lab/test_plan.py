@@ -169,7 +169,11 @@ BAD_PLAN = {
     "bandwidth must be a positive number of GB/s, got 0": ("--bandwidth", "0"),
     "bandwidth must be a positive number of GB/s, got nan": ("--bandwidth", "nan"),
     "vocab_size must be at least 1, got 0": ("--vocab-size", "0"),
-    "vocab_size goes with a preset; a configuration as wrong.json has its own": ("wrong.json", "--vocab-size", "9"),
+    "vocab_size goes with a preset; a configuration such as wrong.json has its own": (
+        "wrong.json",
+        "--vocab-size",
+        "9",
+    ),
 }
 
 

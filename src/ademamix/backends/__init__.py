@@ -75,7 +75,7 @@ class Batch:
     [dim 0, ceil(rest / BLOCK)], their scales (``in_rows`` has these two). A slot that is not stored reads as zero and
     what the rule returns for it is dropped: its format is None, as are its tensors. ``keys[i]`` is parameter i's key of
     the noise (formats.keys), ``rows[i]`` says which noise is whose; where a slot has scales, its rows are those that
-    blocks run along. Parameters that are quantized weights (``is_made_of_others``) are for the eager backend alone.
+    blocks run along. Parameters that are quantized weights (``is_made_of_others``) only go to the eager backend.
     """
 
     rule: Rule

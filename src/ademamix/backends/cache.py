@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def made_private(folder: Path) -> Path:
-    """Make a folder, and those above it, for the user alone, whatever the umask; one that is there stays as it is."""
+    """Make a folder, and those above it, for the user only, whatever the umask; one that is there stays as it is."""
     if os.name == "nt":
         folder.mkdir(parents=True, exist_ok=True)
     elif not folder.is_dir():
@@ -91,7 +91,7 @@ def only_ours(path: Path) -> bool:
 
 
 def read(path: Path) -> bytes | None:
-    """What :func:`write` has written; None if it is not there, damaged, or not the user's alone."""
+    """What :func:`write` has written; None if it is not there, damaged, or if others may write to it."""
     try:
         content = path.read_bytes() if only_ours(path) else b""
     except OSError:

@@ -2,7 +2,7 @@
 
 A kernel walks a table of data pointers, so one call serves any number of tensors and compiling happens once for each
 rule and combination of dtypes. Its loads and stores are written as LLVM instructions that say what Numba cannot know:
-that the tensors do not overlap (any number of state slots vectorises) and that no index is negative.
+that the tensors do not overlap (any number of state slots vectorizes) and that no index is negative.
 """
 
 import contextlib

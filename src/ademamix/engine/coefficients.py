@@ -146,7 +146,7 @@ def _memory(step: Tensor) -> Any:
 
 
 class CountedByNobody:
-    """The steps of fake parameters, whose numbers are nobody's: what is computed of them has its shape alone."""
+    """The steps of fake parameters, whose numbers are nobody's: what is computed of them only has a shape."""
 
     def __init__(self, steps: list[Tensor]) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""The memory's fused pass alone: it writes directions into a workspace, for another pass or another optimizer."""
+"""The memory's fused pass on its own: it writes directions into a workspace, for another pass or another optimizer."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -55,7 +55,7 @@ class _Held:
 def uninterrupted() -> Iterator[None]:
     """Let the handlers of signals, such as that of Ctrl-C, run after the block.
 
-    Python runs them in the main thread alone; elsewhere there is nothing to hold back. Of blocks within each other, the
+    Python runs them in the main thread only; elsewhere there is nothing to hold back. Of blocks within each other, the
     outermost counts.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -57,7 +57,7 @@ class GroupSettings:
 class Inputs(NamedTuple):
     """What a step works on."""
 
-    params: Sequence[Tensor]  # with a gradient: the optimizer's, or their stand-ins in host memory
+    params: Sequence[Tensor]  # with a gradient: the optimizer's, or their placeholders in host memory
     grads: Sequence[Tensor]  # of each of them
     of_group: Sequence[int]  # the group of each of them
     settings: Sequence[GroupSettings]  # of each group
@@ -152,7 +152,7 @@ class Launches:
             grads: a gradient for each parameter.
             factor: multiplies all gradients; of one element.
             skip: boolean, of one element: if it is true, nothing changes.
-            trip: brings the gradients of stand-ins, and these back.
+            trip: brings the gradients of placeholders, and these back.
         """
         rows, table = self.steps.next(program.source, factor, skip)
         own, grads = grads, self.targets.resolved(grads)
@@ -208,7 +208,7 @@ def _columns_of(table: Tensor, rule: Rule, columns: Columns | None) -> Tensor:
 def _kept(program: Program, group: int, settings: GroupSettings, saved: Mapping[str, Any] | None) -> dict[str, Format]:
     """The formats of a parameter's slots: of those that its group stores, and of those that it has had before.
 
-    These go on as the equations say, also where a hyperparameter makes them needless for some time.
+    These continue as the equations say, also where a hyperparameter makes them needless for some time.
 
     Raises:
         ValueError: a slot is stored from now on whose past nobody has kept, or no longer.
@@ -422,7 +422,7 @@ def check_layout(name: str, group: int, p: Tensor, g: Tensor) -> None:
     """Raise RuntimeError for a sparse gradient of an optimizer of this name."""
     if g.layout != torch.strided:
         where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
-        raise RuntimeError(f"{name} takes dense gradients (torch.strided) alone; {where} is {g.layout}")
+        raise RuntimeError(f"{name} only takes dense gradients (torch.strided); {where} is {g.layout}")
 
 
 def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
@@ -433,7 +433,7 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
     for what, t in (("parameter", p), ("gradient", g)):
         if t is p and p.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
-                f"{name}: a parameter in group {group} was made in inference mode, and changes there alone"
+                f"{name}: a parameter in group {group} was made in inference mode, and only changes there"
             )
         if t.dtype.to_real() not in DTYPES or t.is_complex() != p.is_complex():
             allowed = "float64, float32, bfloat16, float16 or, both of them, complex"
@@ -444,10 +444,10 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
         )
         if (program.offload or not eager) and not backends.has_memory(local(t)):
             kind = f"a {what} in group {group} is a {type(local(t).detach()).__name__}, which has no memory of its own"
-            allowed = "with offload=False" if program.offload else "with backend='eager' alone"
+            allowed = "with offload=False" if program.offload else "only with backend='eager'"
             raise RuntimeError(f"{name}: {kind}; allowed {allowed}")
     if is_sharded(g) != is_sharded(p):
-        raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, one alone is a DTensor")
+        raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, only one is a DTensor")
     if is_sharded(p) and (g.device_mesh != p.device_mesh or any(x.is_partial() for x in p.placements)):
         found = f"{p.placements} on {p.device_mesh}, with a gradient on {g.device_mesh}"
         allowed = "allowed: Shard and Replicate, the gradient on the same mesh"

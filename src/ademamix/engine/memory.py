@@ -44,7 +44,7 @@ def _check_neighbors(name: str, parts: Sequence[Tensor]) -> None:
         own = np.lib.stride_tricks.as_strided(taken[place // unit :], (*t.shape, size), strides)
         if own.any():
             shapes = [tuple(part.shape) for part in parts]
-            raise RuntimeError(f"{name}: parameters of shapes {shapes} share memory: one alone can update it")
+            raise RuntimeError(f"{name}: parameters of shapes {shapes} share memory: only one of them can update it")
         before = np.count_nonzero(taken)
         own[...] = True
         if np.count_nonzero(taken) - before < own.size:

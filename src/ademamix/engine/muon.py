@@ -46,7 +46,7 @@ def matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def check_matrices(name: str, params: Iterable[Any], which: Iterable[Any]) -> None:
-    """Raise ValueError for a parameter that is no matrix, by what it is called."""
+    """Raise ValueError for a parameter that is not a matrix, by what it is called."""
     for p, called in zip(params, which, strict=True):
         if isinstance(p, Tensor) and (p.ndim < 2 or p.is_complex()):
             raise ValueError(

@@ -1,6 +1,6 @@
 """State in host memory: gradients come to the host, the host steps, parameters go back, chunk by chunk.
 
-Every parameter has a stand-in in host memory, which a step updates in its place: the float32 master weights of a
+Every parameter has a placeholder in host memory, which a step updates in its place: the float32 master weights of a
 low-precision parameter, a copy of any other. All gradients are sent for at once; while one chunk is worked on, the
 gradients of the next ones and the parameters of the last are under way.
 """
@@ -72,7 +72,7 @@ def _versions(p: Any) -> tuple[int, ...]:
 
 
 class Host:
-    """The stand-ins of an optimizer's parameters."""
+    """The placeholders of an optimizer's parameters."""
 
     def __init__(self) -> None:
         self.of: dict[Tensor, StandIn] = {}
@@ -80,7 +80,7 @@ class Host:
         self.ways: dict[torch.device, tuple[Any, Any]] = {}  # a stream to the host, and one from it
 
     def stand_in(self, p: Tensor, master: Any = None) -> StandIn:
-        """The parameter's stand-in, with these master weights if there are some already."""
+        """The parameter's placeholder, with these master weights if there are some already."""
         known = self.of.get(p)
         if known is not None and _is_of(known, p) and (master is None or known.whole is master):
             return known

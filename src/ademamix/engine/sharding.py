@@ -1,6 +1,6 @@
 """Parameters of which each process has a part (DTensors), and what is computed over all gradients at once.
 
-A step works on the local parts, and communicates in Muon's geometry alone (exchange.py). What DTensors are is torch's
+A step works on the local parts, and only communicates in Muon's geometry (exchange.py). DTensors are torch's
 to say: here is what the optimizer needs of it.
 """
 
@@ -145,7 +145,7 @@ def rows_of(p: Any, blocked: bool) -> list[tuple[slice | None, Rows]]:
     if blocked:
         stride = row_length(p.shape)
         return [(None, Rows(number, offsets[0] * stride + first % strides[0], stride))]
-    levels = [(1, 0)]  # (how many, how far apart): neighbouring dimensions without a gap between them are one
+    levels = [(1, 0)]  # (how many, how far apart): neighboring dimensions without a gap between them are one
     for size, stride in zip(shape, strides, strict=True):
         if size > 1 and levels[-1][1] == size * stride:
             levels[-1] = (levels[-1][0] * size, stride)
@@ -208,7 +208,7 @@ def _norm_over(mesh: Any, grads: Sequence[Any]) -> Tensor:
     # Of the copies of a replicated part, the one of the first process counts.
     place = mesh.get_coordinate()
     if place is None:
-        raise RuntimeError(f"the norm of gradients on {mesh} needs processes of that mesh alone, got {dist.get_rank()}")
+        raise RuntimeError(f"the norm of gradients on {mesh} only needs processes of that mesh, got {dist.get_rank()}")
     counted = []
     for g in grads:
         if not any(placement.is_replicate() and at > 0 for placement, at in zip(g.placements, place, strict=True)):

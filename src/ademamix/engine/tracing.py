@@ -1,8 +1,8 @@
-"""What a rule computes, found by running it once on stand-ins before anything is compiled or changed.
+"""What a rule computes, found by running it once on placeholders before anything is compiled or changed.
 
 Several backends compile a rule, each of which would read it in its own way: what they know of Python differs, and so
-does the precision that they give to numbers from outside the rule. So it is run here, once, on stand-ins that write
-down what is computed of them. What all backends get is that text, of arithmetic alone; whatever else the rule is made
+does the precision that they give to numbers from outside the rule. So it is run here, once, on placeholders that write
+down what is computed of them. What all backends get is that text, only arithmetic; whatever else the rule is made
 of (numbers by name, helpers, loops) has done its part by then. A mistake is reported in terms of the rule's own lines.
 """
 
@@ -24,7 +24,7 @@ from ademamix.backends import Rule, bind, coefficient_names
 from ademamix.engine.state import MASTER
 
 FUNCTIONS = ("sqrt", "abs", "exp", "log", "minimum", "maximum", "where")
-PARTS = ("fast", "slow")  # of a direction, which a memory with a slow average returns after it
+PARTS = ("fast", "slow")  # of a direction, which a memory with a slow EMA returns after it
 SMALLEST, LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # of float32's normal numbers
 
 _order = count()
@@ -42,11 +42,11 @@ def _refuse(message: str) -> Callable[..., NoReturn]:
 
 
 class Number:
-    """A coefficient, or what is computed of coefficients alone: one number for all elements, which only a step knows.
+    """A coefficient, or what is computed only of coefficients: one number for all elements, which only a step knows.
 
     Args:
         text: an argument's name, or how the operands make this, with "{0}" for the first.
-        operands: stand-ins and Python's numbers; none for an argument.
+        operands: placeholders and Python's numbers; none for an argument.
     """
 
     def __init__(self, text: str, *operands: Any) -> None:
@@ -55,7 +55,7 @@ class Number:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise RuleError(f"{_kind(self)} has no .{name}: a rule computes with arithmetic and xp's functions alone")
+        raise RuleError(f"{_kind(self)} has no .{name}: a rule only computes with arithmetic and xp's functions")
 
     def __neg__(self) -> Any:
         return _computed("-{0}", self)
@@ -86,10 +86,10 @@ def _computed(text: str, *operands: Any) -> Any:
     """What arithmetic on these gives."""
     for x in operands:
         if isinstance(x, Condition):
-            raise RuleError("a condition is no number: use xp.where(condition, x, y)")
+            raise RuleError("a condition is not a number: use xp.where(condition, x, y)")
         if not isinstance(x, Number | int | float) or isinstance(x, bool):
             raise RuleError(
-                f"a rule computes with its arguments and Python's numbers alone, got {type(x).__name__}: {x!r}"
+                f"a rule only computes with its arguments and Python's numbers, got {type(x).__name__}: {x!r}"
             )
         if not isinstance(x, Number) and x != 0 and not SMALLEST <= abs(x) <= LARGEST:
             raise RuleError(f"numbers are float32, 0 or from {SMALLEST:.2g} to {LARGEST:.2g} in size, got {x!r}")
@@ -234,7 +234,7 @@ def _results(
     coefficients: Mapping[str, Number],
     also: Sequence[str] = (),
 ) -> tuple[Array, ...]:
-    """What the function makes of stand-ins: arrays by the names ``wanted``, or with ``also`` after the first."""
+    """What the function makes of placeholders: arrays by the names ``wanted``, or with ``also`` after the first."""
     xp = _Namespace()
     try:
         results = bind(function, xp)(*given, **{name: coefficients[name] for name in coefficient_names(function)})

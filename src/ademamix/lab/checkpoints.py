@@ -1,4 +1,4 @@
-"""A run's weights, for programs that go on with them: ``weights`` of the newest of its ``complete`` checkpoints."""
+"""A run's weights, for programs that continue with them: ``weights`` of the newest of its ``complete`` checkpoints."""
 
 from ademamix.lab.training.checkpoints import complete, weights
 

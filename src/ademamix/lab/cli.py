@@ -1,40 +1,79 @@
-"""The commands: `ademamix data`, `train`, `compare`, `plan`, `run` and `report`."""
+"""The commands: `ademamix data`, `train`, `compare`, `plan`, `run` and `report`.
+
+Torch is imported when a command has work to do, so that help and mistakes are answered at once.
+"""
 
 import argparse
 import dataclasses
+import inspect
 import io
 import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from ademamix import __version__
 from ademamix.lab.signals import interrupted_by
 
 if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are known to be there
-    from ademamix.lab.config import Compare, Data, Job, PlanFor, ReportOn, Train, Training
-    from ademamix.lab.experiments.common import Settings, Workplace
+    from ademamix.lab.config import Compare, Data, PlanFor, ReportOn, Train, Training
+    from ademamix.lab.experiments.common import Settings
     from ademamix.lab.reports.report import Report
 
 CONFIG = "config.json"
 PROGRAM = "python -m ademamix" if Path(sys.argv[0]).name == "__main__.py" else "ademamix"
-ABOUT = """AdEMAMix on your own machine: make token files, train small language models, compare optimizers with AdamW.
-
-Start with `ademamix compare`: a few minutes on two cores, no download."""
-
+ABOUT = "AdEMAMix on your own machine: make token files, train small models, and compare optimizers with AdamW."
 WHAT = {
     "data": "turn text into token files",
     "train": "train one model with any optimizer",
     "compare": "train with AdamW and with another optimizer, and show the difference",
-    "plan": "the memory that a training needs, a GPU, and the time of an optimizer step",
-    "run": "one of the paper's experiments, or one beyond them, with a report of what came out",
-    "report": "an index of reports, claim by claim",
+    "plan": "estimate memory per GPU and the time of an optimizer step, without training",
+    "run": "run one of the paper's experiments, or one beyond them, and write a report",
+    "report": "write an index of reports, claim by claim",
+}
+EXAMPLES = {
+    "": (
+        "ademamix compare               # a few minutes on two cores, no download",
+        "ademamix run                   # list the experiments",
+        "ademamix train --help          # the settings of a command",
+    ),
+    "data": (
+        "ademamix data my_texts/ --out my_tokens",
+        "ademamix data corpus.jsonl --tokenizer tokenizer.json --out my_tokens",
+        "ademamix data hf:NAME --max-tokens 10_000_000 --out my_tokens",
+    ),
+    "train": (
+        "ademamix train --steps 200",
+        "ademamix train --data my_tokens --preset 10m --out runs/mine",
+        "ademamix train --resume runs/mine",
+        "ademamix train --optimizer adana --settings lr=2e-3",
+        "torchrun --nproc-per-node 8 -m ademamix train --shard --preset 330m --data my_tokens",
+    ),
+    "compare": (
+        "ademamix compare",
+        "ademamix compare --match       # also how many more tokens AdamW needs",
+        "ademamix compare --optimizer my_file.py:my_rule",
+    ),
+    "plan": (
+        "ademamix plan 1.3b --vocab-size 32000",
+        "ademamix plan llama-70b/config.json --gpus 64 --sharding fsdp",
+    ),
+    "run": (
+        "ademamix run lm --dry-run      # what it would train, and how long that takes",
+        "ademamix run lm --out runs/lm",
+        "ademamix run lm --resume runs/lm",
+    ),
+    "report": ("ademamix report runs",),
 }
 
 
@@ -49,109 +88,173 @@ def main() -> None:
 
         with only_named_by(sys.argv[1:]), stopped_by:
             _run(sys.argv[1:])
-    except KeyboardInterrupt as error:  # before a run began, or in a command that has nothing to go on with
+    except KeyboardInterrupt as error:  # before a run began, or in a command that has nothing to resume
         _fail("stopped", 128 + getattr(error, "signum", SIGINT))
     except ModuleNotFoundError as error:
         if (error.name or "ademamix").partition(".")[0] == "ademamix":
             raise
-        _fail(f'the lab needs more packages ({error.name} is missing): pip install "ademamix[lab]"', 2)
+        _fail(f'the command needs more packages ({error.name} is missing): pip install "ademamix[lab]"', 2)
 
 
 def _run(argv: list[str]) -> None:
-    import tyro
-
-    from ademamix.lab.config import BadInputError, Compare, Data, PlanFor, ReportOn, Train, shortened
-    from ademamix.lab.experiments import EXPERIMENTS
+    if argv == ["--version"]:
+        print(f"ademamix {__version__}")
+        return
+    from ademamix.lab.config import BadInputError, shortened
+    from ademamix.lab.experiments import WHAT as EXPERIMENTS
     from ademamix.lab.own_code import UnnamedCodeError
-    from ademamix.lab.training.processes import PeerError, launched
 
     try:
-        train, compare, experiments = _defaults(argv)
-        about = {name: module.WHAT for name, module in EXPERIMENTS.items()}
-        of_run: Any = tyro.extras.subcommand_type_from_defaults(experiments, about)
-        run_kind: Any = dataclasses.make_dataclass("Run", [("experiment", Annotated[of_run, tyro.conf.arg(name="")])])
-        run = run_kind(next(iter(experiments.values())))
-        run_kind.__doc__ = "Carry out an experiment and write a report."
-        defaults = {"data": Data((), Path()), "train": train, "compare": compare, "plan": PlanFor()}
-        defaults |= {"run": run, "report": ReportOn(Path())}
-        commands: Any = tyro.extras.subcommand_type_from_defaults(defaults, WHAT)
-        chosen: Any = tyro.cli(commands, prog="ademamix", description=ABOUT, args=argv)
-        carry_out: dict[type, Callable[[Any], None]] = {
-            Data: _data,
-            Train: _train,
-            Compare: _compare,
-            PlanFor: _plan,
-            ReportOn: _report,
+        command, *words = _choose(argv, WHAT, "ademamix", ABOUT, EXAMPLES[""])
+        if command == "run":
+            about = f"{WHAT['run'].capitalize()}. Each has settings of its own: ademamix run EXPERIMENT --help."
+            name, *words = _choose(words, EXPERIMENTS, "ademamix run", about, EXAMPLES["run"])
+            command = f"run {name}"
+        settings = _parsed(command, words)
+        if os.environ.get("RANK") and command != "train":
+            from ademamix.lab.training.processes import launched
+
+            if launched() > 1:
+                raise BadInputError("torchrun is for `ademamix train`; the other commands run in one process")
+        carry_out: dict[str, Callable[[Any], None]] = {
+            "data": _data,
+            "train": _train,
+            "compare": _compare,
+            "plan": _plan,
+            "report": _report,
         }
-        if launched() > 1 and not isinstance(chosen, Train):
-            raise BadInputError("torchrun is for `ademamix train`; the other commands run in one process")
-        if isinstance(chosen, run_kind):
-            _experiment(chosen.experiment)
-        else:
-            carry_out[type(chosen)](chosen)
+        carry_out.get(command, _experiment)(settings)
     except UnnamedCodeError as error:
-        _fail(f"{error}: {PROGRAM} {shlex.join(argv)} {_naming(argv[0], error.name)}", 2)
+        _fail(str(error), 2, f"if you trust it: {PROGRAM} {shlex.join(argv)} {_naming(command, error.name)}")
     except BadInputError as error:
         _fail(str(error), 2)
-    except PeerError:
-        sys.exit(2)  # another process says why
     except OSError as error:
         _fail(f"{shortened(error.filename)}: {error.strerror}" if error.filename else str(error), 2)
 
 
-def _defaults(argv: list[str]) -> "tuple[Train, Compare, dict[str, Settings]]":
-    """Return the settings that the others are changes of: those of --preset, or those of the run to --resume."""
-    from ademamix.lab.config import PRESETS, BadInputError, Compare, Job, Match, Recipe, Train, restored, shortened
+def _choose(words: list[str], what: Mapping[str, str], program: str, about: str, examples: Sequence[str]) -> list[str]:
+    """Return the words if the first is one of the names; without any, or for help, show the names and exit."""
+    from ademamix.lab.config import BadInputError, shortened
+
+    kind = "command" if program == "ademamix" else "experiment"
+    if words and words[0] in what:
+        return words
+    if words and words[0] not in ("-h", "--help"):
+        raise BadInputError(f"unknown {kind} {shortened(words[0])}; there are {', '.join(what)}")
+    options = {"-h, --help": "show this help"} | ({"--version": "show the version"} if kind == "command" else {})
+    column = 4 + max(map(len, (*what, *options)))
+    print(f"usage: {program} {kind.upper()} [options]\n\n{_wrapped(about)}")
+    for title, lines in ((f"{kind}s", what), ("options", options)):
+        print(f"\n{title}:")
+        for name, text in lines.items():
+            print(_wrapped(f"  {name:<{column - 2}}{text}", indent=column))
+    _show(examples)
+    sys.exit()
+
+
+def _show(examples: Sequence[str]) -> None:
+    print("\nexamples:", *(f"  {line}" for line in examples), sep="\n")
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    """The text in lines as wide as the terminal; no word, as a path or an option, is cut."""
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _parsed(command: str, words: list[str]) -> Any:
+    """Return the settings of a command as they were typed."""
+    import tyro
+
+    from ademamix.lab.config import Data, PlanFor, ReportOn
     from ademamix.lab.experiments import EXPERIMENTS
-    from ademamix.lab.experiments.common import Workplace
+
+    kinds: dict[str, Any] = {"data": Data, "plan": PlanFor, "report": ReportOn}
+    given: dict[str, Any] = {}
+    if command not in kinds:
+        module = EXPERIMENTS[command.removeprefix("run ")] if command.startswith("run ") else None
+        given["default"] = _default(command, module, words)
+        kinds[command] = type(given["default"])
+    paragraphs = (inspect.getdoc(kinds[command]) or "").split("\n\n")
+    given["description"] = "\n\n".join(" ".join(lines.split()) for lines in paragraphs)
+    help_asked = bool({"-h", "--help"} & set(words))
+    page = io.StringIO()
+    try:
+        with redirect_stdout(page) if help_asked else nullcontext():
+            return tyro.cli(kinds[command], prog=f"ademamix {command}", args=words, **given)
+    except SystemExit as end:
+        if help_asked and not end.code:
+            print(*map(_wrapped, page.getvalue().splitlines()), sep="\n")  # tyro wraps tables only
+            _show(EXAMPLES.get(command) or [line.replace("run lm", command) for line in EXAMPLES["run"]])
+        raise
+
+
+def _default(command: str, module: ModuleType | None, words: list[str]) -> "Train | Compare | Settings":
+    """Return the settings that the typed ones are changes of: those of --preset, or those of the run to --resume."""
+    from ademamix.lab.config import PRESETS, BadInputError, Compare, Train, shortened
 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--preset", nargs="?")
-    scan.add_argument("--resume", nargs="?", type=Path)
-    seen, _ = scan.parse_known_args(argv)
-    running = argv[:1] == ["run"]
-    name = argv[1] if running and len(argv) > 1 else ""
-    presets = EXPERIMENTS.get(name, next(iter(EXPERIMENTS.values()))).PRESETS if running else PRESETS
+    for name in ("preset", "resume", "steps", "warmup"):
+        scan.add_argument(f"--{name}", nargs="?")
+    seen, _ = scan.parse_known_args(words)
+    presets: Mapping[str, Any] = PRESETS if module is None else module.PRESETS
     preset = seen.preset or next(iter(presets))
     if preset not in presets:
-        raise BadInputError(f"unknown preset {preset}; there are {', '.join(presets)}")
-    recipe = Recipe() if running else PRESETS[preset]
-    own = "demo" if running else preset
-    train, compare = Train(preset=own, recipe=recipe), Compare(preset=own, recipe=recipe)
-    experiments = {
-        key: module.PRESETS.get(preset, next(iter(module.PRESETS.values()))) for key, module in EXPERIMENTS.items()
-    }
+        raise BadInputError(f"unknown preset {shortened(preset)}; there are {', '.join(presets)}")
     if seen.resume is not None:
-        stored = _stored(seen.resume)
-        try:
-            command = stored.pop("command")
-            stored.pop("typed")
-            job = stored.pop("job")
-
-            def of(workplace: W) -> W:
-                kept = restored(workplace, dataclasses.asdict(workplace) | job)
-                return dataclasses.replace(kept, resume=seen.resume)
-
-            if command == f"run {name}":
-                like = dataclasses.replace(EXPERIMENTS[name].PRESETS[stored["preset"]], job=Workplace())
-                stored["job"] = dataclasses.asdict(like.job)
-                experiments[name] = dataclasses.replace(restored(like, stored), job=of(Workplace()))
-            elif command in ("train", "compare"):
-                recipe = restored(Recipe(), stored["recipe"])
-                optimizer, match = str(stored.get("optimizer", "ademamix")), stored.get("match", {})
-                own = stored["preset"]
-                train = Train(optimizer, own, recipe, of(Job()))
-                compare = Compare(
-                    optimizer, own, recipe, of(Job()), restored(Match(), dataclasses.asdict(Match()) | match)
-                )
-        except (KeyError, TypeError, AttributeError) as error:
-            kept = seen.resume / CONFIG
-            raise BadInputError(f"{kept} is damaged, or of another version of ademamix ({shortened(error)})") from error
-    return train, compare, experiments
+        return _resumed(command, module, Path(seen.resume))
+    settings: Train | Compare | Settings
+    if module is None:
+        kind = Train if command == "train" else Compare
+        settings = kind(preset=preset, recipe=presets[preset])
+    else:
+        settings = presets[preset]
+    return settings if seen.warmup else _for_steps(settings, seen.steps)
 
 
-def _stored(out: Path) -> dict[str, Any]:
-    from ademamix.lab.config import BadInputError, from_json
+def _for_steps(settings: "Train | Compare | Settings", typed: str | None) -> "Train | Compare | Settings":
+    """Return the settings for as many steps as were typed; the warmup takes the same part of them."""
+    recipe = getattr(settings, "recipe", None)
+    try:
+        steps = int(typed or "")
+    except ValueError:  # none, or what the parser will complain of
+        return settings
+    if recipe is None:
+        return settings
+    recipe = dataclasses.replace(recipe, steps=steps, warmup=max(0, recipe.warmup * steps // recipe.steps))
+    changes: Any = {"recipe": recipe}
+    return dataclasses.replace(settings, **changes)
+
+
+def _resumed(command: str, module: ModuleType | None, out: Path) -> "Train | Compare | Settings":
+    """Return the settings that a run was started with."""
+    from ademamix.lab.config import BadInputError, Compare, Train, restored, shortened
+
+    stored = _stored(out, command)
+    stored = {key: value for key, value in stored.items() if key not in ("command", "typed")}
+    try:
+        ours: dict[str, Any] = {"train": Train(), "compare": Compare()}
+        like: Train | Compare | Settings = ours[command] if module is None else module.PRESETS[stored["preset"]]
+        like = dataclasses.replace(like, job=type(like.job)())  # type: ignore[arg-type]
+        # What earlier versions did not have.
+        stored["job"] = dataclasses.asdict(like.job) | stored["job"]
+        if isinstance(like, Compare):
+            match = dataclasses.asdict(like.match) | stored.get("match", {})
+            stored = {"optimizer": like.optimizer, **stored, "match": match}
+        settings = restored(like, stored)
+        return dataclasses.replace(settings, job=dataclasses.replace(settings.job, resume=out))  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError) as error:
+        why = f"is damaged, or of another version of ademamix ({shortened(error)})"
+        raise BadInputError(f"{out / CONFIG} {why}") from error
+
+
+def _stored(out: Path, command: str) -> dict[str, Any]:
+    """Return what a run's folder says of its command and settings.
+
+    Raises:
+        BadInputError: it is not a run of this command, or damaged.
+    """
+    from ademamix.lab.config import BadInputError, from_json, shortened
     from ademamix.lab.files import refuse_strange
 
     refuse_strange(out)
@@ -162,6 +265,8 @@ def _stored(out: Path) -> dict[str, Any]:
     for key, kind in {"command": str, "typed": list, "preset": str, "job": dict}.items():
         if not (isinstance(stored.get(key), kind) and all(isinstance(name, str) for name in stored[key])):
             raise BadInputError(f"{out / CONFIG} is damaged, or of another version of ademamix ({key!r})")
+    if stored["command"] != command:
+        raise BadInputError(f"{out} was made by `ademamix {shortened(stored['command'])}`, not by `ademamix {command}`")
     return stored
 
 
@@ -172,10 +277,19 @@ def _data(settings: "Data") -> None:
     meta = write_data(settings)
     for split in ("train", "valid"):
         say(f"{split}: {meta[split]['tokens']:,} tokens of {meta[split]['documents']:,} documents")
-    say(f"go on with: {PROGRAM} train --data {shlex.quote(str(settings.out))}")
+    say(f"next: {PROGRAM} train --data {shlex.quote(str(settings.out))}")
 
 
 def _train(settings: "Train") -> None:
+    from ademamix.lab.training.processes import PeerError
+
+    try:
+        _train_with_others(settings)
+    except PeerError:
+        sys.exit(2)  # another process says why
+
+
+def _train_with_others(settings: "Train") -> None:
     from ademamix.lab.console import say
     from ademamix.lab.training.devices import pick_device
     from ademamix.lab.training.loop import check, train
@@ -228,15 +342,14 @@ def _plan(settings: "PlanFor") -> None:
 
 def _experiment(settings: "Settings") -> None:
     from ademamix.lab.console import say
-    from ademamix.lab.experiments import EXPERIMENTS
+    from ademamix.lab.experiments import EXPERIMENTS, WHAT
     from ademamix.lab.experiments.rehearsal import rehearsed
     from ademamix.lab.experiments.trials import Trials
     from ademamix.lab.reports.report import sentence, show
     from ademamix.lab.training.devices import pick_device
     from ademamix.lab.training.loop import check
 
-    module = type(settings).__module__
-    name = next(name for name, experiment in EXPERIMENTS.items() if experiment.__name__ == module)
+    name = type(settings).__module__.rpartition(".")[2]
     pick_device(settings.job.device)
     recipe = getattr(settings, "recipe", None)
     if recipe is not None:
@@ -252,7 +365,7 @@ def _experiment(settings: "Settings") -> None:
         return
     with ExitStack() as held:
         out, typed = _claim(f"run {name}", settings, held)
-        say(f"{sentence(EXPERIMENTS[name].WHAT)}; everything is written to {out}")
+        say(f"{sentence(WHAT[name])}; everything is written to {out}")
         with _stoppable(f"run {name}", settings, out), Trials(out, job.device, job.workers, per_gpu) as trials:
             _finish(out, typed, lambda: EXPERIMENTS[name].run(settings, trials))
 
@@ -287,7 +400,6 @@ def _report(settings: "ReportOn") -> None:
 
 
 P = TypeVar("P", "Train", "Compare")
-W = TypeVar("W", "Job", "Workplace")
 
 
 def _pinned(settings: P) -> P:
@@ -347,7 +459,7 @@ def _place(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
     Raises:
         BadInputError: it cannot be such a folder. Nothing was written.
     """
-    from ademamix.lab.config import BadInputError, ImageRecipe, shortened
+    from ademamix.lab.config import BadInputError, ImageRecipe
     from ademamix.lab.data.sources import local_path, refuse_inside
     from ademamix.lab.training.loop import differing, refuse_other
     from ademamix.lab.training.processes import agreed_name, restarted
@@ -363,11 +475,7 @@ def _place(command: str, settings: "Train | Compare | Settings") -> tuple[Path, 
     out = resume or given or Path("runs") / agreed_name(free)
     started_before = restarted() or getattr(settings.job, "go_on", False)
     if resume is not None or (started_before and out.exists()):
-        stored = _stored(out)
-        if stored["command"] != command:
-            raise BadInputError(
-                f"{out} was made by `ademamix {shortened(stored['command'])}`, not by `ademamix {command}`"
-            )
+        stored = _stored(out, command)
         refuse_other(out, differing(_settled(stored), _settled(now)))
         return out, now, stored
     if out.exists():
@@ -391,32 +499,29 @@ def _naming(command: str, name: str) -> str:
     return f"--{'own' if command.startswith('run') else 'optimizer'} {shlex.quote(f'{path}:{attribute}')}"
 
 
-def _how_to_go_on(command: str, settings: "Train | Compare | Settings", out: Path) -> str:
+def _how_to_resume(command: str, settings: "Train | Compare | Settings", out: Path) -> str:
     from ademamix.lab.own_code import split
 
-    if not (out / CONFIG).is_file():
-        return f"{out} has nothing left to go on with"
-    again = f"{PROGRAM} {command} --resume {shlex.quote(str(out))}"
     name = str(getattr(settings, "own", None) or getattr(settings, "optimizer", ""))
-    return f"go on with: {again} {_naming(command, name)}" if split(name)[0] else f"go on with: {again}"
+    naming = [_naming(command, name)] if split(name)[0] else []
+    return " ".join([f"resume with: {PROGRAM} {command} --resume {shlex.quote(str(out))}", *naming])
 
 
 @contextmanager
 def _stoppable(command: str, settings: "Train | Compare | Settings", out: Path) -> Iterator[None]:
-    """Say how to go on when the run is stopped or cannot write, and what happened when it diverged: once for all
-    processes."""
+    """Say how to resume when the run is stopped or cannot write, and what happened when it diverged; rank 0 says it."""
     from concurrent.futures.process import BrokenProcessPool
 
     from ademamix.lab.training.checkpoints import SaveError
     from ademamix.lab.training.loop import DivergedError, StoppedError
 
-    how = ""
+    how = None
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as error:
         line, code = str(error) or "stopped", 128 + getattr(error, "signum", SIGINT)
     except DivergedError as error:
-        line, code, how = str(error), 1, "a smaller learning rate may help"
+        line, code, how = f"{error}; a smaller learning rate may help", 1, ""
     except (SaveError, OSError) as error:
         line, code = str(error), 1
     except BrokenProcessPool:
@@ -425,9 +530,13 @@ def _stoppable(command: str, settings: "Train | Compare | Settings", out: Path) 
         return
     if os.environ.get("RANK", "0") != "0":
         sys.exit(code)
-    _fail(f"{line}; {how or _how_to_go_on(command, settings, out)}", code)
+    if how is None and not (out / CONFIG).is_file():
+        line, how = f"{line}; {out} has nothing left to resume", ""
+    _fail(line, code, _how_to_resume(command, settings, out) if how is None else how)
 
 
-def _fail(line: str, code: int) -> NoReturn:
-    print(f"ademamix: {' '.join(line.split())}", file=sys.stderr)
+def _fail(line: str, code: int, how: str = "") -> NoReturn:
+    """Exit with a line that says why and, on a line of its own to be copied, a command that helps."""
+    told = f"ademamix: {' '.join(line.split())}"
+    print(_wrapped(told) if sys.stderr.isatty() else told, *filter(None, (how,)), sep="\n", file=sys.stderr)
     sys.exit(code)

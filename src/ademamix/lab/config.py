@@ -12,12 +12,17 @@ from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar, get_ar
 
 import tyro
 
-from ademamix.lab.values import Values
+from ademamix.lab.values import OR_NONE, Values
 
 Optimizer = str  # a class of the library's, in lower case, or FILE.py:NAME (optimizers.py)
 State = Literal["float32", "bfloat16", "compact"]
 Dtype = Literal["float32", "bfloat16"]
 Shape = Literal["cosine", "linear", "wsd"]  # of the learning rate over a run
+Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+NewFolder = Annotated[  # of a run
+    Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: a new folder in runs/)")
+]
+RunFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: start a new run)")]
 SEEDS = LARGEST_INT = 2**63  # torch takes no larger ones
 LARGEST = 1 << 28  # bytes of a JSON file; a result has some hundred for each evaluation
 
@@ -64,13 +69,13 @@ class AdEMAMixSettings(AdamWSettings):
     """Settings of AdEMAMix."""
 
     beta3: float = 0.999
-    """Decay of the slow average at the end of its warmup; its half-life should be well below the run's length."""
+    """Decay of the slow EMA at the end of its warmup; its half-life should be well below the run's length."""
     alpha: float = 8.0
-    """Weight of the slow average at the end of its warmup."""
+    """Weight of the slow EMA at the end of its warmup."""
     warmup: float = 1.0
     """The part of the run over which alpha and beta3 grow to their values; 0 for both from the first step on."""
     beta3_schedule: Literal["half-life", "log-time"] = "half-life"
-    """log-time: the slow average's horizon is a share of the steps so far; neither beta3 nor warmup is used."""
+    """log-time: the slow EMA's horizon is a share of the steps so far; neither beta3 nor warmup is used."""
     delta: float = 8.0
     """Of log-time: the horizon is about 1 / delta of the steps so far."""
     kappa: float = 0.85
@@ -84,7 +89,7 @@ class Training:
     unit: ClassVar[str]  # what an example is made of: the budget is counted in it
 
     batch: int = 4
-    """Examples (sequences, images) a step."""
+    """Examples (sequences, images) per step."""
     accumulate: int = 1
     """Parts into which a batch is cut to save memory; their gradients are added up."""
     steps: int = 5000
@@ -100,23 +105,23 @@ class Training:
     dtype: Dtype = "float32"
     """Of the parameters; bfloat16 ones are rounded stochastically and have no float32 copies."""
     seed: int = 0
-    """Decides initial weights and batches."""
+    """Random seed for the initial weights and the order of the batches."""
     eval_every: int = 250
     """Steps between two looks at the validation loss; the last step always has one."""
     switch_at: int = 0
-    """Train with AdamW for so many steps before AdEMAMix, its slow average zero, takes over; 0: AdEMAMix alone."""
+    """Train with AdamW for so many steps before AdEMAMix, its slow EMA zero, takes over; 0: only AdEMAMix."""
     planned: int = 0
-    """Steps that an optimizer's own schedules are made for, where the run is stopped earlier or extended; 0: steps."""
-    held_out: tuple[int, ...] = ()
+    """Run length for which the optimizer's own schedules are computed, if it differs from --steps; 0: the same."""
+    held_out: Annotated[tuple[int, ...], OR_NONE] = ()
     """Steps at each of which a batch of validation text takes the place of the step's own; its loss is followed."""
     insert: bool = True
-    """False: the batches of held_out are followed but never trained on, for comparison."""
-    adamw: AdamWSettings = AdamWSettings(lr=4e-3, beta2=0.99)  # as `ademamix run lm` tuned them
+    """Train on the batches of held_out; without, their losses are only followed, for comparison."""
+    adamw: AdamWSettings = AdamWSettings(lr=4e-3, beta2=0.99)
+    """Settings of AdamW; those of the demo were tuned by `ademamix run lm`, as were AdEMAMix's."""
     ademamix: AdEMAMixSettings = AdEMAMixSettings(lr=2e-3, beta2=0.99, beta3=0.998)
+    """Settings of AdEMAMix."""
     settings: Values = field(default_factory=dict)
-    """Arguments of any other optimizer's class, such as lr=2e-3 kappa=0.85; 0.5T is half of the planned steps.
-    geometry=muon is for adamw and ademamix too, as are adjust_lr_fn, ns_coefficients and ns_steps: hidden matrices take
-    Muon's geometry. All other parameters take Adam's, with the learning rate rest_lr if it is given."""
+    """Another optimizer's arguments (lr=2e-3 kappa=0.85; 0.5T: half the planned steps), or geometry=muon."""
 
     def __post_init__(self) -> None:
         _at_least_1(self, "batch", "accumulate", "steps", "eval_every")
@@ -167,7 +172,7 @@ class Recipe(Training):
     width: int = 64
     """Width of the residual stream; heads are 64 wide."""
     context: int = 64
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     eval_sequences: int = 256
     """Validation sequences, always the same ones, spread evenly over the validation text."""
 
@@ -189,8 +194,7 @@ class ImageRecipe(Training):
     unit: ClassVar[str] = "images"
 
     data: str = "glyphs"
-    """A folder of images with a folder for each class, "hf:NAME" for a dataset of the Hugging Face hub, or "glyphs":
-    digits drawn with matplotlib's fonts, placed, sized and turned at random, under noise."""
+    """Folder with a folder per class, "hf:NAME" of the Hugging Face hub, or "glyphs": noisy digits drawn here."""
     examples: int = 20_000
     """Training images: the first so many of the data."""
     size: int = 20
@@ -217,10 +221,10 @@ class ImageRecipe(Training):
 class Job:
     """How a run is carried out; nothing here changes its numbers (but another device rounds differently)."""
 
-    out: Path | None = None
-    """Folder for everything the run writes; must not exist yet. Default: a new folder below runs/."""
-    resume: Path | None = None
-    """Go on with the run in this folder; settings not given are taken from there."""
+    out: NewFolder = None
+    """Folder for everything the run writes; must not exist yet."""
+    resume: RunFolder = None
+    """Resume the run in this folder, with the settings that it was started with."""
     device: str = "auto"
     """Device to train on: auto takes the accelerator that is there (cuda, mps, xpu), else the cpu."""
     log_every: int = 10
@@ -232,7 +236,7 @@ class Job:
     shard: bool = False
     """Give each process of torchrun a part of parameters, gradients and optimizer state (FSDP2), not all (DDP)."""
     go_on: bool = False
-    """Go on with the run if --out holds it already: for queues that start the same command again."""
+    """Resume the run if --out holds it already: for queues that start the same command again."""
 
     def __post_init__(self) -> None:
         _at_least_1(self, "log_every", "save_every", "keep")
@@ -260,12 +264,15 @@ class Match:
 class Train:
     """Train a small language model with any optimizer.
 
-    Writes metrics.jsonl, TensorBoard events and checkpoints to a folder. Ctrl-C saves and says how to go on.
+    AdamW and AdEMAMix have sections of settings below; all other optimizers take theirs from `--settings`. With
+    `--settings geometry=muon` any optimizer updates hidden matrices in Muon's geometry; `adjust_lr_fn`,
+    `ns_coefficients` and `ns_steps` configure that, and `rest_lr` is the learning rate of all other parameters.
+
+    Writes metrics.jsonl, TensorBoard events and checkpoints to a folder. Ctrl-C saves and says how to resume.
     """
 
     optimizer: Optimizer = "ademamix"
-    """adamw or ademamix, with sections of settings below; another class of the library's, or FILE.py:NAME for a rule
-    (or a class made from one) of your own, with `--settings`."""
+    """adamw, ademamix, another class of the library, or FILE.py:NAME for a rule or class of your own."""
     preset: str = "demo"
     """Where the other defaults come from: demo (0.1M parameters), 3m, 10m, 30m, and the paper's 110m, 330m, 1.3b."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -291,23 +298,23 @@ class Compare:
 
 @dataclass(frozen=True)
 class ReportOn:
-    """Write an index of all experiments in a folder: the paper's figure beside ours, claim by claim."""
+    """Write an index of all experiments in a folder: the paper's figure next to ours, claim by claim."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER"), tyro.conf.Positional] = Path("runs")
     """The folder that holds the experiments' folders (`ademamix run lm --out FOLDER/lm`, and so on)."""
 
 
 @dataclass(frozen=True)
 class PlanFor:
-    """Say what memory a training needs on each GPU and what a step of the optimizer moves, compared with AdamW.
+    """Estimate the memory that training needs on each GPU and the time of an optimizer step, compared with AdamW.
 
     Nothing is trained or allocated: a model of 70 billion parameters takes seconds, on any machine.
     """
 
-    model: Annotated[str, tyro.conf.Positional] = "demo"
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL"), tyro.conf.Positional] = "demo"
     """A preset (demo, 3m, 10m, 30m, 110m, 330m, 1.3b), or a config.json of the transformers library."""
-    vocab_size: int | None = None
-    """Tokens in a preset's vocabulary. Default: 256, text as bytes; the paper's sizes are meant for 32,000."""
+    vocab_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 256)")] = None
+    """Tokens in a preset's vocabulary: 256 for text as bytes; the paper's sizes are meant for 32,000."""
     gpus: int = 1
     """GPUs, on however many machines."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -327,7 +334,7 @@ class PlanFor:
         if self.vocab_size is not None and self.vocab_size < 1:
             raise BadInputError(f"vocab_size must be at least 1, got {self.vocab_size}")
         if self.vocab_size is not None and self.model not in PRESETS:
-            raise BadInputError(f"vocab_size goes with a preset; a configuration as {self.model} has its own")
+            raise BadInputError(f"vocab_size goes with a preset; a configuration such as {self.model} has its own")
 
 
 VALID_FRACTION = 0.05
@@ -343,22 +350,29 @@ class Data:
     name, is cut at line ends into documents of about 16,000 characters. All rules: docs/data.md.
     """
 
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    sources: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint=""), tyro.conf.Positional
+    ]
     """Files or folders; "hf:NAME" for a dataset of the Hugging Face hub, "hf:NAME:SUBSET" for a part of it."""
-    out: Path
+    out: Folder
     """Folder to write; must not exist yet."""
-    tokenizer: Path | None = None
-    """A tokenizer.json of the `tokenizers` library. Default: bytes (UTF-8, 0 ends a document)."""
-    end_token: str | None = None
-    """The token that ends a document. Default: the one that tokenizers usually have for it, if there is one."""
+    tokenizer: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: bytes of UTF-8, 0 ends a document)")
+    ] = None
+    """A tokenizer.json of the `tokenizers` library."""
+    end_token: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="STR", help_behavior_hint="(default: the tokenizer's usual one, if it has one)"),
+    ] = None
+    """The token that ends a document."""
     text_key: str = "text"
     """The field of a record that holds the text."""
     split: str = "train"
     """The split of a Hugging Face dataset."""
     valid_fraction: float = VALID_FRACTION
     """Share of the documents that goes to validation."""
-    max_tokens: int | None = None
-    """Write so many tokens at most, the first ones of each split; documents may be cut. Default: take everything."""
+    max_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")] = None
+    """Write at most this many tokens, the first ones of each split; documents may be cut."""
 
 
 def _paper(layers: int, width: int, batch: int, steps: int, alpha: float, eval_every: int = 1000) -> Recipe:
@@ -432,7 +446,7 @@ def read_file(path: Path) -> bytes:
     """What a file holds.
 
     Raises:
-        BadInputError: it is no regular file: a pipe has no end, and reading it would wait for one.
+        BadInputError: it is not a regular file: a pipe has no end, and reading it would wait for one.
         OSError: it cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):
@@ -450,7 +464,7 @@ def from_json(path: Path) -> dict[str, Any]:
     """Read what `to_json` wrote.
 
     Raises:
-        BadInputError: the file is damaged, no regular file, or larger than any that `to_json` writes.
+        BadInputError: the file is damaged, not a regular file, or larger than any that `to_json` writes.
         OSError: it cannot be read.
     """
     about = path.stat()

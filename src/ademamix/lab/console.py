@@ -1,9 +1,11 @@
 """What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
 
+import textwrap
 import time
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ademamix.lab.config import Training
@@ -13,8 +15,17 @@ PLAIN_EVERY = 10.0  # seconds between two plain lines
 
 
 def say(text: str) -> None:
-    """Print one line, never cut or coloured by what it holds (paths and commands are copied from the terminal)."""
+    """Print a line; on a terminal it wraps between words, of which none is cut or colored: people copy paths."""
+    if OUT.is_terminal:
+        text = textwrap.fill(text, OUT.width, break_long_words=False, break_on_hyphens=False)
     OUT.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Bars(Progress):
+    """Bars that leave room for the ^C that a terminal shows: if it went to the next line, rich would draw below it."""
+
+    def get_renderable(self) -> RenderableType:
+        return Constrain(super().get_renderable(), OUT.width - len("^C") - 1)
 
 
 class Show:
@@ -23,9 +34,9 @@ class Show:
     Args:
         name: the run's, for people.
         recipe: the run's.
-        start: the step from which it goes on.
+        start: the step from which it resumes.
         quiet: show nothing.
-        below: the progress of a run that is under way at the same time; this one's is drawn below.
+        below: the progress of a run that is under way at the same time; the new bar is drawn below.
     """
 
     def __init__(
@@ -42,7 +53,7 @@ class Show:
             TimeRemainingColumn(compact=True),
         )
         disable = quiet or not OUT.is_terminal
-        self.bar: Progress = below.bar if below else Progress(*columns, console=OUT, disable=disable)
+        self.bar: Progress = below.bar if below else _Bars(*columns, console=OUT, disable=disable)
         self.task = self.bar.add_task(f"{name:<10}", total=self.steps, completed=start, numbers="")
 
     def __enter__(self) -> "Show":

@@ -1,4 +1,4 @@
-"""What memory a training needs and what an optimizer step moves, counted on tensors that have no memory."""
+"""What memory training needs and what an optimizer step moves, counted on tensors that have no memory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,10 +110,10 @@ def plan(settings: PlanFor) -> None:
     three, theirs = ours[0]["all three"], adamw[0]["all three"]
     say(
         f"{settings.model}, {sum(p.numel() for p in model.parameters()):,} parameters in {settings.dtype} on {where}: "
-        f"with AdEMAMix ({settings.state} state) parameters, gradients and state take {_told(three, SIZES)} a GPU, "
+        f"with AdEMAMix ({settings.state} state) parameters, gradients and state take {_told(three, SIZES)} per GPU, "
         f"{three / theirs:.2f} times what they take with AdamW (float32 state). Activations come on top."
     )
-    table = Table("", "AdEMAMix,\na GPU", "\nin all", "AdamW,\na GPU", "\nin all", "AdEMAMix\n/ AdamW")
+    table = Table("", "AdEMAMix,\nper GPU", "\nin all", "AdamW,\nper GPU", "\nin all", "AdEMAMix\n/ AdamW")
     for what, n in ours[0].items():
         sizes = (_told(each[what], SIZES) for each in (*ours, *adamw))
         table.add_row(what, *sizes, f"{n / adamw[0][what]:.2f}")

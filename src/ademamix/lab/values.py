@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 
@@ -38,8 +39,13 @@ def _spec(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec
     )
 
 
-Values = Annotated[Mapping[str, Any], _spec(_value, "NAME=VALUE")]
-Lists = Annotated[Mapping[str, tuple[Any, ...]], _spec(lambda t: tuple(map(_value, t.split(","))), "NAME=VALUE,VALUE")]
+OR_NONE = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or 'none'})")
+Values = Annotated[Mapping[str, Any], OR_NONE, _spec(_value, "NAME=VALUE")]
+Lists = Annotated[
+    Mapping[str, tuple[Any, ...]],
+    OR_NONE,
+    _spec(lambda t: tuple(map(_value, t.split(","))), "NAME=VALUE,VALUE"),
+]
 
 
 def typed(values: Mapping[str, Any]) -> str:

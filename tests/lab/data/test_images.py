@@ -63,12 +63,12 @@ def test_validation_images_are_the_first_ones_whatever_the_batch(cache):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Red and blue pictures of two sizes, 20 of each colour."""
-    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+    """Red and blue pictures of two sizes, 20 of each color."""
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(20):
             size = (30, 40) if i % 2 else (64, 24)
-            Image.new("RGB", size, colour).save(tmp_path / "pictures" / name / f"{i}.png")
+            Image.new("RGB", size, color).save(tmp_path / "pictures" / name / f"{i}.png")
     return tmp_path / "pictures"
 
 

@@ -153,12 +153,12 @@ def test_the_other_rule_is_compared_where_it_was_trained(done: Any) -> None:
     report, _ = done
     tokens, steps = (line for line in report.headlines if "in place of suggest(T)'s" in line)
     assert tokens == (
-        "At equal tokens a slow average of as many steps as at the smallest batch, in place of suggest(T)'s: "
+        "At equal tokens a slow EMA of as many steps as at the smallest batch, in place of suggest(T)'s: "
         "hurts: +0.1000 (+0.1000 to +0.1000; signs +++) at a batch of 16; "
         "hurts: +0.2000 (+0.2000 to +0.2000; signs +++) at a batch of 64"
     )
     assert steps == (
-        "At equal steps a slow average of as many tokens as at the smallest batch, in place of suggest(T)'s: "
+        "At equal steps a slow EMA of as many tokens as at the smallest batch, in place of suggest(T)'s: "
         "hurts: +0.2000 (+0.2000 to +0.2000; signs +++) at a batch of 64"
     )
     of_tokens, gaps_tokens, of_steps, gaps_steps, *_ = ({row[0]: row[1:] for row in rows} for rows in report.tables)

@@ -115,11 +115,11 @@ def short(**losses: list[float]) -> dict[str, dict[float, list[float]]]:
         (
             [1.5, 1.51],
             8.0,
-            "With at most AdEMAMix's memory (12.0 bytes a parameter), decidedly below it (95 % intervals): LEAN (8.0), "
-            f"-0.4200 ({interval(-0.4, -0.44)}; signs --)",
+            "With at most AdEMAMix's memory (12.0 bytes per parameter), decidedly below it (95 % intervals): LEAN "
+            f"(8.0), -0.4200 ({interval(-0.4, -0.44)}; signs --)",
         ),
         ([1.5, 1.51], 12.0, "decidedly below it (95 % intervals): LEAN (12.0), "),
-        ([1.5, 1.51], 16.0, "No rule with at most AdEMAMix's memory (12.0 bytes a parameter) is decidedly below it"),
+        ([1.5, 1.51], 16.0, "No rule with at most AdEMAMix's memory (12.0 bytes per parameter) is decidedly below it"),
         ([1.5, 1.7], 8.0, "No rule with at most"),  # below it in both seeds, by 0.4 and 0.25
         ([2.5, 2.6], 8.0, "No rule with at most"),
     ],
@@ -186,7 +186,7 @@ def test_intervals_of_the_lowest_of_several_hold_together() -> None:
         f"ADAMW (98.33 % interval {interval(0.5, 0.56, '.4f', of_three)}; lower in 2 of 2 seeds)"
     )
     assert some.lean() == (  # and not NEXT, by 0.3 and 0.25
-        "With at most AdEMAMix's memory (12.0 bytes a parameter), decidedly below it (97.5 % intervals): LEAN (8.0), "
+        "With at most AdEMAMix's memory (12.0 bytes per parameter), decidedly below it (97.5 % intervals): LEAN (8.0), "
         f"-0.4050 ({interval(-0.4, -0.41, t=of_two)}; signs --)"
     )
 
@@ -226,7 +226,7 @@ def test_no_slow_average_of_the_presets_is_too_long_for_its_run(preset: str) -> 
 
 def test_slow_averages_too_long_for_a_shorter_run_are_named() -> None:
     mixed, zero = common.too_long(candidates("cpu", steps=800, warmup=40))  # 0.995 reaches back 200 steps, 0.998 500
-    assert mixed == "AdEMAMix is tried with slow averages too long for 800 steps: beta3 = 0.998 (500 steps)"
+    assert mixed == "AdEMAMix is tried with slow EMAs too long for 800 steps: beta3 = 0.998 (500 steps)"
     assert zero.startswith("AdEMAMix, beta1 = 0 is tried")
     assert common.too_long(candidates("cpu", steps=1200)) == []
     assert common.too_long(candidates("cpu", steps=800, warmup=40, planned=2000)) == []
@@ -266,7 +266,7 @@ def test_a_rule_of_the_users_takes_part_and_is_refused_once_it_is_another(
     again = ("run", "beyond", "--resume", "out", "--own", "mine.py:mine")
     capsys.readouterr()
     assert cli(*again) == 128 + 2
-    how = capsys.readouterr().err.partition("go on with: ")[2]
+    how = capsys.readouterr().err.partition("resume with: ")[2]
     assert how.strip() == f"{PROGRAM} run beyond --resume out --own mine.py:mine"
     assert cli(*again, "--own-tried", "lr=0.2") == 2
     assert "own_tried.lr ([0.1] there, [0.2] here)" in capsys.readouterr().err
@@ -278,8 +278,8 @@ def test_a_rule_of_the_users_takes_part_and_is_refused_once_it_is_another(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "all must have as many trials, lr among what is tried: 1 of adamw"),
-        (("--own-tried", "leak=0.5"), "all must have as many trials, lr among what is tried"),
+        ((), "all must have the same number of trials, lr among what is tried: 1 of adamw"),
+        (("--own-tried", "leak=0.5"), "all must have the same number of trials, lr among what is tried"),
         (("--own-tried", "lr=0.1,0.2"), "2 of own"),
         (("--own-tried", "lr=0.1", "--own-settings", "leek=0.5"), "own: Mine has no setting leek; it has lr, leak,"),
     ],

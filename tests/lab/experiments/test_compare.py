@@ -188,14 +188,14 @@ def test_an_arm_that_diverges_is_named(lr, name, cli, inline, tiny, capsys):
     assert "a smaller learning rate may help" in line
 
 
-def test_a_killed_worker_gives_one_line_with_how_to_go_on(cli, inline, tiny, capsys, monkeypatch):
+def test_a_killed_worker_is_named_with_how_to_resume(cli, inline, tiny, capsys, monkeypatch):
     def gone(*_):
         raise BrokenProcessPool
 
     monkeypatch.setattr("ademamix.lab.experiments.arms.train_here", gone)
     assert cli("compare", *tiny, "--device", "cpu", "--out", "out") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"was killed, perhaps because memory ran out; go on with: {PROGRAM} compare --resume out" in line
+    errors = capsys.readouterr().err
+    assert f"was killed, perhaps because memory ran out\nresume with: {PROGRAM} compare --resume out\n" in errors
 
 
 @pytest.mark.parametrize("failure", [SaveError("no space"), OSError(28, "No space left on device")])
@@ -291,7 +291,7 @@ def test_both_run_at_once_ctrl_c_saves_both_and_resumed_they_are_bit_for_bit_tho
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert errors == f"ademamix: stopped; go on with: python -m ademamix compare --resume {out}\n"
+    assert errors == f"ademamix: stopped\nresume with: python -m ademamix compare --resume {out}\n"
     for name in NAMES:  # at the same time: neither was at its end when the other had begun
         (checkpoint,) = saved(out / name)
         assert checkpoint.name == f"step-{len(losses(out / name)):08}"
@@ -308,6 +308,7 @@ def test_both_run_at_once_ctrl_c_saves_both_and_resumed_they_are_bit_for_bit_tho
     at_last = begin([*COMMAND, "--resume", str(out)])
     printed, errors = at_last.communicate(timeout=100)
     assert at_last.returncode == 0, errors
+    assert printed.count(" resumes from step ") == len(NAMES)
     assert all(f"{label} step 2,000 of 2,000" in " ".join(printed.split()) for label in ("AdamW", "AdEMAMix"))
     for name in NAMES:
         assert json.loads((out / name / "result.json").read_text())["device"] == "cpu, 1 threads"

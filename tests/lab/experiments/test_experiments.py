@@ -235,7 +235,7 @@ BAD = {
     "seeds must be different numbers in [0, 2**63), got (1, 1)": ("lm", "--seeds", "1", "1"),
     "seeds must not have 200, that of the tuning": ("lm", "--seeds", "199", "200"),
     "workers must not be negative, got -1": ("lm", "--workers", "-1"),
-    "both optimizers must have as many trials": ("lm", "--tuning.adamw-lr", "0.1"),
+    "both optimizers must have the same number of trials": ("lm", "--tuning.adamw-lr", "0.1"),
     "adamw_lr must be different numbers, got (0.1, 0.1)": ("lm", "--tuning.adamw-lr", "0.1", "0.1"),
     "adamw_beta2 must be different numbers, got (0.99, 0.99)": ("vit", "--tuning.adamw-beta2", "0.99", "0.99"),
     "ademamix_lr must be different numbers, got (0.1, 0.2, 0.1)": (
@@ -258,7 +258,7 @@ BAD = {
     "fractions must be growing numbers above 0, got (1.0, 0.5)": ("beyond", "--fractions", "1", "0.5"),
     "budgets must be growing numbers above 1, got (0.5,)": ("beyond", "--budgets", "0.5"),
     "warmup must be in [0, steps), got 100 with 60 steps": ("beyond", "--fractions", "0.03", "1"),
-    "all must have as many trials, lr among what is tried: 2 of adamw, 6 of ademamix": (
+    "all must have the same number of trials, lr among what is tried: 2 of adamw, 6 of ademamix": (
         *("beyond", "--entries.adamw.tried", "lr=0.1,0.2"),
     ),
     "kema: longest must be a number of steps >= shortest (10.0), got 9.0": ("beyond", "--steps", "60", "--warmup", "3"),
@@ -571,7 +571,7 @@ def test_killed_and_stopped_it_goes_on_where_it_was(tiny, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert errors == f"ademamix: stopped; go on with: python -m ademamix run switch --resume {out}\n"
+    assert errors == f"ademamix: stopped\nresume with: python -m ademamix run switch --resume {out}\n"
     kept = {path: path.stat().st_mtime_ns for path in out.glob(finished)}
     process = begin("run", "switch", "--resume", str(out))
     _, errors = process.communicate(timeout=100)
@@ -640,4 +640,3 @@ def test_every_module_is_one_experiment():
     for module in EXPERIMENTS.values():
         assert {"cpu", "gpu", "paper"} <= set(module.PRESETS) <= set(get_args(Preset))
         assert all(settings.preset == name for name, settings in module.PRESETS.items())
-    assert all(module.WHAT for module in EXPERIMENTS.values())

@@ -74,7 +74,7 @@ def test_stopped_killed_and_resumed_is_the_unbroken_run_bit_for_bit(optimizer, t
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert f"go on with: python -m ademamix train --resume {broken}" in errors
+    assert f"resume with: python -m ademamix train --resume {broken}" in errors
     assert "Traceback" not in errors
     stopped_at = int(newest(broken).name.removeprefix("step-"))
     assert 60 <= stopped_at < 1500

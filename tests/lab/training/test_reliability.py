@@ -100,7 +100,7 @@ def test_a_stop_reaches_all_processes_at_one_step_and_another_number_of_them_goe
     os.kill(children(process)[1], signal.SIGTERM)
     printed, _ = process.communicate()
     (step,) = (int(path.name.removeprefix("step-")) for path in saved(run))
-    assert f"stopped and saved at step {step}; go on with: python -m ademamix train --resume {run}" in printed
+    assert f"stopped and saved at step {step}\nresume with: python -m ademamix train --resume {run}" in printed
     stopped = losses(run)
     assert len(stopped) == step
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ademamix.lab.config import Job, Optimizer, Training, fits
-from ademamix.lab.console import Show
+from ademamix.lab.console import Show, say
 from ademamix.lab.experiments.workers import Workers, train_here
 from ademamix.lab.training.devices import pick_device
 from ademamix.lab.training.loop import METRICS, RESULT, Result, train
@@ -35,7 +35,7 @@ def side_by_side(device: str) -> bool:
 
 
 def carry_out(arms: Sequence[Arm], job: Job) -> list[Result]:
-    """Train all arms, or go on with them: on a CPU at the same time, one thread each, elsewhere one after the other.
+    """Train all arms, or resume them: on a CPU at the same time, one thread each, elsewhere one after the other.
 
     Raises:
         Interrupted, StoppedError: SIGINT or SIGTERM came; the arms are saved.
@@ -50,8 +50,13 @@ def carry_out(arms: Sequence[Arm], job: Job) -> list[Result]:
 
 
 def _together(arms: Sequence[Arm], job: Job) -> dict[Arm, Result]:
+    from ademamix.lab.training.checkpoints import FOLDER, complete  # nearly a second of import time
+
     results: dict[Arm, Result] = {}
     first, *others = arms
+    for arm in arms:
+        if saved := complete(arm.out / FOLDER):
+            say(f"{arm.label} resumes from step {int(saved[-1].name.removeprefix('step-')):,}")
     with Workers(["cpu"] * len(arms), threads=1) as workers, Show(first.label, first.recipe, 0) as top:
         shows = {first: top} | {arm: Show(arm.label, arm.recipe, 0, below=top) for arm in others}
         running = {workers.submit(train_here, arm.optimizer, arm.recipe, job, arm.out): arm for arm in arms}

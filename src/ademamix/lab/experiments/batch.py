@@ -34,7 +34,6 @@ from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report, Rows
 from ademamix.lab.training.loop import Result
 
-WHAT = "AdEMAMix and its relatives by batch size, at equal tokens and at equal steps, each tuned at each batch size"
 Line = Literal["tokens", "steps"]
 LINES: dict[Line, str] = {"tokens": "equal tokens", "steps": "equal steps"}
 OTHER_RULE: dict[Line, str] = {"tokens": "as many steps", "steps": "as many tokens"}  # as at the smallest batch
@@ -274,7 +273,7 @@ class Found:
     def rules(self) -> list[str]:
         """Which rule for beta3 is better."""
         return [
-            f"At {text} a slow average of {OTHER_RULE[line]} as at the smallest batch, in place of suggest(T)'s: "
+            f"At {text} a slow EMA of {OTHER_RULE[line]} as at the smallest batch, in place of suggest(T)'s: "
             + "; ".join(
                 f"{self.pair(line, b, 'other', 'ademamix')} at a batch of {b * self.settings.recipe.batch}"
                 for b in self.settings.batches

@@ -33,7 +33,6 @@ from ademamix.lab.training.loop import Result
 from ademamix.lab.training.optimizers import arguments_of, buffers_of, pinned, title
 from ademamix.lab.values import Lists, Values
 
-WHAT = "memories of past gradients beyond AdEMAMix's, yours too: tuned alike, stopped early, extended, drawn"
 FAINT = 1e-6  # of the largest weight in a chart: fainter ones are left out
 
 
@@ -91,8 +90,8 @@ class Beyond(Settings):
     """Lengths of the runs, in T, growing; 1 must be among them."""
     budgets: tuple[float, ...] = (1.25, 1.5)
     """Further lengths of AdamW's runs, in T, growing: how many tokens it needs for the others' losses."""
-    own: Optimizer | None = None
-    """FILE.py:NAME, a rule of your own that takes part."""
+    own: Annotated[Optimizer | None, tyro.conf.arg(metavar="FILE.py:NAME", help_behavior_hint="(default: none)")] = None
+    """A rule of your own that takes part."""
     own_tried: Lists = field(default_factory=dict)
     """What it is tuned over, as many combinations as the others have: lr=1e-3,2e-3,4e-3 alpha=2,4"""
     own_settings: Values = field(default_factory=dict)
@@ -115,7 +114,7 @@ class Beyond(Settings):
         sizes = {key: math.prod(map(len, entry.tried.values())) for key, entry in every.items()}
         if len(set(sizes.values())) > 1 or not all("lr" in entry.tried for entry in every.values()):
             tried = ", ".join(f"{size} of {key}" for key, size in sizes.items())
-            raise BadInputError(f"all must have as many trials, lr among what is tried: {tried}")
+            raise BadInputError(f"all must have the same number of trials, lr among what is tried: {tried}")
         for key, entry in every.items():
             for point in itertools.product(*entry.tried.values()):
                 self._check(key, entry, dict(zip(entry.tried, point, strict=True)))
@@ -240,7 +239,7 @@ class Found:
         better = [k for k in no_larger if paired(self.final(k), mixed, jointly(len(no_larger))).lower]
         if math.isinf(most):
             return "AdEMAMix diverged in every run, so its memory is not known"
-        held = f"AdEMAMix's memory ({most:.1f} bytes a parameter)"
+        held = f"AdEMAMix's memory ({most:.1f} bytes per parameter)"
         if len(mixed) < 2:
             return f"One seed does not tell whether a rule with at most {held} beats it"
         if not better:
@@ -281,7 +280,7 @@ class Found:
         return budgets_for(adamw, self.final(key)).told(unit)
 
     def table(self) -> Rows:
-        heads = ("loss after T steps", "by seed", "AdamW's tokens", "bytes a parameter", "optimizer, ms", "buffers")
+        heads = ("loss after T steps", "by seed", "AdamW's tokens", "bytes per parameter", "optimizer, ms", "buffers")
         rows = []
         for key, entry in self.settings.every().items():
             runs = common.of(self.results, key, 1.0)

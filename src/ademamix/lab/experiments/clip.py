@@ -19,8 +19,6 @@ from ademamix.lab.reports.pictures import Chart
 from ademamix.lab.reports.report import Report, Rows
 from ademamix.lab.training.loop import Result
 
-WHAT = "how hard to clip the gradient's norm: loss, and the share of steps that are clipped"
-
 
 @dataclass(frozen=True)
 class Clip(Settings):

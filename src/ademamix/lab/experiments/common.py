@@ -6,12 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.config import SEEDS, BadInputError, Optimizer, Training, is_settings
+from ademamix.lab.config import SEEDS, BadInputError, NewFolder, Optimizer, RunFolder, Training, is_settings
 from ademamix.lab.console import say
 from ademamix.lab.experiments.statistics import Paired, loss_of, mean_and_error, too_low
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value, best
@@ -33,15 +32,14 @@ LOSS, MEAN_LOSS = "validation loss, nats", "validation loss, nats; bars: standar
 class Workplace:
     """Where and how an experiment is carried out; nothing here changes what it is about."""
 
-    out: Path | None = None
-    """Folder for everything that is written; must not exist yet. Default: a new folder below runs/."""
-    resume: Path | None = None
-    """Go on with the experiment in this folder; settings not given are taken from there."""
+    out: NewFolder = None
+    """Folder for everything that is written; must not exist yet."""
+    resume: RunFolder = None
+    """Resume the experiment in this folder, with the settings that it was started with."""
     device: str = "auto"
     """Device to train on: auto takes the accelerators that are there, else the cpu."""
     workers: int = 0
-    """Runs at a time; 0 for one per core of the CPU, with one thread each, or on GPUs four per GPU with the preset gpu,
-    whose small models leave a large one idle, and one per GPU with the preset paper."""
+    """Runs at a time; 0: one per CPU core, or per GPU four with the preset gpu and one with the preset paper."""
     dry_run: bool = False
     """Only list the runs and estimate how long they take, from 50 steps of each kind of run; write nothing."""
 
@@ -55,8 +53,7 @@ class Settings:
     """Settings that every experiment has."""
 
     preset: Preset = "cpu"
-    """Where the other defaults come from: cpu (minutes on 2 cores), overnight (hours on them, for some experiments
-    only), gpu (one large GPU), paper (for a cluster)."""
+    """Where the other defaults come from: cpu (minutes on 2 cores), overnight, gpu (one large), paper (a cluster)."""
     seeds: tuple[int, ...] = tuple(range(201, 209))
     """Seeds of the runs that count: initial weights and batches."""
     job: Annotated[Workplace, tyro.conf.arg(name="")] = field(default_factory=Workplace)
@@ -92,7 +89,7 @@ class Tuning:
         sizes = [len(self.adamw_lr) * len(self.adamw_beta2), len(self.ademamix_lr) * len(self.ademamix_beta3)]
         if sizes[0] != sizes[1] or not sizes[0]:
             raise BadInputError(
-                f"both optimizers must have as many trials: {sizes[0]} of AdamW, {sizes[1]} of AdEMAMix"
+                f"both optimizers must have the same number of trials: {sizes[0]} of AdamW, {sizes[1]} of AdEMAMix"
             )
 
     def spaces(self) -> dict[Optimizer, dict[str, tuple[float, ...]]]:
@@ -148,14 +145,14 @@ class Candidate:
 
 
 def too_long(candidates: Mapping[str, Candidate]) -> list[str]:
-    """A sentence on each candidate whose slow average, as tried, reaches back more than half of the planned steps."""
+    """A sentence on each candidate whose slow EMA, as tried, reaches back more than half of the planned steps."""
     said = []
     for c in candidates.values():
         steps = c.recipe.horizon
         long = [x for x in c.space.get("beta3", ()) if isinstance(x, float) and 2 > steps * (1 - x) > 0]
         if long:
             reach = ", ".join(f"{x:g} ({1 / (1 - x):,.0f} steps)" for x in long)
-            said.append(f"{c.title} is tried with slow averages too long for {steps:,} steps: beta3 = {reach}")
+            said.append(f"{c.title} is tried with slow EMAs too long for {steps:,} steps: beta3 = {reach}")
     return said
 
 

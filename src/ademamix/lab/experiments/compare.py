@@ -58,7 +58,7 @@ class Comparison:
     def headlines(self) -> list[str]:
         """Say what came out, a sentence each."""
         gain, at, (_, other) = self.adamw.valid_loss - self.other.valid_loss, self.reached_at, self.titles
-        lines = [f"{other} ends {abs(gain):.4f} nats a token {'below' if gain > 0 else 'above'} AdamW"]
+        lines = [f"{other} ends {abs(gain):.4f} nats per token {'below' if gain > 0 else 'above'} AdamW"]
         if at is not None:
             lines[0] += f" and was at AdamW's final loss after {100 * at:.1f} % of the budget"
         if self.matched is not None:
@@ -87,7 +87,7 @@ class Comparison:
 
 
 def compare(optimizer: Optimizer, recipe: Recipe, job: Job, match: Match, out: Path) -> Comparison:
-    """Run or go on with the comparison of AdamW with another in the folder `out`; finished runs are not done again.
+    """Run or resume the comparison of AdamW with another in the folder `out`; finished runs are not done again.
 
     Raises:
         Interrupted, StoppedError, DivergedError, BadInputError, SaveError: as `carry_out` does.
@@ -152,7 +152,7 @@ def _pictures(c: Comparison) -> list[Picture]:
     ends = around(
         [point["valid_loss"] for run in runs.values() for point in run.curve if 10 * point["step"] >= run.steps]
     )
-    label = "validation loss, nats a token"
+    label = "validation loss, nats per token"
     unit, last = c.recipe.unit, c.adamw.valid_loss
     curves = [Line(name, [p[unit] for p in r.curve], [p["valid_loss"] for p in r.curve]) for name, r in runs.items()]
     if c.reached_at is not None:
@@ -181,12 +181,12 @@ def _results(c: Comparison) -> Rows:
     at = c.reached_at
     return [
         ("", *c.titles),
-        row("final validation loss, nats a token", ".4f", "valid_loss"),
+        row("final validation loss, nats per token", ".4f", "valid_loss"),
         ("budget until AdamW's final loss", "100 %", "never there" if at is None else f"{100 * at:.1f} %"),
         row("training step, median ms", ".2f", "step_ms"),
         row("of that the optimizer, median ms", ".2f", "optimizer_ms"),
         *([("time with a core of the CPU", *c.core_shares)] if c.core_shares else []),
-        row("optimizer state, bytes a parameter", ".1f", "state_bytes_per_parameter"),
+        row("optimizer state, bytes per parameter", ".1f", "state_bytes_per_parameter"),
         row("steps skipped, gradient not finite", ",", "skipped_steps"),
     ]
 

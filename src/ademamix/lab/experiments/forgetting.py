@@ -19,8 +19,6 @@ from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, sentence
 from ademamix.lab.training.loop import Result
 
-WHAT = "how fast AdamW and AdEMAMix forget a batch that they saw once"
-
 Drops = dict[int, float]  # by the steps since the batch was seen: how much lower its loss is than in the twin
 
 

@@ -51,7 +51,6 @@ from ademamix.lab.training.loop import Result
 from ademamix.lab.training.optimizers import REST_LR, arguments_of
 from ademamix.lab.values import Values
 
-WHAT = "memories of past gradients in Adam's and in Muon's geometry, tuned alike, at several batch sizes"
 GEOMETRIES = {"adam": "Adam's geometry", "muon": "Muon's geometry"}
 MEMORIES = {
     "ema": "one EMA",

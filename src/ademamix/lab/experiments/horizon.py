@@ -20,7 +20,6 @@ from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart, Line
 from ademamix.lab.reports.report import Report, sentence
 
-WHAT = "the best beta3 by the number of steps, as a rule of thumb"
 PUBLISHED = 8.0  # beta3 = 1 - 8/T: arXiv 2602.05298
 
 
@@ -34,7 +33,7 @@ class Horizon(Settings):
     lengths: tuple[int, ...] = (400, 1600, 6400)
     """Steps of the runs, growing."""
     beta3: tuple[float, ...] = (0.97, 0.985, 0.9925, 0.99625, 0.998125, 0.9990625)
-    """Decays of the slow average, growing; tried at every length."""
+    """Decays of the slow EMA, growing; tried at every length."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
@@ -154,7 +153,7 @@ def _band(chosen: Mapping[int, Sequence[float]]) -> tuple[list[float], list[floa
 
 
 def vertex(x: list[float], y: list[float]) -> float:
-    """Where a parabola through the lowest point and its neighbours is lowest; the lowest point itself at an end.
+    """Where a parabola through the lowest point and its neighbors is lowest; the lowest point itself at an end.
 
     Raises:
         BadInputError: every run diverged.

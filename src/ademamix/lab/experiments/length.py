@@ -9,7 +9,7 @@ Fixed before the first run:
   runs: 3 T were not enough in one seed.)
 - The trend is that of lines through each seed's values at all lengths, for the seeds that every length has.
 - At the longest T, AdEMAMix trains with several values of beta3, all else as tuned. Each is compared within seeds with
-  the shortest slow average that was tried.
+  the shortest slow EMA that was tried.
 """
 
 import dataclasses
@@ -44,8 +44,6 @@ from ademamix.lab.reports.pictures import Chart, Line, Picture
 from ademamix.lab.reports.report import Report, Rows, sentence
 from ademamix.lab.training.loop import Result
 from ademamix.schedules import half_life
-
-WHAT = "what AdEMAMix gains by the length of the run, and how old a gradient still helps"
 
 
 @dataclass(frozen=True)
@@ -264,11 +262,11 @@ class Found:
 
     @cached_property
     def older(self) -> dict[float, Paired]:
-        """At the longest T: the loss above that of the shortest slow average, by beta3."""
+        """At the longest T: the loss above that of the shortest slow EMA, by beta3."""
         return {b: paired(values, self.aged[min(self.aged)]) for b, values in self.aged.items()}
 
     def oldest(self) -> str:
-        """Up to which half-life a longer slow average helps."""
+        """Up to which half-life a longer slow EMA helps."""
         if not self.older:
             return "How old a gradient still helps was not tried"
         losses = self.aged

@@ -16,7 +16,6 @@ from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report
 
-WHAT = "AdamW against AdEMAMix on text, both tuned; AdamW's tokens to the same loss"
 TUNING = Tuning((4e-3, 8e-3, 16e-3), (0.95, 0.99), (1e-3, 2e-3, 4e-3), (0.998, 0.999))
 GOAL = 1.5  # budgets for AdamW, at least, where about half the tokens do for AdEMAMix
 

@@ -15,7 +15,6 @@ from ademamix.lab.experiments.statistics import against, paired, table_of
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.report import Report
 
-WHAT = "AdamW against AdEMAMix on Mamba, a state-space model, both tuned"
 TUNING = Tuning((2e-3, 4e-3, 8e-3), (0.99,), (1e-3, 2e-3, 4e-3), (0.997,))
 
 

@@ -19,7 +19,6 @@ from ademamix.lab.reports.report import Report, Rows, sentence
 from ademamix.lab.training.loop import Result
 
 CLOSE = 0.01  # nats: about the spread of seeds
-WHAT = "alpha x beta3 as a heat map; warmups, beta1 = 0, AdamW's beta1"
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Sweep(Settings):
     """
 
     alpha: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
-    """Weights of the slow average."""
+    """Weights of the slow EMA."""
     beta3: tuple[float, ...] = (0.98, 0.99, 0.995, 0.998, 0.9999)
-    """Decays of the slow average, growing."""
+    """Decays of the slow EMA, growing."""
     adamw_beta1: tuple[float, ...] = (0.95, 0.98, 0.99, 0.999, 0.9999)
-    """Values of AdamW's beta1 beside that of the recipe."""
+    """Values of AdamW's beta1 besides that of the recipe."""
     adamw_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """AdamW's learning rates for all of its values of beta1."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)

@@ -1,4 +1,4 @@
-"""AdamW first, then AdEMAMix, its slow average zero: at several times, against both from start to end."""
+"""AdamW first, then AdEMAMix, its slow EMA zero: at several times, against both from start to end."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -16,12 +16,10 @@ from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart
 from ademamix.lab.reports.report import Report, sentence
 
-WHAT = "AdEMAMix takes over a run from AdamW, at several times"
-
 
 @dataclass(frozen=True)
 class Switch(Settings):
-    """AdamW until some step, then AdEMAMix with its slow average at zero, against both from start to end.
+    """AdamW until some step, then AdEMAMix with its slow EMA at zero, against both from start to end.
 
     The warmups of alpha and beta3 begin at the switch and end with the run.
     """

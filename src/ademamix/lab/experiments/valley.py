@@ -17,7 +17,6 @@ from ademamix.lab.experiments.trials import Trials
 from ademamix.lab.reports.pictures import Chart, Field, Line
 from ademamix.lab.reports.report import Report, sentence
 
-WHAT = "trajectories in a narrow valley, drawn"
 START, MINIMUM = (-3.0, 5.0), (1.0, 1.0)
 NEAR = 0.5  # the distance to the minimum at which an optimizer has arrived
 
@@ -41,7 +40,7 @@ class Valley(Settings):
     large: float = 0.999
     """The larger beta1 of Adam, and beta3 of AdEMAMix."""
     alpha: float = 9.0
-    """Weight of AdEMAMix's slow average."""
+    """Weight of AdEMAMix's slow EMA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

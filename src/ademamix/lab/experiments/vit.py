@@ -14,7 +14,6 @@ from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.pictures import Chart, Picture
 from ademamix.lab.reports.report import Report, sentence
 
-WHAT = "AdamW against AdEMAMix on a vision transformer, with more and with fewer images"
 TUNING = Tuning((5e-4, 1e-3, 2e-3, 4e-3), (0.99,), (2.5e-4, 5e-4, 1e-3, 2e-3), (0.998,))
 
 

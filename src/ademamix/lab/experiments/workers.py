@@ -83,7 +83,7 @@ _device = "cpu"  # of this worker
 
 
 def _begin(places: Any, threads: int, folder: Path) -> None:
-    """Start a worker: it takes one of the devices, and ends with its parent, whatever that one's end was."""
+    """Start a worker: it takes one of the devices, and ends with its parent, however the parent ended."""
     global _device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
     os.chdir(folder)  # the parent may have gone there after it was started

@@ -26,6 +26,7 @@ PAGE, MARKDOWN, OUTCOME, INDEX = "report.html", "report.md", "outcome.json", "in
 PICTURES = {scheme: f"pictures-{scheme}.svg" for scheme in SCHEMES}
 PACKAGES = ("ademamix", "torch", "transformers", "optuna", "numpy", "numba")
 MARKS = {"reproduced": "✔", "contradicted": "✘", "undecided": "?", "not tested at this size": "○"}
+NOT_RUN = "not run"  # of a claim that no experiment in the folder says anything about
 
 Cells = Sequence[Any]
 Rows = Sequence[Cells]  # the heads first
@@ -101,7 +102,7 @@ def show(report: Report) -> None:
 
 
 def write_index(folder: Path) -> Path:
-    """Write an index of the reports in a folder's folders, with the paper's figure beside ours, claim by claim.
+    """Write an index of the reports in a folder's folders, with the paper's figure next to ours, claim by claim.
 
     Raises:
         BadInputError: there is no report, or what one says is damaged.
@@ -132,7 +133,7 @@ def _outcome(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, text.encode(errors="replace"))  # names of files may hold what is no text
+    write_whole(path, text.encode(errors="replace"))  # names of files may not be text
 
 
 def _sentence(finding: Finding) -> str:
@@ -181,7 +182,7 @@ def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
         ours = [
             f"<p>{_badge(f.verdict)} {_text(f.ours)} (<a href='{_address(at)}/{PAGE}'>{_text(at.name)}</a>)</p>"
             for at, f in here
-        ] or [f"<p>{_badge('not tested at this size')} <code>ademamix run {claim.experiment}</code> tests it</p>"]
+        ] or [f"<p>{_badge(NOT_RUN)} <code>ademamix run {claim.experiment}</code> tests it</p>"]
         rows.append(
             f"<section class=claim><h2>{_text(sentence(claim.text))}</h2>"
             f"<dl><dt>The paper</dt><dd>{_text(claim.paper)}</dd>"
@@ -198,7 +199,9 @@ def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
     counts = {v: sum(any(f.claim == key and f.verdict == v for _, f in found) for key in CLAIMS) for v in MARKS}
     decided = ("reproduced", "contradicted", "undecided")
     left = len(CLAIMS) - sum(counts[verdict] for verdict in decided)
-    lead = f"Of {len(CLAIMS)} claims: {', '.join(f'{counts[v]} {v}' for v in decided)}, {left} not tested"
+    not_run = len(CLAIMS.keys() - {f.claim for _, f in found})
+    lead = f"Of {len(CLAIMS)} claims: {', '.join(f'{counts[v]} {v}' for v in decided)}, "
+    lead += f"{left - not_run} not tested at this size, {not_run} {NOT_RUN}"
     body = f"<div class=lead><p>{lead}.</p></div>{''.join(rows)}"
     return f"{body}<h2>The experiments</h2><div class=pictures>{''.join(cards)}</div>"
 
@@ -223,7 +226,8 @@ def _verdict(finding: Finding) -> str:
 
 
 def _badge(verdict: str) -> str:
-    return f"<b class='badge {verdict.split()[0]}'>{MARKS[verdict]} {verdict}</b>"
+    mark = MARKS.get(verdict, "○")
+    return f"<b class='badge {verdict.split()[0]}'>{mark} {verdict}</b>"
 
 
 def _text(value: Any) -> str:
@@ -231,7 +235,7 @@ def _text(value: Any) -> str:
 
 
 def _address(at: Path) -> str:
-    """Of a folder beside the page. Without the dot, what stands before a colon would be a scheme."""
+    """Of a folder next to the page. Without the dot, what stands before a colon would be a scheme."""
     return "./" + quote(os.fsencode(at.name), safe="")
 
 

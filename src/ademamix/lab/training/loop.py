@@ -147,6 +147,8 @@ def train(
         _stop_on_signals() as came,
         Show(label or title(name), recipe, run.step, quiet=quiet or not processes.first) as show,
     ):
+        if run.step and processes.first and not quiet:
+            say(f"{label or title(name)} resumes from step {run.step:,}")
         for step in range(run.step + 1, recipe.steps + 1):
             loss = run.advance()
             last = step == recipe.steps
