@@ -34,7 +34,7 @@ lint: $(READY)  ## formatting, lint, the floors of the house and types, as CI do
 bench: $(READY)  ## one optimizer step against torch.optim
 	$(BIN)/python benchmarks/step.py
 
-gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/gpu.md)
+gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/how-to/gpu.md)
 	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu
 
 clean:  ## remove the environments

@@ -47,7 +47,7 @@ class AdEMAMix(RuleOptimizer):
     Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
     of 2 and the missing warmups among them are seldom what you want: for a run of T steps, start from
     :func:`ademamix.suggest`, half of AdamW's ``lr``, and AdamW's ``weight_decay``, beta1 and beta2
-    (docs/choosing-settings.md).
+    (docs/how-to/choosing-settings.md).
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
@@ -70,7 +70,7 @@ class AdEMAMix(RuleOptimizer):
         slow_limit: how large the slow EMA may be compared with the root mean square of the gradients, > 0; None for the
             paper's update without a limit. Where gradients stop (a token that no longer occurs, an expert that is no
             longer chosen), v_t is forgotten before m2_t, and the paper's steps grow to 1e5 lr and more
-            (docs/silence.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
+            (docs/explanation/gradients-that-stop.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
             nothing. Groups of state dicts without it, which are older, load as None.
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes
