@@ -53,9 +53,11 @@ def named(state: str) -> Any:
 
 
 @named("float32")
-def test_a_state_dict_goes_on_to_the_same_bits(saved: dict[str, Any]) -> None:
+def test_a_state_dict_goes_on_to_the_same_parameters(saved: dict[str, Any]) -> None:
+    # The same bits on one kind of processor. torch's square root is off by a unit in the last place on some, which may
+    # round each of 6 steps of parameters below 4 differently: by a unit of 2**-22.
     for p, after in zip(go_on(saved), saved["after"], strict=True):
-        assert torch.equal(p, after)
+        torch.testing.assert_close(p.detach(), after, rtol=0.0, atol=6 * 2.0**-22)
 
 
 @named("compact")

@@ -47,7 +47,7 @@ def host_ahead(state: str, clip: bool) -> tuple[bool, str]:
 
 def waits_for_nothing(clip: bool = False, move: bool = True, scale: bool = False, **settings: Any) -> str:
     params = parameters()
-    optimizer = AdEMAMix(params, **settings)
+    optimizer = AdEMAMix(params, fused=scale, **settings)
     scaler = torch.amp.GradScaler("cuda", enabled=scale)
     scaler.scale(torch.zeros((), device=DEVICE, requires_grad=True))
     ready = [[torch.randn_like(p) for p in params] for _ in range(12)]

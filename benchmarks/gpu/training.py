@@ -46,7 +46,7 @@ def grad_scaler() -> tuple[bool, str]:
 
 def scaled_steps_are_plain_ones() -> tuple[bool, str]:
     params, plain = parameters(), parameters()
-    a, b = AdEMAMix(params, state="compact"), AdEMAMix(plain, state="compact")
+    a, b = AdEMAMix(params, state="compact", fused=True), AdEMAMix(plain, state="compact")
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     for step in range(6):
         scaler.scale(torch.zeros((), device=DEVICE, requires_grad=True))

@@ -1,5 +1,6 @@
 """AdEMAMix for everyone who trains models: the optimizer of arXiv 2409.03137 at AdamW's cost."""
 
+from ademamix.clipping import clip_grad_norm_
 from ademamix.engine.optimizer import RuleOptimizer
 from ademamix.groups import split_parameters
 from ademamix.optimizers.adam import AdamW, AdEMAMix
@@ -19,6 +20,7 @@ __all__ = [
     "Muon",
     "RuleOptimizer",
     "SimplifiedAdEMAMix",
+    "clip_grad_norm_",
     "optimizer_from",
     "split_parameters",
     "suggest",

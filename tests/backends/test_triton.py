@@ -322,7 +322,7 @@ def test_a_graph_is_replayed_rightly_whatever_steps_are_taken_beside_it() -> Non
 @gpu
 def test_a_grad_scaler_on_the_gpu() -> None:
     params, plain = parameters(torch.float32), parameters(torch.float32)
-    a, b = AdEMAMix(params), AdEMAMix(plain)
+    a, b = AdEMAMix(params, fused=True), AdEMAMix(plain)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     for step in range(4):
         scaler.scale(torch.zeros((), device="cuda", requires_grad=True))

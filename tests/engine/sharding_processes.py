@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from ademamix import AdEMAMix, GradientMemory
+from ademamix import AdEMAMix, GradientMemory, clip_grad_norm_
 from ademamix.convert import to_adamw
 
 WORLD = 4
@@ -217,6 +217,45 @@ def a_process_may_lack_gradients_that_others_have() -> None:
             optimizer.step()
             assert optimizer.skipped_steps == bad
             assert unchanged(before, [*experts, common], optimizer) == (bad or RANK == 3)
+
+
+@check
+def one_norm_for_several_optimizers_is_that_of_all_gradients_on_all_meshes() -> None:
+    whole, _ = trained(WHOLE_BLOCKS, torch.float32, None, AdEMAMix)
+    params, _ = trained(WHOLE_BLOCKS, torch.float32, meshes(), AdEMAMix)
+    sums = DTensor.from_local(torch.full((64, 65), 0.1 * RANK), params[2].device_mesh, [Partial()])
+    params[2].grad, whole[2].grad = sums, torch.full((64, 65), 0.6)
+    optimizers = []
+    for each in (whole, params):
+        optimizers.append([torch.optim.SGD(each[::2], lr=0.1), AdEMAMix(each[1::2], lr=0.01)])
+    sgd, ours = optimizers[1]
+    norm = nn.utils.clip_grad_norm_(whole, 0.5)
+    with CommDebugMode() as communication:
+        found = clip_grad_norm_([sgd, ours], 0.5)
+    # One for each of two meshes, and that of the gradient which is a sum still to be made.
+    assert communication.get_total_counts() == 3, communication.get_comm_counts()
+    assert not isinstance(found, DTensor)
+    # As above, a sum of squares of fewer than 100,000 elements; torch sums those of a tensor in vectors of 8 and more.
+    torch.testing.assert_close(found, norm, rtol=12_500 * 2**-24, atol=0.0)
+    again = ours.clip_grad_norm_(0.5, norm=DTensor.from_local(found, params[0].device_mesh, [Replicate()]))
+    assert torch.equal(again, found)
+    for both in optimizers:
+        for optimizer in both:
+            optimizer.step()
+    for p, q in zip(params, whole, strict=True):
+        # Steps of 0.1 times gradients of norm 0.5 at most, by a factor that may be off by that.
+        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-6, atol=0.1 * 0.5 * 12_500 * 2**-24)
+
+    params[2].grad = torch.ones_like(params[2])  # no sum, for which all processes would need it
+    for p in params[RANK % 2 :: 2]:  # a process has the gradients of one optimizer
+        p.grad = None
+    if RANK == 1:
+        params[0].grad.to_local()[0, 0] = torch.nan
+    before = snapshot(params[1::2], ours)
+    assert clip_grad_norm_([sgd, ours], 0.5).isnan()
+    ours.step()
+    assert ours.skipped_steps == 1
+    assert unchanged(before, params[1::2], ours)
 
 
 @check

@@ -122,6 +122,39 @@ def test_the_norm_of_low_precision_gradients_is_accumulated_in_float32() -> None
     assert AdEMAMix([nn.Parameter(torch.zeros(2))]).clip_grad_norm_(1.0) == 0.0  # no gradients
 
 
+@pytest.mark.parametrize("given", [float, torch.tensor, lambda x: torch.tensor([[x]], dtype=torch.float64)])
+def test_a_norm_of_more_gradients_takes_the_place_of_one_s_own(given: Any) -> None:
+    """As of two stages of a pipeline, of which each process has one; numbers of float32 come through all of these."""
+    whole, parts = parameters(), parameters()
+    a = AdEMAMix(whole, lr=0.1, **SCHEDULED)
+    # Noise is not used, so that parameters may be numbered anew.
+    stages = [AdEMAMix(parts[i : i + 2], lr=0.1, **SCHEDULED) for i in (0, 2)]
+    for step, scale in enumerate((1.0, 2.0, 4.0)):
+        give_gradients(whole, step)
+        give_gradients(parts, step, scale)
+        whole[0].grad[0, 0] = parts[0].grad[0, 0] = math.nan if step == 1 else 2.0
+        parts[0].grad[0, 0] *= scale
+        norm = a.clip_grad_norm_(0.5)
+        for stage in stages:
+            found = stage.clip_grad_norm_(0.5, grad_scale=None if scale == 1.0 else scale, norm=given(norm.item()))
+            assert (found.shape, found.dtype) == ((), torch.float32)
+            assert torch.equal(found, norm) or norm.isnan()
+            stage.step()
+        a.step()
+        assert all(map(torch.equal, whole, parts))
+    assert [o.skipped_steps for o in (a, *stages)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [-1.0, "1", torch.ones(2), [1.0]])
+def test_a_bad_norm_is_refused(bad: Any) -> None:
+    params = parameters()
+    give_gradients(params, 0)
+    optimizer = AdEMAMix(params)
+    with pytest.raises(ValueError, match=r"norm must be a number >= 0 or a tensor of one element, got"):
+        optimizer.clip_grad_norm_(1.0, norm=bad)
+    assert optimizer._note is None
+
+
 @pytest.mark.parametrize("bad", [-1.0, math.nan, "1", None])
 def test_a_bad_max_norm_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"max_norm must be a number >= 0, got"):
@@ -222,10 +255,13 @@ def test_a_launch_writes_nothing_where_the_device_says_so(state: str, dtype: tor
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clip", [None, "unscaled", "scaled"])
-def test_a_grad_scaler_gives_the_steps_of_the_unscaled_gradients(backend: str, clip: str | None) -> None:
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_grad_scaler_gives_the_steps_of_the_unscaled_gradients(
+    backend: str, clip: str | None, fused: bool | None
+) -> None:
     """The scale is a power of two, so scaling changes no bit of a normal number."""
     ours, plain = parameters(), parameters()
-    a = AdEMAMix(ours, lr=0.01, backend=backend, **SCHEDULED)
+    a = AdEMAMix(ours, lr=0.01, backend=backend, fused=fused, **SCHEDULED)
     b = AdEMAMix(plain, lr=0.01, backend=backend, **SCHEDULED)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for step in range(8):
@@ -242,7 +278,8 @@ def test_a_grad_scaler_gives_the_steps_of_the_unscaled_gradients(backend: str, c
         grads = [p.grad.clone() for p in ours]
         scaler.step(a)
         scaler.update()
-        assert all(torch.equal(p.grad, g) for p, g in zip(ours, grads, strict=True))
+        if fused or clip:  # else the scaler has divided them
+            assert all(torch.equal(p.grad, g) for p, g in zip(ours, grads, strict=True))
         if step == 4:
             assert equal(before, snapshot(ours, a))
             assert scaler.get_scale() == size / 2
@@ -251,8 +288,56 @@ def test_a_grad_scaler_gives_the_steps_of_the_unscaled_gradients(backend: str, c
         if clip:
             b.clip_grad_norm_(0.5)
         b.step()
-    assert a.skipped_steps == 1
+    assert a.skipped_steps == (1 if fused or clip else 0)
     assert equal(snapshot(ours, a), snapshot(plain, b))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_grad_scaler_does_for_an_optimizer_what_it_does_for_torch_s(fused: bool | None) -> None:
+    """Gradients are unscaled, where callers between look at them and clip, and ``step`` is not called in vain."""
+    calls, grads = [], []
+    for kind, options in ((AdamW, {"fused": fused}), (torch.optim.AdamW, {})):
+        params = parameters()
+        optimizer = kind(params, lr=0.01, **options)
+        optimizer.register_step_pre_hook(lambda *_, kind=kind: calls.append(kind))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(3):
+            scaler.scale(torch.zeros((), requires_grad=True))
+            give_gradients(params, step, 1024.0)
+            params[0].grad[0, 0] = math.inf if step == 1 else 1.0
+            assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+            scaler.step(optimizer)
+            scaler.update(1024.0)
+            grads.append([p.grad.clone() for p in params])
+    assert calls == [AdamW, AdamW, torch.optim.AdamW, torch.optim.AdamW]
+    assert all(map(equal, grads[:3], grads[3:]))
+
+
+@pytest.mark.parametrize("forgotten", ["step", "zero_grad", "other gradients"])
+def test_a_grad_scaler_does_its_own_work_again_once_the_note_is_used_or_gone(forgotten: str) -> None:
+    params = parameters()
+    optimizer: Any = AdEMAMix(params)
+    give_gradients(params, 0)
+    assert not optimizer._step_supports_amp_scaling
+    optimizer.clip_grad_norm_(1.0, grad_scale=8.0)
+    assert optimizer._step_supports_amp_scaling
+    if forgotten == "step":
+        optimizer.step()
+    elif forgotten == "zero_grad":
+        optimizer.zero_grad(set_to_none=False)
+    else:
+        give_gradients(params, 1)
+    assert not optimizer._step_supports_amp_scaling
+
+
+def test_others_may_say_what_a_grad_scaler_does() -> None:
+    optimizer: Any = AdEMAMix(parameters(), fused=True)
+    assert optimizer._step_supports_amp_scaling
+    optimizer._step_supports_amp_scaling = False  # as some do about torch's
+    assert not optimizer._step_supports_amp_scaling
+    assert not copy.deepcopy(optimizer)._step_supports_amp_scaling
+    with pytest.raises(ValueError, match="fused must be None, True or False, got 'yes'"):
+        AdEMAMix(parameters(), fused="yes")  # type: ignore[arg-type]
 
 
 def test_clipping_scaled_gradients_unawares_is_refused() -> None:

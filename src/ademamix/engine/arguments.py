@@ -26,6 +26,7 @@ class Common(TypedDict, total=False):
     capturable: bool  # count steps and compute coefficients on the parameters' devices
     skip_nonfinite: bool | None  # what to do about gradients with a NaN or an infinity in them
     offload: bool  # keep state in host memory and step there
+    fused: bool | None  # True: a GradScaler leaves its scale and its check to the step
 
 
 class Options(Common, total=False):

@@ -11,7 +11,8 @@ from torch.amp import GradScaler
 
 from ademamix import backends
 from ademamix.backends import sent_to
-from ademamix.engine.sharding import global_norm
+from ademamix.engine.arguments import NUMBERS
+from ademamix.engine.sharding import global_norm, gradients, is_sharded
 from ademamix.engine.state import scalar
 
 
@@ -61,20 +62,43 @@ def _nodes() -> int:
 
 
 def clipping(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
+    params: Sequence[Any],
     max_norm: float,
     grad_scale: float | Tensor | GradScaler | None,
+    norm: float | Tensor | None = None,
 ) -> Norm:
-    """The norm of gradients that have been multiplied by ``grad_scale``, with the factor that clips them."""
-    norm = global_norm(grads, params)
+    """The norm of all gradients of ``params``, which have been multiplied by ``grad_scale``, without that, and the
+    factor that clips them; or this ``norm`` in its place.
+
+    Raises:
+        ValueError: ``max_norm`` is no bound, or ``norm`` no norm.
+    """
+    if not isinstance(max_norm, NUMBERS) or not max_norm >= 0.0:
+        raise ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
     if isinstance(grad_scale, GradScaler):  # its get_scale() would wait for the device
         grad_scale = grad_scale._get_scale_async() if grad_scale.is_enabled() else None
+    members = [p for p in params if p.grad is not None]
+    if norm is None:
+        value = global_norm(gradients(members, [p.grad for p in members]), params)
+    else:
+        value = _one_number(norm)
+        value = sent_to(members[0].device, value) if members else value
     if isinstance(grad_scale, Tensor) and grad_scale.device.type != "cpu":
-        grad_scale = sent_to(norm.device, grad_scale)  # a GradScaler's lies where the loss does
-    if grad_scale is not None:
-        norm = norm / grad_scale
-    return Norm(norm, (max_norm / (norm + 1e-6)).clamp(max=1.0), grad_scale)
+        grad_scale = sent_to(value.device, grad_scale)  # a GradScaler's lies where the loss does
+    if grad_scale is not None and norm is None:
+        value = value / grad_scale
+    return Norm(value, (max_norm / (value + 1e-6)).clamp(max=1.0), grad_scale)
+
+
+def _one_number(norm: Any) -> Tensor:
+    """A norm that somebody else has computed, as :func:`global_norm` gives one. It may be a NaN."""
+    if isinstance(norm, Tensor) and norm.numel() == 1:
+        whole: Any = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+        value: Tensor = whole.detach().reshape(()).float()
+        return value
+    if not isinstance(norm, NUMBERS) or norm < 0.0:
+        raise ValueError(f"norm must be a number >= 0 or a tensor of one element, got {norm!r}")
+    return scalar(float(norm))
 
 
 def factor_and_skip(

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ademamix import backends
 from ademamix.backends import sent_to
-from ademamix.engine.arguments import NUMBERS, check_flags, check_seed, show_options, with_floats
+from ademamix.engine.arguments import check_flags, check_seed, show_options, with_floats
 from ademamix.engine.clipping import Norm, Note, clipping, factor_and_skip, is_captured
 from ademamix.engine.coefficients import Source
 from ademamix.engine.interrupts import uninterrupted, without_gradients
@@ -25,6 +25,7 @@ from ademamix.engine.launches import GroupSettings, Inputs, Launches, Program, c
 from ademamix.engine.muon import Iteration, check_matrices
 from ademamix.engine.offload import Host, Trip, with_master
 from ademamix.engine.sharding import global_norm, gradients
+from ademamix.engine.shared import Shared
 from ademamix.engine.state import CPU, MASTER, check_state, renewed, scalar, slot_formats, state_of
 from ademamix.formats import Format
 from ademamix.geometries import NEWTON_SCHULZ
@@ -43,7 +44,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
         defaults: hyperparameters, each a param-group entry.
-        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry,
+        maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, fused, geometry,
         adjust_lr_fn, ns_coefficients, ns_steps: what every optimizer takes; see :class:`AdEMAMix`. A subclass takes
             them as ``**options: Unpack[Options]``, which its signature shows one by one, and hands them on. ``state``
             may map slots to formats by their names in ``ademamix.formats.FORMATS``; slots not in it are float32,
@@ -54,7 +55,13 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         ValueError: an argument is out of its range; the message names its value and what is allowed.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler leaves its scale and its check to step
+    _skipped = Shared[int | Tensor]()
+    _note = Shared[Note | None]()
+    _launches = Shared[Launches | None]()
+    _captured = Shared[list[Launches]]()  # CUDA graphs read their tables whenever they are replayed
+    _host = Shared[Host]()
+    grad_scale = Shared[Any]()  # a GradScaler sets these two for the time of a step
+    found_inf = Shared[Any]()
 
     def __init__(
         self,
@@ -69,6 +76,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         capturable: bool = False,
         skip_nonfinite: bool | None = None,
         offload: bool = False,
+        fused: bool | None = None,
         geometry: str = "adam",
         adjust_lr_fn: str | None = None,
         ns_coefficients: tuple[float, float, float] | str = NEWTON_SCHULZ,
@@ -96,16 +104,22 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if skip_nonfinite not in (None, True, False):
             raise ValueError(f"skip_nonfinite must be None, True or False, got {skip_nonfinite!r}")
         check_flags({"offload": offload}, "offload")
+        if fused not in (None, True, False):
+            raise ValueError(f"fused must be None, True or False, got {fused!r}")
         self.offload = offload
-        self._host = Host()
+        self._fused = fused
         self._check_group(defaults)
         self.backend = backend
         self.skip_nonfinite = skip_nonfinite
-        self._skipped: int | Tensor = 0
-        self._note: Note | None = None
-        self._launches: Launches | None = None
-        self._captured: list[Launches] = []  # CUDA graphs read their tables whenever they are replayed
+        self._shared: dict[str, Any] = {"_skipped": 0}
+        self._begin_anew()
         super().__init__(params, defaults)
+
+    def _begin_anew(self) -> None:
+        """Forget what calls have left for others, but not how many steps were skipped."""
+        self._launches = self._note = None
+        self._captured = []
+        self._host = Host()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -172,8 +186,26 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
+        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device.
+
+        A step that a GradScaler skips without calling :meth:`step` is not counted. With ``fused=True`` and after
+        :meth:`clip_grad_norm_` it always calls it.
+        """
         return int(self._skipped)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to the next step.
+
+        True with ``fused=True``, as in torch.optim, and after :meth:`clip_grad_norm_`, whose norm would not be that of
+        gradients that were unscaled since.
+        """
+        own = [p.grad for p in self._every() if p.grad is not None]
+        return bool(self._fused) or (self._note is not None and self._note.serves(own))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._fused = value
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -183,7 +215,12 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @_disable_dynamo
     @without_gradients
-    def clip_grad_norm_(self, max_norm: float, grad_scale: float | Tensor | GradScaler | None = None) -> Tensor:
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        grad_scale: float | Tensor | GradScaler | None = None,
+        norm: float | Tensor | None = None,
+    ) -> Tensor:
         """Clip the 2-norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does, within the next step.
 
         The gradients are read once and stay as they are: the next :meth:`step` multiplies them on its way by
@@ -195,18 +232,18 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             grad_scale: the GradScaler whose ``unscale_`` was not called, or whatever else the gradients have been
                 multiplied by; None if they are as they should be. A GradScaler's scale is read on the device, while
                 its ``get_scale()`` waits for it.
+            norm: what to clip by in place of the norm of this optimizer's gradients: that of more gradients of which
+                these are a part, without ``grad_scale``. A tensor of one element, or a number. For several optimizers
+                in one process, :func:`ademamix.clip_grad_norm_` computes it.
 
         Returns:
             The norm before clipping (and without the scale), a tensor of no dimensions on the gradients' device. It
             overflows to infinity for gradients above 1e19.
         """
-        _check_bound("max_norm", max_norm)
         every = self._every()
-        params = [p for p in every if p.grad is not None]
-        own: list[Any] = [p.grad for p in params]
-        norm = clipping(gradients(params, own), every, max_norm, grad_scale)
-        self._note = Note(norm, own)
-        return norm.value
+        found = clipping(every, max_norm, grad_scale, norm)
+        self._note = Note(found, [p.grad for p in every if p.grad is not None])
+        return found.value
 
     def _every(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -216,7 +253,6 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         norm = self._note.norm if self._note is not None and self._note.serves(own) else None
         if norm is None and self.skip_nonfinite:
             norm = Norm(global_norm(grads, self._every()), None, None)
-        # A GradScaler sets these two for the time of a step.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return factor_and_skip(norm, scale, found_inf, self.skip_nonfinite is not False)
 
@@ -240,7 +276,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
-        Nothing is changed, and ``skipped_steps`` counts it, if a GradScaler or :meth:`clip_grad_norm_` (or, with
+        Nothing is changed, and ``skipped_steps`` counts it, if :meth:`clip_grad_norm_` or a GradScaler (or, with
         ``skip_nonfinite=True``, the step itself) has seen a gradient that is not finite.
 
         Args:
@@ -271,8 +307,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             try:
                 return hooked(self, *args, **kwargs)
             except BaseException:
-                for name in ("grad_scale", "found_inf"):
-                    vars(self).pop(name, None)
+                del self.grad_scale, self.found_inf
                 raise
 
         return step
@@ -455,21 +490,26 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:
-        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload")
+        own = ("state_format", "_formats", "backend", "skip_nonfinite", "_skipped", "offload", "_fused")
         kept = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), **kept}
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = dict(state.get("defaults") or self.defaults)
-        super().__setstate__({**state, "defaults": {**defaults}})
-        self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
-        self.rule = traced_once(self.rule_of(self.defaults))
-        self._launches = self._note = None
-        self._captured = []
-        self._host = Host()
+        if "defaults" in state:  # of a copy or a pickle; those of earlier versions have no _fused
+            state = {"_fused": None, **state}
+            self._shared = {"_skipped": state.pop("_skipped")}
+            defaults = dict(state["defaults"])
+            super().__setstate__({**state, "defaults": {**defaults}})
+            self.defaults = defaults  # without what torch.optim adds, which groups would get with the next load
+            self.rule = traced_once(self.rule_of(defaults))
+        else:  # of load_state_dict: wrappers keep the dict and the list that they have
+            self.state.clear()
+            self.state.update(state["state"])
+            self.param_groups[:] = state["param_groups"]
+        self._begin_anew()
         for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
-            for name, value in {**defaults, **self.earlier}.items():
+            for name, value in {**self.defaults, **self.earlier}.items():
                 group.setdefault(name, value)
 
 
@@ -480,8 +520,3 @@ def _out_of_inference_mode(params: Sequence[Tensor]) -> AbstractContextManager[A
     """Where state is made that a step outside of that mode can change too, unless parameters are bound to it."""
     inside = torch.is_inference_mode_enabled() and not any(map(Tensor.is_inference, params))
     return torch.inference_mode(False) if inside else nullcontext()
-
-
-def _check_bound(name: str, value: Any) -> None:
-    if not isinstance(value, NUMBERS) or not value >= 0.0:
-        raise ValueError(f"{name} must be a number >= 0, got {value!r}")

@@ -88,6 +88,9 @@ class AdEMAMix(RuleOptimizer):
             GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
         offload: keep state, and float32 master weights of low-precision parameters, in the host's memory: gradients
             are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
+        fused: True: a GradScaler leaves unscaling and skipping to the step, as with ``torch.optim.AdamW(fused=True)``,
+            so that nobody waits for the device (docs/how-to/mixed-precision.md). None or False: it does both itself, unless
+            :meth:`clip_grad_norm_` was called.
         geometry: how the numerator above becomes a step. "adam": as above. "muon", for parameters of 2 dimensions or
             more: it is orthogonalized as a matrix (what lies behind the first dimension is one), exp_avg_sq and
             ``slow_limit`` are not there, and eps is the least norm that it is divided by. :class:`Muon` says more.

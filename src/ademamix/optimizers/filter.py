@@ -76,6 +76,7 @@ class GradientMemory(RuleOptimizer):
         >>> optimizer.zero_grad()
     """
 
+    _step_supports_amp_scaling = True  # gradients keep a GradScaler's scale, for the other optimizer
     given: ClassVar[Any]  # the memory
     kind: ClassVar[type[RuleOptimizer]]  # and its class
 
