@@ -47,7 +47,7 @@ package: $(READY)  ## build the package, check it, and use the wheel in an empty
 bench: $(READY)  ## one optimizer step against torch.optim
 	$(BIN)/python benchmarks/step.py
 
-gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/gpu.md)
+gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, nothing is installed (docs/how-to/gpu.md)
 	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu
 
 clean:  ## remove the environments

@@ -471,7 +471,7 @@ def run_examples(page: str) -> dict[str, Any]:
 
 
 def test_a_memory_of_your_own_has_compact_state_in_jax() -> None:
-    state = run_examples("a-memory-of-your-own.md")["state"]
+    state = run_examples("tutorials/your-own-memory.md")["state"]
     assert {name: leaf.codes.dtype for name, leaf in state.slots.items()} == {
         "short": jnp.int16,
         "long": jnp.int16,
@@ -480,7 +480,7 @@ def test_a_memory_of_your_own_has_compact_state_in_jax() -> None:
 
 
 def test_the_page_s_examples_run_one_after_the_other_and_train_their_model() -> None:
-    scope = run_examples("jax.md")
+    scope = run_examples("how-to/jax.md")
     assert scope["loss"] < 6.4  # a tenth of the start's: 64, the variance of a sum of 64
     assert int(scope["state"].count) == scope["T"]
 

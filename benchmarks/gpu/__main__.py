@@ -1,4 +1,4 @@
-"""Everything that has to run on a GPU, in at most ten minutes; `make gpu` (docs/gpu.md) calls it.
+"""Everything that has to run on a GPU, in at most ten minutes; `make gpu` (docs/how-to/gpu.md) calls it.
 
 Set in the environment: DEVICE (cuda; cpu for a dry run), OUT (folder for the results, runs/gpu), WHEELS (folder of
 wheels that the lab needs, .whl), LIMIT (seconds for all of it, 570).

@@ -196,7 +196,7 @@ def each_matrix_is_orthogonalized_by_one_process_and_sent_there_and_back_once() 
         n = torch.Size(parts).numel()
         replicas = WORLD // n
         elements = sum(rows * columns for rows, columns in shapes)
-        # To the owner all but its own part; from there a part to each process but its own: docs/distributed.md.
+        # To the owner all but its own part; from there a part to each process but its own: docs/how-to/distributed.md.
         assert sent.sum() == 4 * (1 + replicas - 2 / n) * elements, (placements, sent)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from ademamix.lab.config import Train
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 def of_slurm() -> list[str]:

@@ -17,7 +17,7 @@ from ademamix import AdEMAMix, RuleOptimizer, optimizer_from
 from ademamix.engine.tracing import traced
 from optimizer_table import Case, every_case
 
-PAGE = (Path(__file__).parents[2] / "docs" / "a-memory-of-your-own.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "tutorials" / "your-own-memory.md").read_text(encoding="utf-8")
 
 
 def test_the_page_s_examples_run_one_after_the_other_and_train_their_model() -> None:

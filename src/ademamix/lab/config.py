@@ -347,7 +347,7 @@ class Data:
     Every document goes to training or to validation by a hash of its text, so that no document is in both, however
     often it occurs. A document is a record of a JSON Lines file (.jsonl, .ndjson, .json), of a Parquet file or of a
     dataset; every other file is text in UTF-8. A text file in a folder is one document; one above 1 MiB, or given by
-    name, is cut at line ends into documents of about 16,000 characters. All rules: docs/data.md.
+    name, is cut at line ends into documents of about 16,000 characters. All rules: docs/how-to/data.md.
     """
 
     sources: Annotated[

@@ -47,7 +47,7 @@ class AdEMAMix(RuleOptimizer):
     Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
     of 2 and the missing warmups among them are seldom what you want: for a run of T steps, start from
     :func:`ademamix.suggest`, half of AdamW's ``lr``, and AdamW's ``weight_decay``, beta1 and beta2
-    (docs/choosing-settings.md).
+    (docs/how-to/choosing-settings.md).
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
@@ -70,7 +70,7 @@ class AdEMAMix(RuleOptimizer):
         slow_limit: how large the slow EMA may be compared with the root mean square of the gradients, > 0; None for the
             paper's update without a limit. Where gradients stop (a token that no longer occurs, an expert that is no
             longer chosen), v_t is forgotten before m2_t, and the paper's steps grow to 1e5 lr and more
-            (docs/silence.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
+            (docs/explanation/gradients-that-stop.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
             nothing. Groups of state dicts without it, which are older, load as None.
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes
@@ -90,10 +90,11 @@ class AdEMAMix(RuleOptimizer):
             are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
         flat_parameters: True says that parameters of one dimension are flattened ones or parts of these, as DeepSpeed
             ZeRO, FSDP1 and Megatron make them. Then ``state`` is for those of at least 4096 elements too, in blocks of
-            256 elements. False: they are norms and biases, and keep full precision (docs/compatibility.md).
+            256 elements. False: they are norms and biases, and keep full precision
+            (docs/reference/compatibility.md).
         fused: as in torch.optim; True for a fused backend: "auto", unless ``backend`` names one, and not "eager". A
             GradScaler then leaves unscaling and skipping to the step, so that nobody waits for the device
-            (docs/compatibility.md). None or False: it does both itself, unless :meth:`clip_grad_norm_` was called.
+            (docs/how-to/mixed-precision.md). None or False: it does both itself, unless :meth:`clip_grad_norm_` was called.
         foreach: as in torch.optim; True for ``backend="eager"``.
         differentiable, amsgrad: of torch.optim's optimizers; must be False.
         geometry: how the numerator above becomes a step. "adam": as above. "muon", for parameters of 2 dimensions or

@@ -198,7 +198,7 @@ def test_the_end_of_a_document_of_the_usual_families(family, tmp_path):
 
 
 def test_the_page_lists_the_ends_of_documents_in_their_order():
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "data.md").read_text(encoding="utf-8")
     assert ", ".join(f"`{end}`" for end in ENDS) in " ".join(page.split())
 
 

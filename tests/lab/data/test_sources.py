@@ -1,4 +1,4 @@
-"""The table of docs/data.md, cell by cell: every kind of value in every kind of source."""
+"""The table of docs/how-to/data.md, cell by cell: every kind of value in every kind of source."""
 
 import gzip
 import json

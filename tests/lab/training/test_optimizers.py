@@ -29,7 +29,7 @@ from ademamix.lab.training.optimizers import (
 from ademamix.lab.training.schedule import lr_factor
 from ademamix.lab.training.tasks import task_of
 
-PAGE = Path(__file__).parents[3] / "docs" / "a-memory-of-your-own.md"
+PAGE = Path(__file__).parents[3] / "docs" / "tutorials" / "your-own-memory.md"
 RULE = """\
 import numpy as xp
 from ademamix import optimizer_from

@@ -14,7 +14,6 @@ from reliability import as_arguments, children, finish, losses, metrics, saved, 
 
 from ademamix.lab.config import Job, Recipe
 
-DOCS = Path(__file__).parents[3] / "docs"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes of torchrun in /proc")
 
 

@@ -1,4 +1,4 @@
-"""Documents of text from files, folders and datasets: every source follows the same rules (docs/data.md)."""
+"""Documents of text from files, folders and datasets: every source follows the same rules (docs/how-to/data.md)."""
 
 import codecs
 import hashlib
