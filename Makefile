@@ -12,7 +12,7 @@ VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends engine l
 
 SPELLED := src tests benchmarks .ci .github Makefile pyproject.toml CONTRIBUTING.md docs/installation.md
 
-.PHONY: help demo test test-all test-lowest test-2.11 lint package bench gpu clean
+.PHONY: help demo test test-all test-integrations test-lowest test-2.11 lint docs docs-serve package bench gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -28,6 +28,9 @@ test: $(READY)  ## the tests but for those that take minutes
 test-all: $(READY)  ## all tests
 	$(BIN)/$(PYTEST)
 
+test-integrations: .venv-integrations/.ready  ## the tests with Transformers, Lightning, timm, DeepSpeed and others
+	$(<D)/bin/$(PYTEST) tests/integrations tests/test_examples.py
+
 test-lowest: .venv-lowest/.ready  ## the tests that depend on versions, with the oldest ones allowed; needs Python 3.10
 test-2.11: .venv-2.11/.ready  ## the same with torch 2.11; needs Python 3.12
 test-lowest test-2.11:
@@ -41,6 +44,12 @@ lint: $(READY)  ## formatting, lint, prose, spelling, layers and types, as CI do
 	$(BIN)/python .ci/prose.py
 	$(BIN)/mypy
 
+docs: $(READY)  ## build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs-serve: $(READY)  ## show the documentation on http://127.0.0.1:8000, and what changes in it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 package: $(READY)  ## build the package, check it, and use the wheel in an empty environment
 	$(BIN)/python .ci/package.py
 
@@ -51,12 +60,17 @@ gpu:  ## what has to run on a GPU, in at most 10 minutes: PYTHON has torch, noth
 	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu
 
 clean:  ## remove the environments
-	rm -rf .venv .venv-lowest .venv-2.11
+	rm -rf .venv .venv-integrations .venv-lowest .venv-2.11 site
 
 # Made anew only when the dependencies change; removed if an install fails half way.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+.venv-integrations/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	DS_BUILD_OPS=0 $(@D)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable ".[integrations]" pytest pytest-xdist hypothesis
 	touch $@
 
 .venv-lowest/.ready: private PYTHON := $(PYTHON310)

@@ -1,4 +1,4 @@
-"""The pages tell the truth: their Python runs as it stands, links lead to files and headings, links to the code to code.
+"""The pages tell the truth: their Python runs as it stands, and links lead to files and headings.
 
 A page that shows a fragment sets the stage in a Python block inside an HTML comment, which no reader sees.
 """

@@ -1,11 +1,12 @@
-"""What pages need to be read on the site as in the repository: links to files outside docs/, pictures for two schemes."""
+"""Pages as they are in the repository, made for the site: links to files outside docs/, pictures for two schemes."""
 
 import posixpath
 import re
 from typing import Any
 
 PICTURE = re.compile(
-    r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="([^"]*)"><img alt="([^"]*)" src="([^"]*)"[^>]*></picture>'
+    r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="([^"]*)">'
+    r'<img alt="([^"]*)" src="([^"]*)"[^>]*></picture>'
 )
 LINK = re.compile(r"(\]\()(\.\./[^)#\s]+)((?:#[^)\s]*)?\))")
 

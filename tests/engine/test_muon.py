@@ -732,7 +732,10 @@ def test_a_checkpoint_makes_no_matrix_of_a_vector(named: bool) -> None:
         ({"ns_steps": 2.5}, "ns_steps must be an integer from 1 to 99, got 2.5"),
         ({"ns_coefficients": (1.0, 2.0)}, r"must be 'polar_express' or three numbers such as .*, got \(1.0, 2.0\)"),
         ({"ns_coefficients": "express"}, "must be 'polar_express' or three numbers such as .*, got 'express'"),
-        ({"ns_coefficients": np.ones(3)}, r"must be 'polar_express' or three numbers .*, got array\(\[1., 1., 1.\]\)"),
+        (
+            {"ns_coefficients": np.ones((1, 3))},
+            r"must be 'polar_express' or three numbers .*, got array\(\[\[1., 1., 1.\]\]\)",
+        ),
         ({"ns_coefficients": (1.0, math.nan, 2.0)}, r"ns_coefficients\[1\] must be a finite number, got nan"),
         ({"ns_coefficients": None}, "must be 'polar_express' or three numbers such as .*, got None"),
     ],

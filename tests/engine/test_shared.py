@@ -91,7 +91,9 @@ def test_zero_grad_forgets_the_norm_on_either_side(wrap: Any, through: str) -> N
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_grad_scaler_steps_the_wrapper(wrap: Any, fused: bool | None, clip: bool) -> None:
     """Its scale is a power of two, so that all bits are those of steps without it."""
-    nets, optimizers, wrapper = pair(wrap, fused=fused)
+    nets, optimizers, wrapper = pair(wrap)
+    for optimizer in (*optimizers, wrapper):
+        optimizer._step_supports_amp_scaling = fused  # as the option does, which backend="eager" refuses
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for t in range(4):
         scaler.scale(torch.zeros((), requires_grad=True))

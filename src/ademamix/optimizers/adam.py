@@ -70,8 +70,8 @@ class AdEMAMix(RuleOptimizer):
         slow_limit: how large the slow EMA may be compared with the root mean square of the gradients, > 0; None for the
             paper's update without a limit. Where gradients stop (a token that no longer occurs, an expert that is no
             longer chosen), v_t is forgotten before m2_t, and the paper's steps grow to 1e5 lr and more
-            (docs/explanation/gradients-that-stop.md). Where gradients go on, no mean exceeds their root mean square, and the limit changes
-            nothing. Groups of state dicts without it, which are older, load as None.
+            (docs/explanation/gradients-that-stop.md). Where gradients continue, no mean exceeds their root mean square,
+            and the limit changes nothing. Groups of state dicts without it, which are older, load as None.
         maximize: go along the gradient, not against it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes
             per parameter), or a mapping of slots to formats. All but float32 round stochastically. With "compact", an
@@ -94,7 +94,8 @@ class AdEMAMix(RuleOptimizer):
             (docs/reference/compatibility.md).
         fused: as in torch.optim; True for a fused backend: "auto", unless ``backend`` names one, and not "eager". A
             GradScaler then leaves unscaling and skipping to the step, so that nobody waits for the device
-            (docs/how-to/mixed-precision.md). None or False: it does both itself, unless :meth:`clip_grad_norm_` was called.
+            (docs/how-to/mixed-precision.md). None or False: it does both itself, unless :meth:`clip_grad_norm_` was
+            called.
         foreach: as in torch.optim; True for ``backend="eager"``.
         differentiable, amsgrad: of torch.optim's optimizers; must be False.
         geometry: how the numerator above becomes a step. "adam": as above. "muon", for parameters of 2 dimensions or

@@ -13,8 +13,8 @@ def suggest(total_steps: int | None, *, beta1: float = 0.9, beta2: float = 0.999
 
     The slow EMA reaches back an eighth of the run: beta3 = 1 - 8 / total_steps, after arXiv 2602.05298, but not above
     the 0.9999 of the AdEMAMix paper (arXiv 2409.03137, 256,000 steps and more) and not below beta1. alpha is that
-    paper's 8, and both warmups take the whole run, as there. docs/how-to/choosing-settings.md has the evidence, and where
-    others have chosen differently.
+    paper's 8, and both warmups take the whole run, as there. docs/how-to/choosing-settings.md has the evidence, and
+    where others have chosen differently.
 
     ``suggest(None)`` is for a run of unknown length. With beta3_schedule="log-time" the slow EMA reaches back an eighth
     of the steps so far, so the run can be stopped or extended at any step. alpha_t = (1 + t)^0.15 as in arXiv
