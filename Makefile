@@ -10,7 +10,7 @@ PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
 # The tests whose outcome depends on the versions of torch, Triton, NumPy and Numba.
 VERSIONED := $(addprefix tests/,test_golden.py test_formats.py backends engine lab/training/test_checkpoints.py)
 
-SPELLED := src tests benchmarks .ci .github Makefile pyproject.toml CONTRIBUTING.md docs/installation.md
+SPELLED := src tests benchmarks examples docs .ci .github Makefile pyproject.toml README.md CHANGELOG.md CONTRIBUTING.md
 
 .PHONY: help demo test test-all test-integrations test-lowest test-2.11 lint docs docs-serve package bench gpu clean
 .DEFAULT_GOAL := help
