@@ -10,38 +10,30 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+from pages import DOCS, ROOT, run_blocks
+
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # Run elsewhere: with JAX, in a process of its own; with the tools that the pages are about.
 ELSEWHERE = [DOCS / "how-to" / "jax.md", DOCS / "tutorials" / "your-own-memory.md", *(DOCS / "tools").glob("*.md")]
-RUN = [page for page in PAGES if page not in ELSEWHERE and BLOCK.search(page.read_text(encoding="utf-8"))]
+RUN = [page for page in PAGES if page not in ELSEWHERE and "```python\n" in page.read_text(encoding="utf-8")]
 
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def run(page: Path) -> dict[str, Any]:
-    scope: dict[str, Any] = {"__name__": page.stem}
-    for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1):
-        exec(compile(block, f"{name(page)}, block {number}", "exec"), scope)
-    return scope
-
-
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        run(page)
+        run_blocks(str(page.relative_to(DOCS)) if DOCS in page.parents else f"../{page.name}", {"__name__": page.stem})
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def test_the_quickstart_trains_its_model() -> None:
-    scope = run(DOCS / "tutorials" / "quickstart.md")
+    scope = run_blocks("tutorials/quickstart.md", {})
     error = (scope["model"](scope["x"]) - scope["x"].sum(1, keepdim=True)).square().mean().item()
     assert error < 6.4  # a tenth of the start's: 64, the variance of a sum of 64
 

@@ -20,7 +20,7 @@ from integrations.loops import (
     model,
     plain_loop,
 )
-from integrations.pages import PAGES, run_blocks
+from pages import run_blocks
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from accelerate import Accelerator  # noqa: E402
@@ -120,5 +120,5 @@ def test_a_run_resumes_exactly_from_accelerate_s_checkpoint(tmp_path: Path, opti
 
 
 def test_the_page_s_examples_run() -> None:
-    scope = run_blocks(PAGES / "accelerate.md", {"build": model, "loss": loss, "data": batches(8)})
+    scope = run_blocks("tools/accelerate.md", {"build": model, "loss": loss, "data": batches(8)})
     assert scope["optimizer"].optimizer.state

@@ -11,7 +11,7 @@ from torch import nn
 
 from ademamix import AdEMAMix
 from integrations.loops import MAX_NORM, SETTINGS, STEPS, Batch, assert_same, batches, model, plain_loop
-from integrations.pages import PAGES, run_blocks
+from pages import run_blocks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch.jit, when it is imported
@@ -128,7 +128,7 @@ def test_fastai_s_own_map_takes_alpha_for_the_second_beta() -> None:
 def test_the_page_s_examples_run() -> None:
     data = batches(8)
     scope = run_blocks(
-        PAGES / "fastai.md",
+        "tools/fastai.md",
         {"build": model, "loss_func": mean_square, "dls": DataLoaders(data, data, device=torch.device("cpu"))},
     )
     group = scope["learn"].opt.opt.param_groups[0]

@@ -26,7 +26,7 @@ from integrations.loops import (
     model,
     plain_loop,
 )
-from integrations.pages import PAGES, run_blocks, run_example
+from pages import run_blocks, run_example
 
 lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
@@ -277,7 +277,7 @@ def test_fsdp2_by_lightning_s_strategy_is_a_plain_loop_and_resumes(tmp_path: Pat
 
 def test_the_page_s_examples_run() -> None:
     data = DataLoader(list(batches(8)), batch_size=None)
-    run_blocks(PAGES / "lightning.md", {"build": model, "loss": loss, "data": data, "batches": batches(8)})
+    run_blocks("tools/lightning.md", {"build": model, "loss": loss, "data": data, "batches": batches(8)})
 
 
 def test_the_example_trains_its_model_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ademamix import AdEMAMix, suggest
 from integrations.loops import MAX_NORM, SETTINGS, STEPS, Batch, batches, loss, model
-from integrations.pages import EXAMPLES, PAGES, run_blocks
+from pages import EXAMPLES, run_blocks
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 from timm.models import resume_checkpoint  # noqa: E402
@@ -232,5 +232,5 @@ def test_the_example_runs_a_training_program(tmp_path: Path) -> None:
 
 
 def test_the_page_s_example_runs() -> None:
-    scope = run_blocks(PAGES / "timm.md", {"model": model()})
+    scope = run_blocks("tools/timm.md", {"model": model()})
     assert scope["optimizer"].defaults["alpha_warmup"] == 375_000
