@@ -27,7 +27,7 @@ MAX_NORM = 0.1  # a third of the gradients' norms here, and less
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 80))
+    return nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.LayerNorm(128), nn.Linear(128, 80))
 
 
 def loss(net: nn.Module, x: Tensor) -> Tensor:

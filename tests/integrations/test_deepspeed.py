@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ademamix import AdEMAMix
@@ -88,6 +90,23 @@ def its_checkpoint_resumes_exactly() -> None:
         train(tool, range(10))
         tool.engine.save_checkpoint(sys.argv[2], tag=f"stage{stage}")
         fresh.engine.load_checkpoint(sys.argv[2], tag=f"stage{stage}")
+        assert_same(train(fresh, range(10, 20)), wanted)
+
+
+@check
+def flat_parameters_have_low_bit_state_that_resumes_exactly() -> None:
+    options: dict[str, Any] = {"state": "compact", "flat_parameters": True, "seed": dist.get_rank()}
+    moved = [(p - q).norm() for p, q in zip(plain_loop(range(20)), model().parameters(), strict=True)]
+    for stage in (1, 2, 3):
+        whole, tool, fresh = (Zero(stage, **options) for _ in range(3))
+        wanted = train(whole, range(20))
+        states = whole.engine.optimizer.optimizer.state.values()
+        assert {s["exp_avg_slow"].dtype for s in states} == {torch.int16}
+        for p, q, distance in zip(wanted, plain_loop(range(20)), moved, strict=True):
+            assert (p - q).norm() < 0.2 * distance  # 8 bits for the fast EMA and the second moment: about 2**-4 each
+        train(tool, range(10))
+        tool.engine.save_checkpoint(sys.argv[2], tag=f"compact{stage}")
+        fresh.engine.load_checkpoint(sys.argv[2], tag=f"compact{stage}")
         assert_same(train(fresh, range(10, 20)), wanted)
 
 

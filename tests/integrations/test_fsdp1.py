@@ -98,5 +98,20 @@ def its_checkpoint_resumes_exactly() -> None:
     assert_same(train(fresh, range(10, 20)), plain_loop(range(20)))
 
 
+@check
+def flat_parameters_have_low_bit_state_that_resumes_exactly() -> None:
+    options: dict[str, Any] = {"state": "compact", "flat_parameters": True, "seed": torch.distributed.get_rank()}
+    options["use_orig_params"] = False
+    whole, tool, fresh = (Fsdp1(**options) for _ in range(3))
+    wanted = train(whole, range(20))
+    assert {s["exp_avg_slow"].dtype for s in whole.optimizer.state.values()} == {torch.int16}
+    for p, q, r in zip(wanted, train(Fsdp1(use_orig_params=False), range(20)), Fsdp1().weights(), strict=True):
+        assert (p - q).norm() < 0.2 * (q - r.view_as(q)).norm()  # 8 bits for the fast EMA and the second moment
+    train(tool, range(10))
+    fresh.model.load_state_dict(tool.model.state_dict())
+    fresh.optimizer.load_state_dict(tool.optimizer.state_dict())
+    assert_same(train(fresh, range(10, 20)), wanted)
+
+
 if __name__ == "__main__":
     main(WORLD)

@@ -465,6 +465,7 @@ def test_zero_of_deepspeed(tmp_path: Path, stage: int) -> None:
     trainer.train()
     ran(Path(__file__).with_name("transformers_deepspeed.py"), str(stage), str(tmp_path))
     whole, resumed = torch.load(tmp_path / "results.pt", weights_only=False)
+    assert whole["flat"]
     for group in (*whole["groups"], *resumed["groups"]):
         assert group == {"alpha_warmup": STEPS, "betas": (*BETAS, 1 - 8 / STEPS)}
     assert same(whole["weights"], resumed["weights"])

@@ -37,6 +37,6 @@ for resume in (None, str(folder / "checkpoint-60")):
         optimizer = optimizer.optimizer
     groups = [{name: group[name] for name in ("alpha_warmup", "betas")} for group in optimizer.param_groups]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    results.append({"weights": weights, "groups": groups})
+    results.append({"weights": weights, "groups": groups, "flat": optimizer.flat_parameters})
 torch.save(results, folder / "results.pt")
 torch.distributed.destroy_process_group()

@@ -46,8 +46,9 @@ def settings(args: TrainingArguments, total_steps: int) -> dict[str, Any]:
     """Keyword arguments of AdEMAMix for a Trainer's arguments.
 
     ``learning_rate``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are used, and alpha, beta3 and both warmups
-    are :func:`ademamix.suggest`'s; runs shorter than 100 steps take those of 100. ``skip_nonfinite`` is True. Whatever
-    ``optim_args`` sets ("beta3=0.999,alpha=4") replaces these values.
+    are :func:`ademamix.suggest`'s; runs shorter than 100 steps take those of 100. ``skip_nonfinite`` is True. With
+    ``deepspeed``, ``flat_parameters`` is True and each process has its own ``seed``. Whatever ``optim_args`` sets
+    ("beta3=0.999,alpha=4") replaces these values.
 
     Args:
         args: those of the Trainer; ``optim`` is "ademamix", or "ademamix_8bit" for ``state="compact"``.
@@ -70,6 +71,9 @@ def settings(args: TrainingArguments, total_steps: int) -> dict[str, Any]:
         "alpha_warmup": None,
         "beta3_warmup": None,
         "beta3_schedule": "half-life",
+        **(
+            {"flat_parameters": True, "seed": args.process_index} if args.deepspeed else {}
+        ),  # ZeRO's parameters are flat
         **advice,
         "betas": (*advice["betas"][:2], beta3),
         **given,
