@@ -392,12 +392,12 @@ def without_a_compiler() -> subprocess.CompletedProcess[str]:
     code = """
     import sys, torch, warnings
     before = set(sys.modules)
-    import ademamix
+    from ademamix import AdEMAMix
     print(*sorted(set(sys.modules) - before))
     warnings.simplefilter("default")
     p = torch.ones(100, requires_grad=True)
     p.grad = torch.ones(100)
-    ademamix.AdEMAMix([p]).step()
+    AdEMAMix([p]).step()
     """
     return python(code, NUMBA_DISABLE_JIT="1")
 

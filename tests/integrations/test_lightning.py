@@ -1,6 +1,7 @@
 """AdEMAMix in Lightning's Trainer and in Fabric, against a plain loop."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -271,7 +272,8 @@ def test_a_run_resumes_exactly_from_fabric_s_checkpoint(tmp_path: Path) -> None:
 def test_fsdp2_by_lightning_s_strategy_is_a_plain_loop_and_resumes(tmp_path: Path) -> None:
     file = Path(__file__).with_name("lightning_processes.py")
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file), str(tmp_path)]
-    ran = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-5000:]
 
 

@@ -121,7 +121,7 @@ def test_auto_warns_once_and_a_fused_backend_refuses() -> None:
     assert len([w for w in caught if "cannot read" in str(w.message)]) == 1
     fused = AdEMAMix(net.parameters(), backend="cpu", **OPTIONS)
     with pytest.raises(
-        RuntimeError, match=r"is a Int8QuantizedTrainingLinearWeight, .*allowed only with backend='eager'"
+        RuntimeError, match=r"is a Int8QuantizedTrainingLinearWeight, .*only allowed with backend='eager'"
     ):
         fused.step()
     assert not fused.state

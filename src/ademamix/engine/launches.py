@@ -444,8 +444,8 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
         )
         if (program.offload or not eager) and not backends.has_memory(local(t)):
             kind = f"a {what} in group {group} is a {type(local(t).detach()).__name__}, which has no memory of its own"
-            allowed = "with offload=False" if program.offload else "only with backend='eager'"
-            raise RuntimeError(f"{name}: {kind}; allowed {allowed}")
+            allowed = "offload=False" if program.offload else "backend='eager'"
+            raise RuntimeError(f"{name}: {kind}; only allowed with {allowed}")
     if is_sharded(g) != is_sharded(p):
         raise RuntimeError(f"{name}: of a parameter and its gradient in group {group}, only one is a DTensor")
     if is_sharded(p) and (g.device_mesh != p.device_mesh or any(x.is_partial() for x in p.placements)):

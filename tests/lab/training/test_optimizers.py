@@ -333,7 +333,7 @@ REFUSED = {
     ),
     "count must be an integer from 2 to 8, got 'x'": refused("kema", "--settings", "count=x"),
     "kappa must be a number in (0, 1], got 2": refused("adana", "--settings", "kappa=2"),
-    "leak must be a finite number, got (1, 2)": refused("mine.py:mine", "--settings", "leak=1,2"),
+    "leak must be a finite number, got (1.0, 2.0)": refused("mine.py:mine", "--settings", "leak=1,2"),
     "AdamW and AdEMAMix have sections of their own: lr=1 is": refused("ademamix", "--settings", "lr=1", "ns_steps=3"),
     "geometry must be one of ('adam', 'muon'), got 'moon'": refused("ademamix", "--settings", "geometry=moon"),
     "ns_steps must be an integer": refused("ademamix", "--settings", "geometry=muon", "ns_steps=0"),
