@@ -75,6 +75,7 @@ def main() -> None:
             print(f"step {step + 1}: loss {loss.item():.4f}, gradient norm {norm.item():.3f}")
     training.steps_done = last
     dcp.save({"training": training}, checkpoint_id=args.out)
+    dist.barrier()  # so that none is gone while another still needs it
     dist.destroy_process_group()
 
 
