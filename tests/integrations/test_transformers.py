@@ -473,11 +473,18 @@ def test_zero_of_deepspeed(tmp_path: Path, stage: int) -> None:
     assert same(whole["weights"], {name: p.detach() for name, p in trainer.model.named_parameters()})
 
 
+PROGRAM = """
+import integrations.torchvision_for_cpu, runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def ran(program: Path, *given: str) -> str:
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests.parent / "src"), str(tests)])
     done = subprocess.run(
-        [sys.executable, str(program), *given],
+        [sys.executable, "-c", PROGRAM, str(program), *given],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
