@@ -66,11 +66,12 @@ class NumpyLaunch:
         dtype = self.dtype
         for p, g, slots, row in zip(self.parameters, grads, self.slots, rows, strict=True):
             factor, _, *values = coefficients[row].to(dtype).numpy()
-            p_, g_, *slots_ = (0 if t is None else t.to(dtype).numpy() for t in (p, g, *slots))
+            # Of at least one dimension: NumPy before 2.0 makes float64 of float32 without one and a number.
+            p_, g_, *slots_ = (0 if t is None else np.atleast_1d(t.to(dtype).numpy()) for t in (p, g, *slots))
             results = self.rule(p_, g_ * factor, *slots_, **dict(zip(self.names, values, strict=True)))
             for t, result in zip((p, *slots), results, strict=True):
                 if t is not None:
-                    t.copy_(torch.from_numpy(np.asarray(result)))
+                    t.copy_(torch.from_numpy(np.asarray(result)).view(t.shape))
 
 
 def combinations(also: torch.dtype) -> list[Any]:

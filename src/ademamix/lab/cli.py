@@ -81,6 +81,9 @@ def main() -> None:
     """Run the command line; the exit code is 2 for bad input, 1 for a failed run, 128 + n after signal n."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    if sys.argv[1:] == ["--version"]:
+        print(f"ademamix {__version__}")
+        return
     # A process of torchrun may wait for the others where no exception can end it.
     stopped_by = nullcontext() if "RANK" in os.environ else interrupted_by(SIGTERM)
     try:
@@ -97,9 +100,6 @@ def main() -> None:
 
 
 def _run(argv: list[str]) -> None:
-    if argv == ["--version"]:
-        print(f"ademamix {__version__}")
-        return
     from ademamix.lab.config import BadInputError, shortened
     from ademamix.lab.experiments import WHAT as EXPERIMENTS
     from ademamix.lab.own_code import UnnamedCodeError
