@@ -3,7 +3,7 @@
 Its operators cannot be loaded then, and it fails where it describes two of them. None of these tools uses any here.
 """
 
-import torch
+from torch import library
 
 try:
     import torchvision
@@ -11,5 +11,5 @@ except ImportError:  # not installed
     pass
 except RuntimeError:
     for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     import torchvision  # noqa: F401
