@@ -22,7 +22,7 @@ THEIRS = [
     {"fused": None, "foreach": None, "differentiable": None, "amsgrad": None},
 ]
 REFUSED = [
-    ({"fused": True, "foreach": True}, "one alone of fused and foreach may be True, got fused=True and foreach=True"),
+    ({"fused": True, "foreach": True}, "only one of fused and foreach may be True, got fused=True and foreach=True"),
     ({"fused": True, "backend": "eager"}, "fused=True takes backend='auto', 'cpu' or 'triton', got 'eager'"),
     ({"foreach": True, "backend": "cpu"}, "foreach=True takes an optimizer with backend='eager', got 'cpu'"),
     ({"fused": 1}, "fused must be None, True or False, got 1"),

@@ -14,7 +14,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class Common(TypedDict, total=False):
-    """What every optimizer takes beside its hyperparameters and what it says of geometries.
+    """What every optimizer takes besides its hyperparameters and the geometry.
 
     :class:`ademamix.AdEMAMix` says at length what they mean, :class:`ademamix.RuleOptimizer` has their defaults.
     """
@@ -35,7 +35,7 @@ class Common(TypedDict, total=False):
 
 
 class Options(Common, total=False):
-    """What every optimizer takes beside its hyperparameters, as ``**options: Unpack[Options]``."""
+    """What every optimizer takes besides its hyperparameters, as ``**options: Unpack[Options]``."""
 
     geometry: str  # "adam" (each element divided by its root mean square) or "muon" (matrices, orthogonalized)
     adjust_lr_fn: str | None  # of "muon": "match_rms_adamw" or "original"
@@ -102,7 +102,7 @@ def check_torch_s(given: Mapping[str, Any], backend: str | None = None) -> None:
     if backend is None:
         return
     if given.get("fused") and given.get("foreach"):
-        raise ValueError("one alone of fused and foreach may be True, got fused=True and foreach=True")
+        raise ValueError("only one of fused and foreach may be True, got fused=True and foreach=True")
     if given.get("fused") and backend == "eager":
         raise ValueError("fused=True takes backend='auto', 'cpu' or 'triton', got 'eager'")
     if given.get("foreach") and backend != "eager":

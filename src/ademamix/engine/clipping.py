@@ -71,7 +71,7 @@ def clipping(
     factor that clips them; or this ``norm`` in its place.
 
     Raises:
-        ValueError: ``max_norm`` is no bound, or ``norm`` no norm.
+        ValueError: ``max_norm`` or ``norm`` is not a number >= 0.
     """
     if not isinstance(max_norm, NUMBERS) or not max_norm >= 0.0:
         raise ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
@@ -146,8 +146,8 @@ def is_captured(params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -
         return False
     missing = [i for i, group in enumerate(groups) if not group["capturable"]]
     if missing:
-        raise RuntimeError(f"a CUDA graph captures steps of capturable=True alone; groups {missing} have False")
+        raise RuntimeError(f"a CUDA graph captures only steps with capturable=True; groups {missing} have False")
     outside = sorted(str(device) for device, captured in within.items() if not captured)
     if outside:  # their part of the step would be taken now, and in no replay
-        raise RuntimeError(f"a CUDA graph captures steps on its own devices alone; there are parameters on {outside}")
+        raise RuntimeError(f"a CUDA graph captures only steps on its own devices; there are parameters on {outside}")
     return True

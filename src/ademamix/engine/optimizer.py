@@ -347,7 +347,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         factor, skip = (None, None) if fake else self._factor_and_skip(own, grads)
         if skip is not None and (not params or skip.device.type == "cpu"):
             self._count(skip)
-            if not params or skip:  # other processes may have gradients, and waited for this one's part in their norm
+            if not params or skip:  # other processes may have gradients, and waited for this process' part of the norm
                 self._left_out(own)
                 return
             skip = None
@@ -427,7 +427,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """The last step's, or new ones if they no longer serve.
 
         Args:
-            params: the optimizer's; ``inputs`` has their stand-ins where state is on the host.
+            params: the optimizer's; ``inputs`` has placeholders for those whose state is on the host.
         """
         launches = self._launches
         if launches is None or not launches.serve(inputs):
@@ -529,7 +529,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
                 raise ValueError(f"{name}: state of parameter {index} has no 'step'; it has {sorted(saved)}")
             check_state(saved, p, slot_formats(p, self._formats, self.flat_parameters))
             missing, foreign = sorted(needed - saved.keys()), sorted(saved.keys() - known)
-            if missing and foreign:  # what a user adds to a state is no reason to refuse it
+            if missing and foreign:  # a user may add entries to a state
                 raise ValueError(f"{name}: state of parameter {index} has {foreign}, but no {missing}")
 
     @_disable_dynamo
@@ -561,7 +561,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             self.state.update(state["state"])
             self.param_groups[:] = state["param_groups"]
         self._begin_anew()
-        for group in self.param_groups:  # checkpoints of the authors' program lack the newer entries
+        for group in self.param_groups:  # checkpoints of the reference implementation lack the newer entries
             for name, value in {**self.defaults, **self.earlier}.items():
                 group.setdefault(name, value)
 
