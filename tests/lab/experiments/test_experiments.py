@@ -20,7 +20,7 @@ import pytest
 
 from ademamix.lab.config import BadInputError, Job
 from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, geometry, horizon, lm, sweep, trials, valley
-from ademamix.lab.experiments.common import Preset, Tuning
+from ademamix.lab.experiments.common import Preset, Tuning, settings_of
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.claims import CLAIMS
 from ademamix.lab.reports.pictures import Chart, HeatMap, Line
@@ -633,6 +633,20 @@ def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, r
         assert ready is drawn
         whole = "Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode(); }))"
         browser.execute_script(f"return {whole}.then(() => true)")  # which raises an error for a broken image
+
+
+def test_a_report_shows_the_settings_that_have_an_effect():
+    def shown(settings, *decided):
+        return {rows[0][0]: [row[0] for row in rows[1:]] for rows in settings_of(settings, *decided)}
+
+    off = {"switch_at", "planned", "held_out", "insert", "settings"}
+    plain = lm.PRESETS["cpu"]
+    assert not {"seed", *off} & set(shown(plain)["Recipe"])
+    assert {"batch", "clip", "steps"} <= set(shown(plain)["Recipe"])
+    assert set(shown(plain)["Recipe"]) - set(shown(plain, "clip")["Recipe"]) == {"clip"}
+    on = dataclasses.replace(plain.recipe, switch_at=5, planned=9000, held_out=(7,), settings={"geometry": "muon"})
+    assert off <= set(shown(dataclasses.replace(plain, recipe=on))["Recipe"])
+    assert not any(name.startswith("own") for name in shown(beyond.PRESETS["cpu"])["Beyond"])
 
 
 def test_a_line_is_named_even_if_it_is_the_only_one_left():
