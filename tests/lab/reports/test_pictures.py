@@ -330,6 +330,12 @@ def test_a_range_on_an_axis_of_logarithms_is_in_the_numbers_of_the_data():
     assert chart.axes()[1].part(1.0) == pytest.approx(1 / 3)
 
 
+def test_a_chart_of_one_point_under_ticks_is_drawn():
+    line = Line("AdamW", [0.1], [0.5], mode="markers")
+    drawn = svg("", [Chart("", "", "", [line], log_x=True, x_ticks=((0.1, "a tenth"), (1.0, "off")))], "light")
+    assert {"a tenth", "off"} <= set(texts(drawn))
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_a_chart_without_a_point_is_drawn(log):
     chart = Chart("", "", "", [Line("AdamW", [], []), Line("KEMA", [1.0], [math.inf])], log_x=log, log_y=log)

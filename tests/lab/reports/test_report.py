@@ -158,7 +158,7 @@ def test_pictures_are_shown_for_light_and_dark_with_their_finding_as_text(
     (shown,) = re.findall("<picture>.*?</picture>", (written / file).read_text())
     dark, text, light = re.fullmatch(  # type: ignore[union-attr]
         r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(.*?)">'
-        r'<img alt="(.*?)" src="(.*?)" loading="lazy"></picture>',
+        r'<img alt="(.*?)" src="(.*?)"></picture>',
         shown,
     ).groups()
     assert (dark, light) == (f"{folder}pictures-dark.svg", f"{folder}pictures-light.svg")

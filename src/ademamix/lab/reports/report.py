@@ -263,7 +263,7 @@ def _picture(light: str, dark: str, said: str) -> str:
     """The image at one of two addresses, and what it says."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{_text(said)}" src="{light}" loading="lazy"></picture>'
+        f'<img alt="{_text(said)}" src="{light}"></picture>'
     )
 
 

@@ -158,6 +158,7 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
     x_axis, y_axis = chart.axes()
     axis.set_xscale("log" if chart.log_x else "linear")
     axis.set_yscale("log" if chart.log_y else "linear")
+    axis.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))  # first: none is sought then
     if chart.field is not None:
         shades = axis.contourf(chart.field.x, chart.field.y, chart.field.z, levels=24, cmap=_pale(PAPER[which]))
         shades.set_rasterized(True)
@@ -179,7 +180,6 @@ def _chart(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
     ):
         set_ticks(*zip(*ticks, strict=True))
         set_ticks([], minor=True)
-    axis.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))
     axis.tick_params(length=3)
     if not chart.labeled:
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": columns, "borderaxespad": 0}
