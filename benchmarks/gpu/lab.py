@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-TRAINING = ("tyro", "rich", "optuna", "plotly", "transformers", "filelock")
+TRAINING = ("tyro", "rich", "optuna", "transformers", "filelock")
 NEEDED = {"lm": (*TRAINING, "matplotlib"), "train": TRAINING}  # a report has pictures
 SEEDS = ["--seeds", "0", "1", "--budgets", "1.5"]
 ONE_EACH = [f"--tuning.{name}" for name in ("adamw-lr", "adamw-beta2", "ademamix-lr", "ademamix-beta3")]

@@ -408,7 +408,7 @@ def test_importing_the_library_imports_no_compiler_and_not_the_lab(
 ) -> None:
     modules = without_a_compiler.stdout.split()
     assert "ademamix.optimizers.adam" in modules
-    compilers_and_the_lab_s = {"numba", "llvmlite", "triton", "jax", "transformers", "tyro", "rich", "plotly"}
+    compilers_and_the_lab_s = {"numba", "llvmlite", "triton", "jax", "transformers", "tyro", "rich", "matplotlib"}
     assert not {n.split(".")[0] for n in modules} & compilers_and_the_lab_s
     assert "ademamix.lab" not in modules
 

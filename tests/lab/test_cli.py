@@ -46,7 +46,7 @@ def test_help_is_shown_without_torch():
         "    sys.argv[1:] = [*command, '--help']\n"
         "    try: main()\n"
         "    except SystemExit as end: assert not end.code\n"
-        "    assert not {'torch', 'numpy', 'transformers', 'plotly', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not {'torch', 'numpy', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "    print('NEXT')"
     )
     done = run_python(code)

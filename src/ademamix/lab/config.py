@@ -81,6 +81,11 @@ class AdEMAMixSettings(AdamWSettings):
     kappa: float = 0.85
     """Of log-time: alpha is multiplied by (1 + step) to the power 1 - kappa."""
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The settings that have no effect, given the others."""
+        return ("beta3", "warmup") if self.beta3_schedule == "log-time" else ("delta", "kappa")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -146,6 +151,12 @@ class Training:
         bad = [step for step in self.held_out if not 0 < step <= self.steps]
         if bad or len(set(self.held_out)) < len(self.held_out):
             raise BadInputError(f"held_out must be different steps in [1, steps], got {self.held_out}")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The settings that have no effect, given the others."""
+        off = tuple(name for name in ("switch_at", "planned", "held_out", "settings") if not getattr(self, name))
+        return off if self.held_out else (*off, "insert")
 
     @property
     def units_per_step(self) -> int:
@@ -537,6 +548,12 @@ def is_duration(value: Any) -> TypeGuard[float]:
 
 def _name(kind: Any) -> str:
     return getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+
+
+def used(settings: Any) -> dict[str, Any]:
+    """The settings that have an effect, for people, by name."""
+    unused = getattr(settings, "unused", ())
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in unused}
 
 
 def is_settings(value: Any) -> bool:

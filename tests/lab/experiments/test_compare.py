@@ -245,7 +245,7 @@ def test_match_trains_adamw_on_full_schedules_until_it_is_there(compared):
 )
 def test_the_report_opens_without_errors_and_fits_the_screen(compared, browse, width, scheme):
     with browse(compared / "report.html", width, scheme) as page:
-        assert page.execute_script("return document.querySelectorAll('.picture .scatterlayer .trace').length") >= 4
+        assert page.execute_script("return document.querySelectorAll('.picture[tabindex] img').length") == 2
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         assert page.execute_script("return getComputedStyle(document.body).backgroundColor") == (
             "rgb(255, 255, 255)" if scheme == "light" else "rgb(13, 17, 23)"

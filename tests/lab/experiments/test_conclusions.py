@@ -18,6 +18,7 @@ from ademamix.lab.config import BadInputError
 from ademamix.lab.experiments import EXPERIMENTS, forgetting, horizon, sweep, switch, valley, vit
 from ademamix.lab.reports.claims import CLAIMS
 from ademamix.lab.reports.report import Report
+from ademamix.lab.reports.stops import stops_of
 
 SEEDS = (201, 202, 203, 204)
 TILT = dict(zip(SEEDS, (0.01, -0.01, 0.02, -0.02), strict=True))
@@ -427,4 +428,4 @@ def test_any_losses_decide_every_claim_of_an_experiment(
     assert untested <= {seeds == 1} or lost
     assert not NO_NUMBER.search(sentences(report))
     for picture in report.pictures:
-        picture.traces()
+        assert all(len(stop.values) == len(getattr(picture, "lines", [0])) for stop in stops_of(picture))

@@ -20,10 +20,11 @@ import pytest
 
 from ademamix.lab.config import BadInputError, Job
 from ademamix.lab.experiments import EXPERIMENTS, beyond, forgetting, geometry, horizon, lm, sweep, trials, valley
-from ademamix.lab.experiments.common import Preset, Tuning
+from ademamix.lab.experiments.common import Preset, Tuning, settings_of
 from ademamix.lab.experiments.trials import Grid, Trials
 from ademamix.lab.reports.claims import CLAIMS
 from ademamix.lab.reports.pictures import Chart, HeatMap, Line
+from ademamix.lab.reports.svg import svg
 from ademamix.lab.training.loop import Result, train
 from ademamix.lab.training.optimizers import arguments_of
 
@@ -125,7 +126,7 @@ def test_an_experiment_decides_its_claims_and_writes_its_report(name, cli, inlin
     assert untested == (["valley-overshoot"] if name == "valley" else [])  # nobody arrives so soon
     assert all(finding["ours"] in said for finding in outcome["findings"])
     page, markdown = Path("out/report.html").read_text(), Path("out/report.md").read_text()
-    marks = ["class=picture", *["class=verdict"] * bool(claims), "<h2>Results", "<h2>Command", "Settings<"]
+    marks = ["class=picture", *["class=verdict"] * bool(claims), "<h2>Results", "<h2>Command", "<summary>Settings<"]
     places = [page.index(mark) for mark in marks]
     assert places == sorted(places)
     assert all(f"ademamix run {name} --" in text for text in (page, markdown))
@@ -421,7 +422,7 @@ def test_the_heat_map_has_every_loss_in_its_place():
     results[2, 4] = None
     shown = sweep._map("", "beta3", "alpha", (3, 4), (1, 2), results)
     assert shown == HeatMap("", "beta3", "alpha", ["3", "4"], ["1", "2"], [[13, 14], [23, None]])
-    assert shown.traces()[0]["text"][1][1] == "diverged"
+    assert shown.texts()[1][1] == "diverged"
 
 
 def test_adam_in_the_valley_is_torchs(inline):
@@ -626,15 +627,30 @@ def test_the_index_shows_every_claim_with_the_papers_figure_and_ours(reports):
 def test_the_pages_open_without_errors_and_fit_the_screen(page, width, scheme, reports, browse):
     with browse(reports / page, width, scheme) as browser:
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        drawn = browser.execute_script("return document.querySelectorAll('.picture .main-svg').length > 0")
+        drawn = browser.execute_script("return document.querySelectorAll('.picture img').length > 0")
         assert drawn is (page != "index.html")
-        broken = "return [...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).length"
-        assert browser.execute_script(broken) == 0
+        ready = browser.execute_script("return document.querySelectorAll('.picture[tabindex] output').length > 0")
+        assert ready is drawn
+        whole = "Promise.all([...document.images].map(i => i.decode()))"
+        browser.execute_script(f"return {whole}.then(() => true)")  # which raises an error for a broken image
+
+
+def test_a_report_shows_the_settings_that_have_an_effect():
+    def shown(settings, *decided):
+        return {rows[0][0]: [row[0] for row in rows[1:]] for rows in settings_of(settings, *decided)}
+
+    off = {"switch_at", "planned", "held_out", "insert", "settings"}
+    plain = lm.PRESETS["cpu"]
+    assert not {"seed", *off} & set(shown(plain)["Recipe"])
+    assert {"batch", "clip", "steps"} <= set(shown(plain)["Recipe"])
+    assert set(shown(plain)["Recipe"]) - set(shown(plain, "clip")["Recipe"]) == {"clip"}
+    on = dataclasses.replace(plain.recipe, switch_at=5, planned=9000, held_out=(7,), settings={"geometry": "muon"})
+    assert off <= set(shown(dataclasses.replace(plain, recipe=on))["Recipe"])
+    assert not any(name.startswith("own") for name in shown(beyond.PRESETS["cpu"])["Beyond"])
 
 
 def test_a_line_is_named_even_if_it_is_the_only_one_left():
-    (trace,) = Chart("", "", "", [Line("AdamW", [1.0], [2.0])]).traces()
-    assert (trace["name"], trace["showlegend"]) == ("AdamW", True)
+    assert b">AdamW</text>" in svg("", [Chart("", "", "", [Line("AdamW", [1.0], [2.0])])], "light")
 
 
 def test_every_module_is_one_experiment():

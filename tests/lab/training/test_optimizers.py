@@ -229,6 +229,31 @@ def test_settings_and_buffers_are_those_of_the_optimizer(recipe: Recipe) -> None
     assert buffers_of("adamw", muon) == ("exp_avg",)
 
 
+@pytest.mark.parametrize("schedule", ["half-life", "log-time"])
+def test_exactly_the_settings_that_are_not_shown_have_no_effect(schedule: Any, recipe: Recipe) -> None:
+    def trained(section: AdEMAMixSettings) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.ones(8))
+        kind, given = arguments_of("ademamix", dataclasses.replace(recipe, ademamix=section))
+        optimizer = kind([p], **given)
+        for step in range(5):
+            p.grad = torch.arange(8.0) - step
+            optimizer.step()
+        return p.detach()
+
+    section = AdEMAMixSettings(lr=0.1, beta3_schedule=schedule)
+    shown = settings_of("ademamix", dataclasses.replace(recipe, ademamix=section))
+    for name, value in {"beta1": 0.8, "beta3": 0.99, "warmup": 0.5, "delta": 3.0, "kappa": 0.7}.items():
+        other = dataclasses.replace(section, **{name: value})  # type: ignore[arg-type]
+        assert torch.equal(trained(section), trained(other)) is (name not in shown), name
+
+
+def test_the_settings_of_muons_geometry_are_not_shown_for_adams(recipe: Recipe) -> None:
+    iteration = {"adjust_lr_fn", "ns_coefficients", "ns_steps"}
+    assert not iteration & settings_of("kema", recipe).keys()
+    muon = dataclasses.replace(recipe, settings={"geometry": "muon"})
+    assert iteration <= settings_of("kema", muon).keys()
+
+
 # --------------------------------------------------------------------------------- the digest of a rule
 
 

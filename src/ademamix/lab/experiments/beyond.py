@@ -125,6 +125,11 @@ class Beyond(Settings):
         except BadInputError as error:
             raise BadInputError(f"{key}: {error}") from error
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The settings that have no effect, given the others."""
+        return () if self.own else ("own", "own_tried", "own_settings")
+
     def every(self) -> dict[str, Entry]:
         """The entries, with the user's own."""
         if self.own is None:

@@ -106,7 +106,7 @@ def run(settings: Clip, trials: Trials) -> Report:
             ),
         ],
         [_table(settings, losses, shares, above, gains)],
-        common.settings_of(settings),
+        common.settings_of(settings, "clip", "eval_every"),
     )
 
 

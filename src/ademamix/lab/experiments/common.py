@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ademamix.lab.config import SEEDS, BadInputError, NewFolder, Optimizer, RunFolder, Training, is_settings
+from ademamix.lab.config import SEEDS, BadInputError, NewFolder, Optimizer, RunFolder, Training, is_settings, used
 from ademamix.lab.console import say
 from ademamix.lab.experiments.statistics import Paired, loss_of, mean_and_error, too_low
 from ademamix.lab.experiments.trials import Grid, Point, Trials, Value, best
@@ -304,24 +304,26 @@ def curves(title: str, runs: Mapping[str, Sequence[Result]], seeds: int, unit: s
     return Chart(title, f"training {unit}", LOSS, lines, around(shown) if shown else None)
 
 
-def settings_of(settings: Any) -> list[Rows]:
-    """Settings as tables: those of the experiment, then those of each part of it."""
-    values = _values(settings)
-    parts = {name: value for name, value in values.items() if is_settings(value)}
-    own: Rows = [(type(settings).__name__, ""), *((k, _cell(v)) for k, v in values.items() if k not in parts)]
-    return [own, *(rows for part in parts.values() for rows in _tables(part))]
+def settings_of(settings: Any, *decided: str) -> list[Rows]:
+    """Settings that have an effect, as tables: those of the experiment, then those of each part of it.
+
+    Args:
+        settings: the experiment's.
+        decided: settings of its recipe that the experiment decides itself, besides the seed.
+    """
+    return list(_tables(settings, ("job",), ("seed", *decided)))
 
 
-def _tables(part: Any) -> list[Rows]:
-    if not isinstance(part, Mapping):
-        return settings_of(part)
-    rows = [(key, *map(_cell, _values(value).values())) for key, value in part.items()]
-    first = next(iter(part.values()))
-    return [[(type(first).__name__, *_values(first)), *rows]]
-
-
-def _values(settings: Any) -> dict[str, Any]:
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "job"}
+def _tables(part: Any, without: Sequence[str] = (), without_below: Sequence[str] = ()) -> Iterator[Rows]:
+    if isinstance(part, Mapping):
+        rows = [(key, *map(_cell, used(value).values())) for key, value in part.items()]
+        first = next(iter(part.values()))
+        yield [(type(first).__name__, *used(first)), *rows]
+        return
+    values = {key: value for key, value in used(part).items() if key not in without}
+    yield [(type(part).__name__, ""), *((key, _cell(v)) for key, v in values.items() if not is_settings(v))]
+    for value in filter(is_settings, values.values()):
+        yield from _tables(value, without_below)
 
 
 def _cell(value: Any) -> Any:

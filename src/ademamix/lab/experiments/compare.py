@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json
+from ademamix.lab.config import Job, Match, Optimizer, Recipe, to_json, used
 from ademamix.lab.experiments.arms import Arm, carry_out
 from ademamix.lab.experiments.statistics import crossing
 from ademamix.lab.reports.pictures import Chart, Line, Picture, around
@@ -132,7 +132,7 @@ def reached_at(run: Result, loss: float) -> float | None:
 
 def report_of(c: Comparison) -> Report:
     """The comparison's report."""
-    recipe = {key: v for key, v in dataclasses.asdict(c.recipe).items() if key not in (*SECTIONS, "settings")}
+    recipe = {key: v for key, v in used(c.recipe).items() if key not in (*SECTIONS, "settings")}
     about = {"parameters": f"{c.adamw.parameters:,}", "initial weights, SHA-256": c.adamw.initial_weights[:16]}
     adamw, other = (settings_of(run.optimizer, c.recipe) for run in (c.adamw, c.other))
     optimizers = [(key, adamw.get(key, ""), other.get(key, "")) for key in adamw | other]

@@ -139,7 +139,7 @@ def run(settings: Horizon, trials: Trials) -> Report:
             [("T", *(f"beta3 {beta3:g}" for beta3 in settings.beta3), "best beta3", "(1 - best) T"), *rows],
             [("T: loss above the lowest mean", *(f"beta3 {beta3:g}" for beta3 in settings.beta3)), *gaps],
         ],
-        common.settings_of(settings),
+        common.settings_of(settings, "steps", "warmup", "eval_every"),
         [decide("horizon", ours, slope)],
     )
 

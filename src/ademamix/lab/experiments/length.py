@@ -152,7 +152,7 @@ def run(settings: Length, trials: Trials) -> Report:
         [found_all.takeaway(), *misled, sentence(found_all.trend()), *found_all.gains(), found_all.oldest(), *ends],
         found_all.charts(),
         [found_all.table(), found_all.ages_table(), found_all.by_seed(), *tables],
-        common.settings_of(settings),
+        common.settings_of(settings, "steps", "warmup", "eval_every"),
         [decide("length", found_all.trend(), -found_all.slope)],
     )
 

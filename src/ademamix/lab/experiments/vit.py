@@ -124,6 +124,6 @@ def run(settings: Vit, trials: Trials) -> Report:
         ],
         pictures,
         [table_of(named, ("run", "final validation loss", "by seed")), *tuned.tables],
-        common.settings_of(dataclasses.replace(settings, recipe=recipe)),
+        common.settings_of(dataclasses.replace(settings, recipe=recipe), "examples"),
         [decide("vit", ours, above[most]), decide("vit-few", shrunk, shrinks)],
     )

@@ -9,6 +9,8 @@ opposite, and undecided otherwise. At 95 %, one in 20 differences that are zero 
 from dataclasses import dataclass
 from typing import Literal
 
+PAPER = "https://arxiv.org/abs/2409.03137"
+
 Verdict = Literal["reproduced", "contradicted", "undecided", "not tested at this size"]
 
 

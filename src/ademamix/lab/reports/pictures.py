@@ -1,12 +1,10 @@
-"""What a report's pictures show, and how, for the page that Plotly draws and for the files (`svg.py`) alike."""
+"""What a report's pictures show, and how. `svg.py` draws them, `stops.py` says what a reader sees who points at one."""
 
-import html
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
-from typing import Any
 
 # Light and dark. As text, each has a contrast of at least 4.5 to its paper, and so has every color of a line.
 Colors = tuple[str, str]
@@ -23,15 +21,14 @@ OTHERS = (
     ("#117733", "#88CCAA"),
     ("#882255", "#E59AB6"),
 )
-DASHES = ("dot", "dashdot", "longdash", "solid", "dash")  # as many as have no divisor with OTHERS: 30 pairs
-MAP = "Cividis"  # of heat maps: even and readable for all eyes
+Dash = str | tuple[int, tuple[int, ...]]  # as matplotlib has it
+DASHES: tuple[Dash, ...] = (":", "-.", (0, (8, 3)), "-", "--")  # 5, which has no divisor with 6 colors: 30 pairs
+MAP = "cividis"  # of heat maps: even and readable for all eyes
 OUTLINE = "#D55E00"  # of the best cell: seen on both ends of the map
 
-MOST, LONGEST = 7, 26  # labeled lines, and letters of a label: beyond them a legend is easier to read
+MOST, LONGEST = 7, 14  # labeled lines, and letters of a label: beyond them a legend is easier to read
 ROOM = 250.0  # pixels of an axis, on a phone
-LETTER, TALL = 8.0, 17.0  # pixels of a label
 MINUS = "\N{MINUS SIGN}"
-MARGIN = 24.0  # pixels: half a tick's text, which Plotly would leave out
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Style:
     """How a line looks in all pictures of a report."""
 
     colors: Colors
-    dash: str  # as Plotly names it
+    dash: Dash
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Line:
     x: list[float]
     y: list[float]
     error: list[float] | None = None  # half the height of the error bars; the y label or the caption says of what
-    mode: str = "lines"  # as Plotly names it
+    mode: str = "lines"  # or "markers", or "lines+markers"
     band: tuple[list[float], list[float]] | None = None  # its lower and its upper edge, as for `error`
 
     @property
@@ -80,7 +77,7 @@ class Axis:
         return self.low <= value <= self.high
 
     def place(self, value: float) -> float:
-        """Where a value is, in Plotly's coordinates."""
+        """Where a value is, in the coordinates that the axis is even in."""
         return math.log10(value) if self.log else value
 
     def part(self, value: float) -> float:
@@ -113,22 +110,10 @@ class Axis:
         for most in (6, 5, 4, 3, 2):
             yield list(map(float, MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)))
 
-    def layout(self, label: str, ticks: Sequence[tuple[float, str]] = ()) -> dict[str, Any]:
-        """Plotly's."""
-        values, texts = zip(*(ticks or self.ticks()), strict=True)
-        return {
-            "title": {"text": label, "standoff": 8},
-            "type": "log" if self.log else "linear",
-            "range": [self.place(self.low), self.place(self.high)],
-            "tickvals": values,
-            "ticktext": texts,
-            "hoverformat": ",.5~g",
-        }
-
 
 @dataclass(frozen=True)
 class Label:
-    """What stands to the right of a point."""
+    """What stands to the right of a point, or above a reference line at its left end."""
 
     text: str
     x: float
@@ -171,6 +156,11 @@ class Chart:
         return [(x, max(low, least), max(high, least)) for x, low, high in line.edges()]
 
     @property
+    def described(self) -> str:
+        """What is drawn, for those who do not see it."""
+        return f"Chart of {self.y_label} by {self.x_label}: {', '.join(line.name for line in self.lines)}"
+
+    @property
     def labeled(self) -> bool:
         """Whether the lines are labeled at their ends, or in a legend: labels would hide a field, for one."""
         return self.field is None and len(self.lines) <= MOST and all(len(s.name) <= LONGEST for s in self.lines)
@@ -178,7 +168,7 @@ class Chart:
     def labels(self, styles: dict[str, Style]) -> list[Label]:
         """Of lines at their right ends, as far as they are shown, and of reference lines."""
         x_axis, y_axis = self.axes()
-        found = [Label(text, x_axis.high, y, SOFT, True) for y, text in self.reference]
+        found = [Label(text, x_axis.low, y, SOFT, True) for y, text in self.reference]
         for line in self.lines if self.labeled else ():
             points = [p for p in zip(line.x, line.y, strict=True) if x_axis.shows(p[0]) and y_axis.can_show(p[1])]
             # The last point that is seen. A line above or below the axis all along is named at its edge.
@@ -188,67 +178,6 @@ class Chart:
                 found.append(Label(line.name, x, min(max(y, y_axis.low), y_axis.high), styles[line.name].colors))
         return found
 
-    def traces(self, styles: dict[str, Style] | None = None) -> list[dict[str, Any]]:
-        """What Plotly draws; of {"light": ..., "dark": ...} the page takes one."""
-        styles = styles or styles_of([self])
-        bands = [self._band(line, styles[line.name]) for line in self.lines if line.edges()]
-        shades = [] if self.field is None else [self.field.trace()]
-        return shades + bands + [self._trace(line, styles[line.name]) for line in self.lines]
-
-    def _trace(self, line: Line, style: Style) -> dict[str, Any]:
-        bars = {} if line.bars is None else {"error_y": {"array": line.bars, "visible": True, "thickness": 1.5}}
-        return {
-            "type": "scatter",
-            "x": line.x,
-            "y": line.y,
-            "name": _untagged(line.name),
-            "legendgroup": _untagged(line.name),
-            "showlegend": True,  # Plotly would leave a line without a name if the others diverged
-            "mode": line.mode,
-            "line": {"dash": style.dash, "width": 2.5, "color": either(style.colors)},
-            "marker": {"size": 8, "color": either(style.colors)},
-            "hovertemplate": "%{y:.3g}" if self.log_y else "%{y:.4f}",
-            **bars,
-        }
-
-    def _band(self, line: Line, style: Style) -> dict[str, Any]:
-        edges = self.edges(line)
-        return {
-            "type": "scatter",
-            "x": [x for x, _, _ in edges] + [x for x, _, _ in reversed(edges)],
-            "y": [low for _, low, _ in edges] + [high for _, _, high in reversed(edges)],
-            "legendgroup": _untagged(line.name),
-            "showlegend": False,
-            "mode": "lines",
-            "line": {"width": 0},
-            "fill": "toself",
-            "fillcolor": either((f"{style.colors[0]}30", f"{style.colors[1]}40")),
-            "hoverinfo": "skip",
-        }
-
-    def layout(self, styles: dict[str, Style] | None = None) -> dict[str, Any]:
-        """Plotly's layout, but for the colors of all pictures."""
-        (x_axis, y_axis), labels = self.axes(), self.labels(styles or styles_of([self]))
-        boxes = [(ROOM * x_axis.part(s.x), LETTER * len(s.text) + 16, ROOM * y_axis.part(s.y)) for s in labels]
-        return {
-            "xaxis": x_axis.layout(self.x_label, self.x_ticks),
-            "yaxis": y_axis.layout(self.y_label, self.y_ticks),
-            "hovermode": "x unified" if self.field is None else "closest",
-            "showlegend": not self.labeled,
-            "margin": {"r": max([MARGIN, *(left + wide - ROOM for left, wide, _ in boxes)])},
-            "shapes": [
-                {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below"}
-                | {"line": {"color": either(SOFT), "width": 1}}
-                for y, _ in self.reference
-            ],
-            "annotations": [
-                {"x": x_axis.place(s.x), "y": y_axis.place(s.y), "text": _untagged(s.text), "showarrow": False}
-                | {"reference": s.reference}
-                | {"xanchor": "left", "xshift": 6, "yshift": round(y - wanted), "font": {"color": either(s.colors)}}
-                for s, (*_, wanted), y in zip(labels, boxes, apart(boxes, TALL, ROOM), strict=True)
-            ],
-        }
-
 
 @dataclass(frozen=True)
 class Field:
@@ -257,10 +186,6 @@ class Field:
     x: list[float]
     y: list[float]
     z: list[list[float]]
-
-    def trace(self) -> dict[str, Any]:
-        look = {"colorscale": MAP, "opacity": 0.45, "showscale": False, "hoverinfo": "skip", "ncontours": 24}
-        return {"type": "contour", "x": self.x, "y": self.y, "z": self.z, "line": {"width": 0}, **look}
 
 
 @dataclass(frozen=True)
@@ -276,6 +201,11 @@ class HeatMap:
     best: tuple[int, int] | None = None  # row and column of the cell that is outlined: the lowest by itself
     z_label: str = "validation loss, nats"
     caption: str = ""
+
+    @property
+    def described(self) -> str:
+        """What is drawn, for those who do not see it."""
+        return f"Heat map of {self.z_label} by {self.x_label} and {self.y_label}"
 
     def cells(self) -> Iterator[tuple[int, int, float | None]]:
         """Row, column and value."""
@@ -304,56 +234,6 @@ class HeatMap:
     def bar_label(self) -> str:
         return self.z_label + (" (hatched: above the scale)" if self.beyond() else "")
 
-    def traces(self, styles: dict[str, Style] | None = None) -> list[dict[str, Any]]:
-        """What Plotly draws."""
-        ends = dict(zip(("zmin", "zmax"), self.range(), strict=True))
-        columns, rows = list(range(len(self.x))), list(range(len(self.y)))
-        texts = self.texts()
-        shown = {
-            "text": texts,
-            "texttemplate": "%{text}",
-            "textfont": {"size": 12},
-            "hovertext": [[f"{x}, {y}: {texts[j][i]}" for i, x in enumerate(self.x)] for j, y in enumerate(self.y)],
-            "hovertemplate": "%{hovertext}<extra></extra>",
-        }
-        title = {"text": self.bar_label(), "side": "top", "font": {"size": 12}}
-        bar = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "thickness": 8, "outlinewidth": 0, "nticks": 5}
-        look = {"colorscale": MAP, "xgap": 2, "ygap": 2, "colorbar": {**bar, "len": 1, "title": title}}
-        return [{"type": "heatmap", "x": columns, "y": rows, "z": self.z, **ends, **shown, **look}]
-
-    def layout(self, styles: dict[str, Style] | None = None) -> dict[str, Any]:
-        """Plotly's layout, but for the colors of all pictures."""
-
-        def axis(label: str, names: list[str]) -> dict[str, Any]:
-            # Numbers, since names such as "1" would be taken for them, and the shapes need numbers. Plotly keeps the
-            # title away from the ticks' texts only where one is right above it.
-            places = {"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.5, len(names) - 0.5]}
-            return {"title": {"text": label, "standoff": 36}, "showgrid": False, **places}
-
-        texts, best = self.texts(), self.outlined()
-        last = ("#fee838", "#fee838"), ("#000000", "#000000")  # color of the scale
-        covered = [(row, column, *last) for row, column in self.beyond()]
-        covered += [(row, column, PAPER, SOFT) for row, column, v in self.cells() if v is None]
-        shapes: list[dict[str, Any]] = [
-            {"type": "path", "path": _hatch(row, column), "line": {"color": "#6b6000", "width": 1.5}}
-            for row, column in self.beyond()
-        ]
-        if best is not None:
-            row, column = best
-            sides = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
-            shapes.append({"type": "rect", **sides, "line": {"color": OUTLINE, "width": 3}})
-        return {
-            "xaxis": axis(self.x_label, self.x),
-            "yaxis": axis(self.y_label, self.y),
-            "margin": {"t": 70, "r": MARGIN, "autoexpand": False},  # Plotly would misplace the titles of axes
-            "shapes": shapes,
-            "annotations": [
-                {"x": column, "y": row, "text": texts[row][column], "showarrow": False, "borderpad": 1}
-                | {"bgcolor": either(paper), "font": {"color": either(ink), "size": 12}}
-                for row, column, paper, ink in covered
-            ],
-        }
-
 
 Picture = Chart | HeatMap
 
@@ -369,7 +249,7 @@ def styles_of(pictures: Sequence[Picture]) -> dict[str, Style]:
 
     Thirty other names are told apart.
     """
-    styles = {"AdamW": Style(ADAMW, "dash"), "AdEMAMix": Style(ADEMAMIX, "solid")}
+    styles = {"AdamW": Style(ADAMW, "--"), "AdEMAMix": Style(ADEMAMIX, "-")}
     others = count()
     for picture in pictures:
         for line in picture.lines if isinstance(picture, Chart) else ():
@@ -434,11 +314,6 @@ def _power(value: float) -> str:
     return f"{float(factor):g}·10{raised}".removeprefix("1·").replace("-", MINUS)
 
 
-def either(colors: Colors) -> dict[str, str]:
-    """For the page, which takes one."""
-    return dict(zip(SCHEMES, colors, strict=True))
-
-
 def _axis(values: list[float], log: bool, given: tuple[float, float] | None, margin: float) -> Axis:
     if given is not None:
         return Axis(*given, log)
@@ -450,15 +325,3 @@ def _axis(values: list[float], log: bool, given: tuple[float, float] | None, mar
         return Axis(min(values) / more, max(values) * more, log)
     more = margin * (max(values) - min(values)) or 0.01 * abs(max(values)) or 0.01
     return Axis(min(values) - more, max(values) + more)
-
-
-def _hatch(row: int, column: int) -> str:
-    """Diagonals of a cell, as a path of SVG."""
-    shifts = [k / 4 for k in range(-3, 4)]
-    ends = [(max(0.0, k) - 0.5, max(0.0, -k) - 0.5, min(1.0, 1 + k) - 0.5, min(1.0, 1 - k) - 0.5) for k in shifts]
-    return " ".join(f"M {column + a} {row + b} L {column + c} {row + d}" for a, b, c, d in ends)
-
-
-def _untagged(text: str) -> str:
-    """Plotly reads tags."""
-    return html.escape(text, quote=False)

@@ -1,14 +1,16 @@
 """What came out: as one HTML page that needs no network, as pictures, as Markdown, and as tables on the terminal."""
 
+import base64
 import dataclasses
 import html
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,15 +20,20 @@ from rich.table import Table
 
 from ademamix.lab.config import BadInputError, from_json, to_json, write_whole
 from ademamix.lab.console import OUT, say
-from ademamix.lab.reports.claims import CLAIMS, Finding
-from ademamix.lab.reports.pictures import SCHEMES, Picture, styles_of
-from ademamix.lab.reports.svg import svg
+from ademamix.lab.reports.claims import CLAIMS, PAPER, Finding
+from ademamix.lab.reports.pictures import INK, SCHEMES, Chart, Picture, styles_of
+from ademamix.lab.reports.stops import stops_of
+from ademamix.lab.reports.svg import panel, svg
 
 PAGE, MARKDOWN, OUTCOME, INDEX = "report.html", "report.md", "outcome.json", "index.html"
 PICTURES = {scheme: f"pictures-{scheme}.svg" for scheme in SCHEMES}
 PACKAGES = ("ademamix", "torch", "transformers", "optuna", "numpy", "numba")
 MARKS = {"reproduced": "✔", "contradicted": "✘", "undecided": "?", "not tested at this size": "○"}
 NOT_RUN = "not run"  # of a claim that no experiment in the folder says anything about
+NATS = (
+    "Losses are in nats; divided by ln 2 they are in bits. Lower is better: a loss that is lower by 0.01 nats is a "
+    "perplexity that is lower by about 1 %."
+)
 
 Cells = Sequence[Any]
 Rows = Sequence[Cells]  # the heads first
@@ -84,7 +91,9 @@ def write(report: Report, out: Path, commands: Sequence[str], seconds: float) ->
     made = {"machine": machine(), **versions(), "date": time.strftime("%Y-%m-%d"), "minutes": f"{seconds / 60:.1f}"}
     for scheme, name in PICTURES.items():
         write_whole(out / name, svg(report.takeaway, report.pictures, scheme))
-    _write(out / PAGE, _page(report.title, report.takeaway, _body(report, commands, made), report.pictures))
+    drawn = _drawn(report.pictures)
+    body = _body(report, drawn, commands, made)
+    _write(out / PAGE, _page(report.title, report.takeaway, body, [d.values for d in drawn]))
     _write(out / MARKDOWN, _markdown(report, commands, made))
     outcome = {"title": report.title, "headlines": report.headlines, "made": made, "commands": list(commands)}
     to_json(out / OUTCOME, {**outcome, "findings": [dataclasses.asdict(f) for f in report.findings]})
@@ -111,7 +120,7 @@ def write_index(folder: Path) -> Path:
     if not outcomes:
         raise BadInputError(f"{folder} holds no reports: `ademamix run` writes them, each to a folder of its own")
     title = "AdEMAMix: the paper's claims, and what came out here"
-    _write(folder / INDEX, _page(title, title, _index(outcomes), []))
+    _write(folder / INDEX, _page(title, title, _index(outcomes)))
     return folder / INDEX
 
 
@@ -132,6 +141,15 @@ def _outcome(path: Path) -> dict[str, Any]:
     return {"title": title, "headlines": headlines, "findings": findings}
 
 
+def _documentation() -> str | None:
+    """Where this package's documentation is, as its metadata say."""
+    try:
+        urls = metadata("ademamix").get_all("Project-URL", [])
+    except PackageNotFoundError:
+        return None
+    return dict(url.split(", ", 1) for url in urls).get("Documentation")
+
+
 def _write(path: Path, text: str) -> None:
     write_whole(path, text.encode(errors="replace"))  # names of files may not be text
 
@@ -143,21 +161,49 @@ def _sentence(finding: Finding) -> str:
 # --------------------------------------------------------------------------------- HTML
 
 
-def _page(title: str, takeaway: str, body: str, pictures: Sequence[Picture]) -> str:
-    from plotly.offline import get_plotlyjs
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as the page has it."""
 
+    image: str  # its element
+    values: dict[str, Any]  # for page.js: the box of the axes, the names of lines with their colors, and the stops
+
+
+def _drawn(pictures: Sequence[Picture]) -> list[Drawn]:
     styles = styles_of(pictures)
-    shown = [{"traces": picture.traces(styles), "layout": picture.layout(styles)} for picture in pictures]
-    page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    plotly = get_plotlyjs() if pictures else ""
-    said = {"title": _text(title), "takeaway": _text(takeaway)}
-    return page.substitute(said, body=body, plotly=plotly, data=_script(shown))
+    drawn = []
+    for picture in pictures:
+        panels = [panel(picture, styles, scheme) for scheme in SCHEMES]
+        light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}" for image, _ in panels)
+        if isinstance(picture, Chart):
+            names = [(line.name, *styles[line.name].colors) for line in picture.lines]
+        else:
+            names = [(picture.z_label, *INK)]
+        box = [round(part, 4) for part in panels[0][1]]
+        values = {"box": box, "names": names, "stops": stops_of(picture)}
+        drawn.append(Drawn(_picture(light, dark, picture.described), values))
+    return drawn
 
 
-def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> str:
+def _page(title: str, takeaway: str, body: str, values: Sequence[Mapping[str, Any]] = ()) -> str:
+    page, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
+    said = {"title": _text(title), "takeaway": _text(takeaway), "body": body + _foot(body)}
+    return Template(page).substitute(said, values=_script(values), script=script)
+
+
+def _foot(body: str) -> str:
+    """The unit of losses, where it is used, and where to read more."""
+    nats = f"<p>{NATS}</p>" if re.search(r"\bnats\b", body) else ""
+    urls = {"the paper, arXiv 2409.03137": PAPER, "documentation": _documentation()}
+    links = ", ".join(f"<a href='{_text(url)}'>{text}</a>" for text, url in urls.items() if url)
+    return f"<footer class=soft>{nats}<p>More: {links}</p></footer>"
+
+
+def _body(report: Report, drawn: Sequence[Drawn], commands: Sequence[str], made: Mapping[str, str]) -> str:
     pictures = (
-        f"<section><h2>{_text(p.title)}</h2><div class=picture></div><p class=soft>{_text(p.caption)}</p></section>"
-        for p in report.pictures
+        f"<section><h2>{_text(p.title)}</h2><div class=picture>{d.image}</div>"
+        f"{f'<p class=soft>{_text(p.caption)}</p>' if p.caption else ''}</section>"
+        for p, d in zip(report.pictures, drawn, strict=True)
     )
     return "".join(
         [
@@ -168,8 +214,9 @@ def _body(report: Report, commands: Sequence[str], made: Mapping[str, str]) -> s
             "<h2>Results</h2>",
             "".join(map(_table, report.tables)),
             f"<h2>Command</h2><pre>{_text(chr(10).join(commands))}</pre>",
-            f"<h2>Settings</h2><div class=settings>{''.join(f'<div>{_table(rows)}</div>' for rows in report.settings)}",
-            f"<div>{_table([('machine', ''), *made.items()])}</div></div>",
+            "<details><summary>Settings</summary><div class=settings>",
+            *(f"<div>{_table(rows)}</div>" for rows in (*report.settings, [("machine", ""), *made.items()])),
+            "</div></details>",
         ]
     )
 
@@ -209,10 +256,14 @@ def _index(outcomes: Mapping[Path, dict[str, Any]]) -> str:
 def _shown(folder: str, said: Sequence[str]) -> str:
     """Both files of pictures, of which a reader sees that for the own scheme."""
     light, dark = (folder + PICTURES[scheme] for scheme in SCHEMES)
-    text = _text(" ".join(": ".join(said).split()))
+    return _picture(light, dark, " ".join(": ".join(said).split()))
+
+
+def _picture(light: str, dark: str, said: str) -> str:
+    """The image at one of two addresses, and what it says."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{text}" src="{light}" loading="lazy"></picture>'
+        f'<img alt="{_text(said)}" src="{light}"></picture>'
     )
 
 

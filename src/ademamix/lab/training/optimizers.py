@@ -1,6 +1,5 @@
 """Which optimizer a name stands for, and the arguments that a recipe gives to it."""
 
-import dataclasses
 import hashlib
 import inspect
 import re
@@ -16,7 +15,7 @@ import torch
 import ademamix
 from ademamix import RuleOptimizer, optimizer_from, split_parameters
 from ademamix.engine.arguments import OF_GEOMETRY  # in `settings`, also of those that have a section
-from ademamix.lab.config import BadInputError, Optimizer, Training
+from ademamix.lab.config import BadInputError, Optimizer, Training, used
 from ademamix.lab.own_code import refuse_unnamed, split
 
 SECTIONS = ("adamw", "ademamix")  # whose settings are a section of their own in a recipe; all others share `settings`
@@ -45,11 +44,13 @@ def folder_of(name: Optimizer) -> str:
 
 
 def settings_of(name: Optimizer, recipe: Training) -> dict[str, Any]:
-    """All settings that the recipe gives the optimizer, as people know them."""
+    """All settings of the optimizer that have an effect, as people know them."""
     if name in SECTIONS:
-        return dataclasses.asdict(getattr(recipe, name)) | of_geometry(recipe)
+        return used(getattr(recipe, name)) | of_geometry(recipe)
     kind, given = arguments_of(name, recipe)
-    return _defaults(kind, given) | given | of_geometry(recipe)
+    settings = _defaults(kind, given) | given | of_geometry(recipe)
+    unused = () if settings["geometry"] == "muon" else OF_GEOMETRY
+    return {key: value for key, value in settings.items() if key == "geometry" or key not in unused}
 
 
 def of_geometry(recipe: Training) -> dict[str, Any]:
