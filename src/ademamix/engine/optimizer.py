@@ -374,6 +374,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """Whether the parameter is stepped on the host: one that has numbers to send there."""
         return self.offload and not p.is_meta and not backends.is_fake(p)
 
+    @without_gradients  # which leaving inference mode has turned on
     def _run(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
         program = self._program(offload=False)
         launches = self._launches_for(program, inputs.params, inputs, captured)
@@ -384,6 +385,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             if skip is not None:
                 self._count(skip)
 
+    @without_gradients
     def _run_on_host(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
         program = self._program(offload=True)
         for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):
