@@ -148,6 +148,28 @@ def test_a_gradient_of_another_shape_is_refused(other: str, laid_out: bool, offl
     assert same([p.detach() for p in params], before)
 
 
+@BACKENDS
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("what", ["parameter", "gradient", "state tensor 'exp_avg_slow'"])
+def test_memory_that_was_given_back_is_named(what: str, offload: bool, backend: str) -> None:
+    """As tools that keep models elsewhere for some time leave it; an empty tensor has none to give."""
+    params = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(0, 4))]
+    optimizer = AdEMAMix(params, backend=backend, offload=offload)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    launches = optimizer._launches
+    optimizer.step()
+    assert optimizer._launches is launches
+    before, p = params[0].detach().clone(), params[1]
+    freed = {"parameter": p, "gradient": p.grad}.get(what, optimizer.state[p]["exp_avg_slow"])
+    assert isinstance(freed, torch.Tensor)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{what} .*has no memory"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
 def test_a_gradient_of_the_same_elements_and_strides_but_another_shape_is_refused() -> None:
     """Dimensions of one element may have any strides."""
     p = nn.Parameter(torch.ones(6, 1))

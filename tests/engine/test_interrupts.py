@@ -351,10 +351,12 @@ def test_views_that_lie_between_each_other_are_two_parameters(backend: str, data
 
 
 @BACKENDS
-def test_a_step_in_inference_mode_is_a_step(backend: str) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_step_in_inference_mode_is_a_step(dense: bool, offload: bool, backend: str) -> None:
     """State that is made there can be changed outside of it, unlike that of torch.optim."""
-    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
-    optimizers = [AdamW([p], lr=0.1, backend=backend) for p in params]
+    params = [nn.Parameter(torch.ones(4) if dense else torch.ones(8)[::2]) for _ in range(2)]
+    optimizers = [AdamW([p], lr=0.1, backend=backend, offload=offload) for p in params]
     for t in range(3):
         for p, optimizer in zip(params, optimizers, strict=True):
             p.grad = torch.full((4,), 1.0 + t)

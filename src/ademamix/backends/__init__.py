@@ -163,7 +163,16 @@ def has_memory(t: torch.Tensor) -> bool:
 
 def is_made_of_others(t: torch.Tensor) -> bool:
     """Whether other tensors have its numbers, which only its own operations reach (as those of quantized weights)."""
-    return type(t) is not torch.Tensor and not (has_memory(t) or is_fake(t) or t.is_meta)
+    return _lacks_memory(t) and type(t.detach()) is not torch.Tensor
+
+
+def is_freed(t: torch.Tensor) -> bool:
+    """Whether t's memory was given back, as by ``untyped_storage().resize_(0)``."""
+    return _lacks_memory(t) and type(t.detach()) is torch.Tensor
+
+
+def _lacks_memory(t: torch.Tensor) -> bool:
+    return not (has_memory(t) or is_fake(t) or t.is_meta)
 
 
 def capturing(device: torch.device) -> bool:

@@ -252,7 +252,7 @@ class _Seen:
         self.sharded = any(map(is_sharded, self.params))
         self.inference = torch.is_inference_mode_enabled()
         self.fake = any(map(backends.is_fake, map(local, self.params)))
-        self.pointers, self.shapes, self.kinds = self._pointers(), self._shapes(), _kinds(inputs.grads)
+        self.pointers, self.shapes, self.kinds = self._pointers(), self._shapes(), self._kinds(inputs.grads)
 
     def again(self, inputs: Inputs) -> bool:
         """Whether these are the same, and as they were."""
@@ -265,8 +265,8 @@ class _Seen:
             and torch.is_inference_mode_enabled() == self.inference
             and self._pointers() == self.pointers
             and self._shapes() == self.shapes
-            and _kinds(inputs.grads) == self.kinds
             and {g.layout for g in inputs.grads} == {torch.strided}
+            and self._kinds(inputs.grads) == self.kinds
         )
 
     def _has_states(self, states: Mapping[Tensor, Any]) -> bool:
@@ -285,9 +285,11 @@ class _Seen:
     def _shapes(self) -> list[Any]:
         return [*map(Tensor.numel, self.params), *map(Tensor.stride, self.params), *[p.dtype for p in self.params]]
 
-
-def _kinds(grads: Sequence[Tensor]) -> list[Any]:
-    return [*map(type, grads), *[g.shape for g in grads], *[g.dtype for g in grads]]
+    def _kinds(self, grads: Sequence[Tensor]) -> list[Any]:
+        kinds = [*map(type, grads), *[g.shape for g in grads], *[g.dtype for g in grads]]
+        if not self.fake:  # whether they have memory: somebody may have freed it
+            kinds += map(bool, map(Tensor.data_ptr, map(local, grads) if self.sharded else grads))
+        return kinds
 
 
 Members = list[int]  # numbers of parameters
@@ -431,6 +433,10 @@ def check_tensors(program: Program, group: int, p: Any, g: Any) -> None:
     where = f"the gradient of a parameter of shape {tuple(p.shape)} in group {group}"
     check_layout(name, group, p, g)
     for what, t in (("parameter", p), ("gradient", g)):
+        if backends.is_freed(local(t)):
+            raise RuntimeError(
+                f"{name}: a {what} of shape {tuple(t.shape)} in group {group} has no memory: its storage was freed"
+            )
         if t is p and p.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{name}: a parameter in group {group} was made in inference mode, and only changes there"

@@ -308,7 +308,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             closure: reevaluates the model and returns the loss, which ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory of its own, the gradients
+            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory (of its own), the gradients
                 were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
                 ``capturable``, the first of its kind or on other devices too; nothing has been changed then.
             ValueError: a state tensor does not fit its parameter; nothing has been changed then.
@@ -374,6 +374,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         """Whether the parameter is stepped on the host: one that has numbers to send there."""
         return self.offload and not p.is_meta and not backends.is_fake(p)
 
+    @without_gradients  # which leaving inference mode has turned on
     def _run(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
         program = self._program(offload=False)
         launches = self._launches_for(program, inputs.params, inputs, captured)
@@ -384,6 +385,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             if skip is not None:
                 self._count(skip)
 
+    @without_gradients
     def _run_on_host(self, inputs: Inputs, factor: Tensor | None, skip: Tensor | None, captured: bool) -> None:
         program = self._program(offload=True)
         for i, p, g in zip(inputs.of_group, inputs.params, inputs.grads, strict=True):

@@ -191,7 +191,7 @@ def _placed(part: Tensor, given: Any, p: Any, shape: Sequence[int]) -> Tensor:
 
 def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format]) -> None:
     """Raise ValueError for a slot that has not p's shape, for scales that are missing or have not theirs, and where the
-    parts of a DTensor would cut blocks."""
+    parts of a DTensor would cut blocks; RuntimeError for tensors whose memory was freed."""
     blocked = {f.name for f in formats.values() if f.scale is not None}
     if blocked and not blocks_are_whole(p):
         raise ValueError(
@@ -214,6 +214,8 @@ def check_state(saved: Mapping[str, Any], p: Any, formats: Mapping[str, Format])
             if t is None or tuple(t.shape) != shape:
                 found = "is missing" if t is None else f"has shape {tuple(t.shape)}"
                 raise ValueError(f"state tensor {what!r} {found}; a parameter of shape {tuple(p.shape)} needs {shape}")
+            if backends.is_freed(local(t)):
+                raise RuntimeError(f"state tensor {what!r} of shape {shape} has no memory: its storage was freed")
             if is_sharded(t) and not (is_sharded(p) and p.device_mesh == t.device_mesh):
                 raise ValueError(f"state tensor {what!r} is a DTensor on {t.device_mesh}, where its parameter is not")
 
