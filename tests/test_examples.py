@@ -23,7 +23,9 @@ COMMANDS = sorted(
     {
         line
         for path in TEXTS
-        for line in re.findall(r"^ *(?:python|torchrun .*) examples/(\w+\.py.*)$", path.read_text("utf-8"), re.MULTILINE)
+        for line in re.findall(
+            r"^ *(?:python|torchrun .*) examples/(\w+\.py.*)$", path.read_text("utf-8"), re.MULTILINE
+        )
     }
 )
 
