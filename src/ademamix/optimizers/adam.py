@@ -72,7 +72,7 @@ class AdEMAMix(RuleOptimizer):
             longer chosen), v_t is forgotten before m2_t, and the paper's steps grow to 1e5 lr and more
             (docs/explanation/gradients-that-stop.md). Where gradients continue, no mean exceeds their root mean square,
             and the limit changes nothing. Groups of state dicts without it, which are older, load as None.
-        maximize: go along the gradient, not against it.
+        maximize: maximize the objective instead of minimizing it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes
             per parameter), or a mapping of slots to formats. All but float32 round stochastically. With "compact", an
             element whose gradients are below 2e-5 of the largest in its 256 elements of a row takes too small steps.
