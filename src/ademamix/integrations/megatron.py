@@ -1,4 +1,4 @@
-"""Megatron-core: AdEMAMix in the place of its Adam (docs/tools/megatron.md)."""
+"""Megatron-core: AdEMAMix instead of its Adam (docs/tools/megatron.md)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def get_megatron_ademamix(
     layer_wise: bool = False,
     **options: Any,
 ) -> MegatronOptimizer:
-    """Megatron's ``get_megatron_optimizer``, with AdEMAMix in the place of Adam.
+    """Megatron's ``get_megatron_optimizer``, with AdEMAMix instead of Adam.
 
     ``lr``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_eps`` come from the config, and so do clipping
     and the float32 master weights of ``bf16``.

@@ -34,7 +34,7 @@ class Container(OptimizersContainer):
 
 
 def default_ademamix(lr: float, total_steps: int | None, **options: Any) -> Container.Config:
-    """The config of one AdEMAMix for all parameters, in the place of torchtitan's ``default_adamw``.
+    """The config of one AdEMAMix for all parameters, instead of torchtitan's ``default_adamw``.
 
     Args:
         lr: learning rate; start from half of AdamW's.
