@@ -17,7 +17,7 @@ SPELLED := src tests benchmarks examples docs .ci .github Makefile pyproject.tom
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z0-9.-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; do \
-		printf 'make %-12s %s\n' "$$target" "$$text" | fold -sw 100 | sed '2,$$s/^/                  /'; done
+		printf 'make %-17s %s\n' "$$target" "$$text" | fold -sw 100 | sed '2,$$s/^/                       /'; done
 
 demo: $(READY)  ## train AdamW and AdEMAMix on the same text, a few minutes on 2 cores, and write a report
 	$(BIN)/ademamix compare

@@ -1,6 +1,9 @@
 """The examples run, on small local data, and resume where they stopped."""
 
+import argparse
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,21 @@ import pytest
 import torch
 from torch import nn
 
+import integrations.torchvision_for_cpu  # noqa: F401
 from ademamix import AdEMAMix, suggest
+from pages import DOCS, EXAMPLES, ROOT, run_example
 from small_models import same
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXTS = [ROOT / "README.md", *DOCS.rglob("*.md"), *EXAMPLES.glob("*.py")]
+COMMANDS = sorted(
+    {
+        line
+        for path in TEXTS
+        for line in re.findall(
+            r"^ *(?:python|torchrun .*) examples/(\w+\.py.*)$", path.read_text("utf-8"), re.MULTILINE
+        )
+    }
+)
 
 
 def run(name: str, *arguments: Any, launcher: tuple[str, ...] = ()) -> str:
@@ -27,6 +41,23 @@ def run(name: str, *arguments: Any, launcher: tuple[str, ...] = ()) -> str:
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(example: Path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) < 100
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_example_takes_the_arguments_of_the_pages(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser) -> None:
+        parse(parser)  # exits with 2 if it does not know an argument
+        sys.exit(0)
+
+    name, *arguments = shlex.split(command, comments=True)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    with pytest.raises((SystemExit, ModuleNotFoundError)) as stopped:
+        run_example(name, arguments, monkeypatch)
+    if isinstance(stopped.value, ModuleNotFoundError):
+        pytest.skip(str(stopped.value))
+    assert stopped.value.code == 0
 
 
 @pytest.mark.slow

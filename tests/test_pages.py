@@ -1,8 +1,9 @@
-"""The pages tell the truth: their Python runs as it stands, and links lead to files and headings.
+"""The pages tell the truth: their Python runs, their links lead somewhere, the messages that they quote exist.
 
 A page that shows a fragment sets the stage in a Python block inside an HTML comment, which no reader sees.
 """
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,26 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         there = (page.parent / target) if target else page
         assert there.exists(), f"{name(page)} links to {target}"
         assert not anchor or anchor in anchors(there), f"{name(page)} links to {target}#{anchor}"
+
+
+def messages() -> str:
+    """The library's strings, one after the other. What an f-string fills in is left out."""
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_that_pages_quote_are_the_library_s() -> None:
+    """A page quotes in the first cell of a row, or in bold where a paragraph begins; "..." is what is filled in."""
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("troubleshooting.md", "faq.md"))
+    quotes = re.findall(r'^(?:\| `|\*\*")(.+?)(?:` \||"\*\*)', text, re.MULTILINE)
+    assert len(quotes) > 12
+    found = messages()
+    assert [quote for quote in quotes if not re.search(re.escape(quote).replace(r"\.\.\.", ".*"), found)] == []

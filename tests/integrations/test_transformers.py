@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ademamix import AdEMAMix, suggest
+from pages import python_blocks
 from small_models import same
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
@@ -356,6 +357,23 @@ def test_a_converted_run_resumes_from_its_own_checkpoint(tmp_path: Path, monkeyp
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-120"))
     assert same(dict(whole.model.named_parameters()), dict(resumed.model.named_parameters()))
     assert same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
+
+
+def test_a_run_returns_to_adamw_as_the_page_says(tmp_path: Path) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 60, "optim": "ademamix_8bit"}
+    Trainer(model(), arguments(tmp_path / "out", **changes), train_dataset=data()).train()
+    checkpoint = (tmp_path / "out" / "checkpoint-60").rename(tmp_path / "out" / "checkpoint-1000")
+    ours = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    (block,) = [block for block in python_blocks("tools/transformers.md") if "to_adamw" in block]
+    exec(block, {})
+    trainer = Trainer(model(), arguments(tmp_path / "out", optim="adamw_torch"), train_dataset=data())
+    stop = begun(trainer, resume_from_checkpoint=str(checkpoint))
+    assert type(stop.optimizer) is torch.optim.AdamW
+    for i, state in stop.state.items():
+        assert float(state["step"]) == 60
+        if ours["state"][i]["exp_avg_fast"].dtype == torch.float32:
+            assert same(state["exp_avg"], ours["state"][i]["exp_avg_fast"])
+    assert [(group["betas"], group["weight_decay"]) for group in stop.groups] == [(BETAS, DECAY), (BETAS, 0.0)]
 
 
 def test_other_optimizers_mean_what_they_did(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The examples for clusters: they parse, and every option in them is there."""
+"""The commands of the pages, and the examples for clusters: they parse, and every option in them is there."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from argparse import ArgumentParser
@@ -11,19 +12,21 @@ import tyro
 import yaml
 from torch.distributed.run import get_args_parser
 
+from ademamix.lab.cli import _parsed
 from ademamix.lab.config import Train
+from pages import DOCS, python_blocks
 
-DOCS = Path(__file__).parents[2] / "docs" / "how-to"
+HOW_TO = DOCS / "how-to"
 
 
 def of_slurm() -> list[str]:
-    text = (DOCS / "slurm.sh").read_text()
+    text = (HOW_TO / "slurm.sh").read_text()
     (command,) = re.findall(r"^srun torchrun (.*?) &$", text.replace("\\\n", ""), re.MULTILINE)
     return str(command).split()
 
 
 def of_kubernetes() -> list[str]:
-    job = yaml.safe_load((DOCS / "pytorchjob.yaml").read_text())
+    job = yaml.safe_load((HOW_TO / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
     command: list[str] = container["command"]
     assert command[0] == "torchrun"
@@ -31,7 +34,7 @@ def of_kubernetes() -> list[str]:
 
 
 def of_markdown() -> list[list[str]]:
-    text = (DOCS / "clusters.md").read_text()
+    text = (HOW_TO / "clusters.md").read_text()
     return [line.split()[1:] for line in re.findall(r"^    (torchrun .*)$", text, re.MULTILINE)]
 
 
@@ -51,11 +54,11 @@ def test_every_option_of_the_examples_is_there(where):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
 def test_the_batch_script_parses():
-    subprocess.run(["bash", "-n", str(DOCS / "slurm.sh")], check=True)
+    subprocess.run(["bash", "-n", str(HOW_TO / "slurm.sh")], check=True)
 
 
 def test_the_kubernetes_example_has_the_fields_that_the_operator_reads():
-    job = yaml.safe_load((DOCS / "pytorchjob.yaml").read_text())
+    job = yaml.safe_load((HOW_TO / "pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     fields = {"rdzvBackend", "rdzvId", "minReplicas", "maxReplicas", "maxRestarts"}
     assert job["spec"]["elasticPolicy"].keys() == fields
@@ -65,3 +68,20 @@ def test_the_kubernetes_example_has_the_fields_that_the_operator_reads():
     assert container["name"] == "pytorch"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in worker["template"]["spec"]["volumes"]}
+
+
+def typed() -> list[str]:
+    """The command lines of all pages but the measured ones, whose commands ran. Those that resume need a run."""
+    pages = [page for page in DOCS.rglob("*.md") if page.parent.name != "results"]
+    lines = re.findall(r"^    ademamix (.*)$", "\n".join(page.read_text("utf-8") for page in pages), re.MULTILINE)
+    return sorted({line for line in lines if "--resume" not in line})
+
+
+@pytest.mark.parametrize("line", typed())
+def test_a_command_of_the_pages_parses(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_file.py").write_text(python_blocks("tutorials/your-own-memory.md")[0] + "\nmy_rule = agreeing\n")
+    command, *words = shlex.split(line, comments=True)
+    if command == "run":
+        command = f"run {words.pop(0)}"
+    assert _parsed(command, words)

@@ -13,8 +13,8 @@ def settings(trainer: Any, *, beta1: float = 0.9, beta2: float = 0.999) -> dict[
 
     ``AdEMAMix(self.parameters(), lr=..., **settings(self.trainer))``: what :func:`ademamix.suggest` returns for the
     Trainer's number of steps, and ``skip_nonfinite=True``, because Lightning clips with torch's function, which lets a
-    NaN through. A run of less than 100 steps, as with ``fast_dev_run``, is the beginning of one of 100. A run without
-    an end (``max_epochs=-1``, or an iterable dataset without ``max_steps``) has the settings for unknown length.
+    NaN through. A run of less than 100 steps, as with ``fast_dev_run``, gets the settings for 100. A run without an
+    end (``max_epochs=-1``, or an iterable dataset without ``max_steps``) gets those for an unknown length.
 
     Args:
         trainer: a ``lightning.pytorch.Trainer`` or ``pytorch_lightning.Trainer``. It counts a step for each

@@ -1,4 +1,4 @@
-"""Megatron-core: AdEMAMix in the place of its Adam (docs/tools/megatron.md)."""
+"""Megatron-core: AdEMAMix instead of its Adam (docs/tools/megatron.md)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,10 +29,10 @@ def get_megatron_ademamix(
     layer_wise: bool = False,
     **options: Any,
 ) -> MegatronOptimizer:
-    """What ``get_megatron_optimizer`` returns, with AdEMAMix in it.
+    """Megatron's ``get_megatron_optimizer``, with AdEMAMix instead of Adam.
 
-    ``lr``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_eps`` are the config's, as are clipping, and
-    float32 master weights with ``bf16``.
+    ``lr``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_eps`` come from the config, and so do clipping
+    and the float32 master weights of ``bf16``.
 
     Args:
         config: Megatron's; float32 or ``bf16``.
@@ -40,11 +40,14 @@ def get_megatron_ademamix(
         total_steps: of the whole run, or None if unknown; see :func:`ademamix.suggest`.
         config_overrides: as in ``get_megatron_optimizer``: parameters with another learning rate or weight decay.
         pg_collection: process groups; None for those of ``parallel_state``.
-        layer_wise: share out the state over data-parallel ranks, a whole parameter to one rank.
-        options: more arguments of :class:`ademamix.AdEMAMix`, or others than ``skip_nonfinite=True`` and those above.
+        layer_wise: distribute the state over data-parallel ranks, a whole parameter to one rank.
+        options: more arguments of :class:`ademamix.AdEMAMix`. They override ``skip_nonfinite=True`` and those above.
+
+    Returns:
+        A ``ChainedOptimizer``; with ``layer_wise``, a ``LayerWiseDistributedOptimizer``.
 
     Raises:
-        ValueError: the config asks for ``fp16`` or for Megatron's distributed optimizer.
+        ValueError: the config asks for ``fp16`` or for Megatron's distributed optimizer, or a value is out of range.
     """
     for name in ("fp16", "use_distributed_optimizer"):
         if getattr(config, name):
@@ -75,7 +78,12 @@ def get_megatron_ademamix(
 
 
 def init_state(optimizer: RuleOptimizer, config: OptimizerConfig | None = None) -> None:
-    """Make the state of each parameter that has none, for Megatron to load a checkpoint into."""
+    """Make the state of each parameter that has none, for Megatron to load a checkpoint into.
+
+    Args:
+        optimizer: the AdEMAMix inside Megatron's wrapper.
+        config: unused; Megatron passes it.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:

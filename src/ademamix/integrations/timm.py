@@ -1,4 +1,4 @@
-"""timm: ``--opt ademamix``, and ``--opt ademamixcompact`` for state of 4 bytes per parameter.
+"""timm: ``--opt ademamix``, and ``--opt ademamixcompact`` for 4.1 bytes of state per parameter.
 
 In a script of your own, call :func:`register` before ``timm.optim.create_optimizer_v2``. timm's train.py runs unchanged
 if this module starts it: ``python -m ademamix.integrations.timm train.py --opt ademamix ...``, or ``torchrun -m``.
@@ -57,7 +57,11 @@ def register() -> None:
 
 
 def main() -> None:
-    """Run the program that the command line names first, with its options, after :func:`register`."""
+    """Run the program that the command line names first, with its options, after :func:`register`.
+
+    Raises:
+        SystemExit: the command line names no program.
+    """
     if len(sys.argv) < 2:
         sys.exit("usage: python -m ademamix.integrations.timm train.py [options of train.py]")
     register()

@@ -15,7 +15,10 @@ OURS: dict[str, Callable[..., Optimizer]] = {
 
 
 class Container(OptimizersContainer):
-    """torchtitan's ``OptimizersContainer``, where ``optimizer_name`` may be "AdEMAMix" or another of ``OURS``.
+    """torchtitan's ``OptimizersContainer``, with our optimizers besides its own.
+
+    ``optimizer_name`` may also be "AdEMAMix", "ADana", "KEMA", "Muon" or "SimplifiedAdEMAMix". Any other name that
+    torchtitan does not know raises its NotImplementedError.
 
     Put arguments of the whole optimizer (``state``, ``backend``, ``skip_nonfinite``, ``offload``) into the config's
     ``optimizer_factory_kwargs_by_name``, those of a group into its ``optimizer_kwargs``.
@@ -31,13 +34,16 @@ class Container(OptimizersContainer):
 
 
 def default_ademamix(lr: float, total_steps: int | None, **options: Any) -> Container.Config:
-    """The config of one AdEMAMix for all parameters, in the place of torchtitan's ``default_adamw``.
+    """The config of one AdEMAMix for all parameters, instead of torchtitan's ``default_adamw``.
 
     Args:
         lr: learning rate; start from half of AdamW's.
         total_steps: of the whole run, or None if unknown, for ``suggest(total_steps, beta2=0.95)``.
-        options: more arguments of :class:`ademamix.AdEMAMix`, or others than ``weight_decay=0.1``,
+        options: more arguments of :class:`ademamix.AdEMAMix`. They override ``weight_decay=0.1``,
             ``skip_nonfinite=True`` and the suggested ones.
+
+    Raises:
+        ValueError: ``total_steps`` is below 100. AdEMAMix checks the other values when torchtitan builds it.
     """
     settings = {"lr": lr, "weight_decay": 0.1, "skip_nonfinite": True, **suggest(total_steps, beta2=0.95), **options}
     return Container.Config(

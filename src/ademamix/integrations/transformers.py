@@ -87,7 +87,15 @@ class TrainerAdEMAMix(AdEMAMix):
     total_steps = 0
 
     def schedule(self, args: TrainingArguments, total_steps: int) -> None:
-        """Set alpha, the betas and both warmups of all groups for a run of so many steps."""
+        """Set alpha, the betas and both warmups of all groups for a run of so many steps.
+
+        Args:
+            args: those of the Trainer.
+            total_steps: optimizer steps of the whole run.
+
+        Raises:
+            ValueError: ``optim_args`` has something unknown.
+        """
         self.args, self.total_steps = args, total_steps
         scheduled = settings(args, total_steps)
         for group in self.param_groups:
@@ -98,6 +106,9 @@ class TrainerAdEMAMix(AdEMAMix):
 
         :mod:`ademamix.convert` converts those of torch's AdamW and of bitsandbytes' AdamW and AdEMAMix. After an AdamW,
         alpha, beta3 and both warmups are set for the steps that are left.
+
+        Args:
+            state_dict: of this optimizer, or of one of those. It is not changed.
 
         Raises:
             ValueError: it is another optimizer's, and ``optim_args`` does not say "convert=True".
@@ -128,14 +139,38 @@ class TrainerAdEMAMix(AdEMAMix):
 
 
 def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Replaces the Trainer's static method of this name."""
+    """The Trainer's static method of this name, after :func:`register`.
+
+    Args:
+        args: those of the Trainer.
+        model: passed on to the Trainer's own method.
+
+    Returns:
+        :class:`TrainerAdEMAMix` and :func:`settings` for our two values of ``optim``. All others: the Trainer's own
+        result.
+
+    Raises:
+        ValueError: ``optim_args`` has something unknown.
+    """
     if _optim(args) not in STATES:
         return _optimizer_cls_and_kwargs(args, model)
     return TrainerAdEMAMix, settings(args, args.max_steps if args.max_steps > 0 else UNKNOWN)
 
 
 def create_scheduler(trainer: Trainer, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-    """Replaces the Trainer's method of this name; it also sets the schedules of our AdEMAMix."""
+    """The Trainer's method of this name, after :func:`register`: it also sets the schedules of our AdEMAMix.
+
+    Args:
+        trainer: ``self`` of the method.
+        num_training_steps: optimizer steps of the whole run.
+        optimizer: the one to schedule, perhaps in a wrapper; None for ``trainer.optimizer``.
+
+    Returns:
+        The learning-rate scheduler, which the Trainer's own method creates.
+
+    Raises:
+        ValueError: ``optim_args`` has something unknown.
+    """
     own: Any = trainer.optimizer if optimizer is None else optimizer
     while not isinstance(own, TrainerAdEMAMix) and hasattr(own, "optimizer"):  # accelerate's and DeepSpeed's wrappers
         own = own.optimizer

@@ -41,13 +41,12 @@ class AdEMAMix(RuleOptimizer):
         v_t  = b2 v_{t-1} + (1 - b2) g_t^2
         p_t  = p_{t-1} - lr ((m1_t / (1 - b1^t) + alpha_t m2_t) / (sqrt(v_t / (1 - b2^t)) + eps) + weight_decay p_{t-1})
 
-    and with ``slow_limit``, h_t^2 / m2_t in the place of m2_t where |m2_t| exceeds
+    With ``slow_limit``, the step uses h_t^2 / m2_t instead of m2_t if |m2_t| exceeds
     h_t = slow_limit max(1, (1 - b3_t) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
-    Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
-    of 2 and the missing warmups among them are seldom what you want: for a run of T steps, start from
-    :func:`ademamix.suggest`, half of AdamW's ``lr``, and AdamW's ``weight_decay``, beta1 and beta2
-    (docs/how-to/choosing-settings.md).
+    Positional arguments, their defaults and the state's keys match the reference implementation. These defaults
+    (alpha = 2, no warmups) are rarely the best choice. For a run of T steps, start from :func:`ademamix.suggest`,
+    half of AdamW's ``lr``, and AdamW's ``weight_decay``, beta1 and beta2 (docs/how-to/choosing-settings.md).
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
@@ -57,22 +56,21 @@ class AdEMAMix(RuleOptimizer):
         alpha: weight of the slow EMA, >= 0.
         beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
         alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
-        schedule_start: steps done before the schedules of alpha and b3 begin, an integer >= 0: in step t they stand
-            where they would in step t - schedule_start, and until then at their start. For a training that AdamW began;
-            see :func:`ademamix.convert.from_adamw`, which sets it.
+        schedule_start: steps done before the schedules of alpha and b3 begin, an integer >= 0. The schedules see step
+            max(0, t - schedule_start). For a run that AdamW began: :func:`ademamix.convert.from_adamw` sets it.
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         beta3_schedule: "half-life", with the warmups above, or "log-time", which needs no T, so that a run can be
-            stopped or extended at will: b3_t = 1 - delta / (delta + t), alpha_t = alpha (1 + t)^(1 - kappa)
+            stopped or extended at any step: b3_t = 1 - delta / (delta + t), alpha_t = alpha (1 + t)^(1 - kappa)
             (schedules of ADana, arXiv 2602.05298, where alpha is 1). Both warmups must be None then; b3 is not used.
         delta: of "log-time": the slow EMA's horizon is about t / delta, > 0.
         kappa: of "log-time": in (0, 1]; with 1, alpha_t stays alpha.
         slow_limit: how large the slow EMA may be compared with the root mean square of the gradients, > 0; None for the
-            paper's update without a limit. Where gradients stop (a token that no longer occurs, an expert that is no
-            longer chosen), v_t is forgotten before m2_t, and the paper's steps grow to 1e5 lr and more
-            (docs/explanation/gradients-that-stop.md). Where gradients continue, no mean exceeds their root mean square,
-            and the limit changes nothing. Groups of state dicts without it, which are older, load as None.
-        maximize: go along the gradient, not against it.
+            paper's update without a limit. If gradients stop (a token that no longer occurs, an expert that is no
+            longer chosen), v_t decays faster than m2_t, and the paper's steps grow to 1e5 lr and more
+            (docs/explanation/gradients-that-stop.md). While gradients continue, no mean exceeds their root mean square,
+            and the limit changes nothing. Older state dicts, whose groups lack it, load as None.
+        maximize: maximize the objective instead of minimizing it.
         state: how state is stored: "float32" (float64 for float64 parameters), "bfloat16", "compact" (about 4.1 bytes
             per parameter), or a mapping of slots to formats. All but float32 round stochastically. With "compact", an
             element whose gradients are below 2e-5 of the largest in its 256 elements of a row takes too small steps.
@@ -84,28 +82,28 @@ class AdEMAMix(RuleOptimizer):
             the step; on a device ``step`` is a tensor there. Make ``lr`` a tensor on the device if it is to change.
         skip_nonfinite: a NaN or an infinity that enters the slow EMA would stay for tens of thousands of steps. True:
             a step whose gradients' norm is not finite leaves parameters, state and ``step`` as they are, and
-            ``skipped_steps`` counts it. None: so it is after :meth:`clip_grad_norm_`, which gives the norm, and under a
-            GradScaler; without them the step computes what it gets, as in torch.optim. False: only under a GradScaler.
-        offload: keep state, and float32 master weights of low-precision parameters, in the host's memory: gradients
-            are sent there, the CPU steps, and parameters are sent back, while other chunks are worked on.
-        flat_parameters: True says that parameters of one dimension are flattened ones or parts of these, as DeepSpeed
-            ZeRO, FSDP1 and Megatron make them. Then ``state`` is for those of at least 4096 elements too, in blocks of
-            256 elements. False: they are norms and biases, and keep full precision
+            ``skipped_steps`` counts it. None: only after :meth:`clip_grad_norm_`, which computes the norm, and under a
+            GradScaler; other steps use the gradients as they are, as in torch.optim. False: only under a GradScaler.
+        offload: keep state, and float32 master weights of low-precision parameters, in the host's memory. Gradients are
+            sent there, the CPU computes the step, and parameters are sent back, in chunks that overlap.
+        flat_parameters: True if parameters of one dimension are flattened ones or shards of these, as with DeepSpeed
+            ZeRO, FSDP1 and Megatron. Those of at least 4096 elements then have the state that ``state`` asks for, in
+            blocks of 256 elements. False: they are norms and biases, and keep full precision
             (docs/reference/compatibility.md).
         fused: as in torch.optim; True for a fused backend: "auto", unless ``backend`` names one, and not "eager". A
-            GradScaler then leaves unscaling and skipping to the step, so that nobody waits for the device
+            GradScaler then leaves unscaling and skipping to the step, so the host does not wait for the device
             (docs/how-to/mixed-precision.md). None or False: it does both itself, unless :meth:`clip_grad_norm_` was
             called.
         foreach: as in torch.optim; True for ``backend="eager"``.
         differentiable, amsgrad: of torch.optim's optimizers; must be False.
         geometry: how the numerator above becomes a step. "adam": as above. "muon", for parameters of 2 dimensions or
-            more: it is orthogonalized as a matrix (what lies behind the first dimension is one), exp_avg_sq and
-            ``slow_limit`` are not there, and eps is the least norm that it is divided by. :class:`Muon` says more.
+            more: it is orthogonalized as a matrix (all dimensions after the first are flattened), there is no
+            exp_avg_sq and no ``slow_limit``, and eps is the least norm that it is divided by. See :class:`Muon`.
         adjust_lr_fn: of "muon": "match_rms_adamw" or None: updates are scaled by 0.2 sqrt(max(rows, columns)), so that
             lr and weight_decay are as large as in "adam"; "original": by sqrt(max(1, rows / columns)).
         ns_coefficients: of "muon": (a, b, c) of the polynomial a s + b s^3 + c s^5 of singular values s that is applied
-            again and again (Newton-Schulz), or "polar_express" (arXiv 2505.16932) for better ones.
-        ns_steps: of "muon": how many times, an integer from 1 to 99.
+            ``ns_steps`` times (Newton-Schulz), or "polar_express" (arXiv 2505.16932) for better ones.
+        ns_steps: of "muon": an integer from 1 to 99.
 
     State of a parameter: ``step``, ``exp_avg_fast`` (absent with b1 = 0), ``exp_avg_slow``, ``exp_avg_sq``.
 
