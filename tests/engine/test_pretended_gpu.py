@@ -418,7 +418,9 @@ def test_a_graph_of_one_gpu_captures_no_step_of_two_devices(other: str) -> None:
             optimizer = AdEMAMix(params, backend="eager", capturable=True)
             for p in params:
                 p.grad = torch.empty_like(p)
-            with pytest.raises(RuntimeError, match=rf"only steps on its own devices; there are parameters on \['{other}'\]"):
+            with pytest.raises(
+                RuntimeError, match=rf"only steps on its own devices; there are parameters on \['{other}'\]"
+            ):
                 optimizer.step()
             assert not optimizer.state
 
