@@ -308,8 +308,8 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
             closure: reevaluates the model and returns the loss, which ``step`` returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory (of its own), the gradients
-                were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
+            RuntimeError: a gradient is sparse, a dtype is not served, a tensor has no memory or shares it, the
+                gradients were clipped before a GradScaler unscaled them, or a CUDA graph captures a step that is not
                 ``capturable``, the first of its kind or on other devices too; nothing has been changed then.
             ValueError: a state tensor does not fit its parameter; nothing has been changed then.
         """
