@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +24,10 @@ from ademamix.lab.training.loop import _Run
 
 def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=100)
+
+
+def fail(error: Exception) -> NoReturn:
+    raise error
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -133,7 +139,7 @@ def test_a_preset_gives_the_defaults(cli, capsys):
 def test_every_experiment_shows_its_settings(name, cli, capsys):
     assert cli("run", name, "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"ademamix run {name}" in text
+    assert f"ademamix run {name} --out runs/{name}" in text
     assert all(word in text for word in ("--preset", "--seeds", "--dry-run"))
 
 
@@ -213,6 +219,7 @@ BAD_TRAIN = {
     "cannot use the device abacus": ("--device", "abacus"),
     "cannot use the device meta": ("--device", "meta"),
     "seed must be in [0, 2**63), got 9223372036854775808": ("--seed", str(2**63)),
+    "lr must be a finite number >= 0, got nan": ("--switch-at", "5", "--adamw.lr", "nan"),
     "switch_at is for AdEMAMix": ("--optimizer", "kema", "--switch-at", "5"),
     "out already exists": ("--out", "out"),
     "file: File exists": ("--out", "file/run"),
@@ -549,6 +556,22 @@ def test_a_name_that_another_command_takes_meanwhile_is_left_to_it(cli, tiny, mo
     assert cli("train", *tiny) == 0
     assert [path.name for path in taken.iterdir()] == ["other"]
     assert (taken.with_name(f"{taken.name}-2") / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda *_: np.empty(1 << 57),
+        lambda *_: torch.empty(1 << 50),  # more than a process can address
+        lambda *_: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+    ],
+)
+def test_a_run_that_lacks_memory_says_what_needs_less(allocate, cli, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(_Run, "advance", allocate)
+    assert cli("train", *tiny, "--out", "run") == 1
+    line = refusal(capsys)
+    assert line.startswith("ademamix: memory ran out (")
+    assert line.endswith("); a smaller --batch, or a larger --accumulate, needs less")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -509,6 +509,30 @@ def test_a_journal_that_was_torn_at_any_place_goes_on(recipe, tmp_path, inline):
             assert trials.run(grid) == whole
 
 
+@pytest.mark.parametrize("damage", ["a line without an operation", "an unknown operation", "trials of other grids"])
+def test_a_journal_of_sound_lines_that_do_not_fit_is_named_and_kept(damage, recipe, tmp_path, inline):
+    some = some_grid(recipe)
+    grids = some, Grid("other", {"number": (5, 6)}, lambda number: some.run(seed=number))
+    with Trials(tmp_path, "cpu", 1) as trials:
+        whole = trials.run(*grids)
+    journal = tmp_path / "trials.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    damaged = {
+        "a line without an operation": [*lines, b"{}\n"],
+        "an unknown operation": [*lines, b'{"op_code":99,"worker_id":""}\n'],
+        "trials of other grids": [line.replace(b'"seed"', b'"number"') for line in lines],
+    }
+    journal.write_bytes(b"".join(damaged[damage]))
+    before = journal.read_bytes()
+    with pytest.raises(BadInputError, match=r"trials\.log is damaged \(.*\); move it away"):  # noqa: SIM117
+        with Trials(tmp_path, "cpu", 1) as trials:
+            trials.run(*grids)
+    assert journal.read_bytes() == before
+    journal.unlink()
+    with Trials(tmp_path, "cpu", 1) as trials:
+        assert trials.run(*grids) == whole
+
+
 def test_a_journal_with_a_damaged_line_in_the_middle_is_named_and_kept(recipe, tmp_path, inline):
     with Trials(tmp_path, "cpu", 1) as trials:
         trials.run(some_grid(recipe))

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ademamix.lab.config import BadInputError, read_file
+from ademamix.lab.config import LARGEST_VOCAB, BadInputError, read_file
 
 META = "data.json"
 SPLITS = ("train", "valid")
@@ -44,7 +44,7 @@ class Tokens:
         try:
             text = read_file(folder / META).decode()
             meta = json.loads(text)
-            if type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= 1 << 32:
+            if type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= LARGEST_VOCAB:
                 raise ValueError(f"vocab_size must be an integer from 1 to 2**32, got {meta['vocab_size']!r:.60}")
             dtype = token_dtype(meta["vocab_size"])
             lengths = [meta[split]["tokens"] for split in SPLITS]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -260,6 +261,8 @@ def _reason(error: BaseException) -> str:
     """What was at fault, on the first process where something was, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):  # its text says how to run what the pickle holds
+        return "something else than a tensor is refused"
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__  # torch.save complains, after the disk did, that its file is too short

@@ -106,7 +106,7 @@ def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
     """Raise BadInputError for whatever would end such runs at once, before anything is written."""
     pick_device(device)
     task_of(recipe)
-    for name in names:
+    for name in (*names, *(["adamw"] if recipe.switch_at else [])):
         arguments_of(name, recipe)
     _check_parts(recipe, Processes())
 
