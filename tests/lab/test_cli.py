@@ -170,13 +170,13 @@ BAD_DATA = {
     'bad.jsonl, line 2: no JSON record with a text "text"': ("bad.jsonl",),
     'good.jsonl, line 1: no JSON record with a text "body"': ("good.jsonl", "--text-key", "body"),
     'table.parquet has no column "text", only id': ("table.parquet",),
-    "broken.parquet is no Parquet file": ("broken.parquet",),
+    "broken.parquet is not a Parquet file": ("broken.parquet",),
     "picture.bin is not text": ("picture.bin",),
     "of 1 documents none fell to": ("good.jsonl",),
     "latin.jsonl, line 2: no JSON record": ("latin.jsonl",),
     "max_tokens must be at least 1, got 0": ("good.jsonl", "--max-tokens", "0"),
     "no such tokenizer file: nowhere.json": ("good.jsonl", "--tokenizer", "nowhere.json"),
-    "good.jsonl is no tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
+    "good.jsonl is not a tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
     "valid_fraction must be between 0 and 1": ("good.jsonl", "--valid-fraction", "1.5"),
     'cannot read the dataset "./nowhere"': ("hf:./nowhere",),
     "give at least one file, folder or hf:NAME to read": ("",),
@@ -208,7 +208,7 @@ def test_bad_data_gives_one_line_and_writes_nothing(message, cli, capsys):
 
 BAD_TRAIN = {
     "unknown preset huge; there are demo, 3m, 10m, 30m, 110m, 330m, 1.3b": ("--preset", "huge"),
-    "nowhere is no token folder, data.json is missing": ("--data", "nowhere"),
+    "nowhere is not a token folder, data.json is missing": ("--data", "nowhere"),
     "the corpus is too small": ("--context", "100000"),
     "steps must be at least 1, got 0": ("--steps", "0"),
     "warmup must be in [0, steps), got 20 with 20 steps": ("--warmup", "20"),
@@ -337,7 +337,7 @@ DAMAGE = {  # of a file of the run what is written into it, and what is said
         "{}": "config.json is damaged, or of another version of ademamix ('command')",
     },
     "metrics.jsonl": {
-        "garbage\n": "metrics.jsonl, line 1 is damaged; without that line the run can go on",
+        "garbage\n": "metrics.jsonl, line 1 is damaged; the run can be resumed without that line",
         '{"loss": 3.0}\n': "metrics.jsonl, line 1 is damaged",
         '{"step": 3}\n[1]\n': "metrics.jsonl, line 2 is damaged",
         '{"step": Infinity}\n': "metrics.jsonl, line 1 is damaged",

@@ -44,8 +44,8 @@ class AdEMAMix(RuleOptimizer):
     and with ``slow_limit``, h_t^2 / m2_t in the place of m2_t where |m2_t| exceeds
     h_t = slow_limit max(1, (1 - b3_t) / (1 - b2)) sqrt(v_t / (1 - b2^t)).
 
-    Positional arguments, their defaults and the state's keys are those of the authors' program. The alpha
-    of 2 and the missing warmups among them are seldom what you want: for a run of T steps, start from
+    Positional arguments, their defaults and the state's keys are those of the reference implementation. The defaults
+    alpha = 2 and no warmups are rarely the best choice: for a run of T steps, start from
     :func:`ademamix.suggest`, half of AdamW's ``lr``, and AdamW's ``weight_decay``, beta1 and beta2
     (docs/how-to/choosing-settings.md).
 
@@ -58,7 +58,7 @@ class AdEMAMix(RuleOptimizer):
         beta3_warmup: steps over which b3_t grows from b1 to b3, linearly in the half-life; None for b3 at once.
         alpha_warmup: steps over which alpha_t grows linearly from 0 to alpha; None for alpha at once.
         schedule_start: steps done before the schedules of alpha and b3 begin, an integer >= 0: in step t they stand
-            where they would in step t - schedule_start, and until then at their start. For a training that AdamW began;
+            where they would in step t - schedule_start, and until then at their start. For a run that AdamW began;
             see :func:`ademamix.convert.from_adamw`, which sets it.
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
@@ -193,7 +193,7 @@ class AdamW(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
-            :class:`AdEMAMix`. state="compact" takes about 2.0 bytes a parameter.
+            :class:`AdEMAMix`. state="compact" takes about 2.0 bytes per parameter.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.

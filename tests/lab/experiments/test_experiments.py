@@ -250,7 +250,7 @@ BAD = {
     "beta3 must be between 0 and 1, got": ("horizon", "--beta3", "0.5", "0.9", "1.5"),
     "images must be two or more growing numbers above 0, got (5,)": ("vit", "--images", "5"),
     "patch must divide size, got 7 with images of 20": ("vit", "--patch", "7"),
-    "nowhere is no token folder": ("lm", "--data", "nowhere"),
+    "nowhere is not a token folder": ("lm", "--data", "nowhere"),
     "no such folder of images: nowhere": ("vit", "--data", "nowhere"),
     "cannot use the device abacus": ("lm", "--device", "abacus"),
     "betas[0] must be a number in [0, 1), got 2.0": ("valley", "--large", "2"),
@@ -527,7 +527,7 @@ def test_a_journal_of_sound_lines_that_do_not_fit_is_named_and_kept(damage, reci
     with pytest.raises(BadInputError, match=r"trials\.log is damaged \(.*\); move it away"):  # noqa: SIM117
         with Trials(tmp_path, "cpu", 1) as trials:
             trials.run(*grids)
-    assert journal.read_bytes() == before
+    assert journal.read_bytes().startswith(before)  # nothing is lost
     journal.unlink()
     with Trials(tmp_path, "cpu", 1) as trials:
         assert trials.run(*grids) == whole

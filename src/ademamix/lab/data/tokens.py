@@ -57,9 +57,9 @@ class Tokens:
             splits = [np.memmap(folder / f"{split}.bin", dtype, mode="r").view(np.ndarray) for split in SPLITS]
         except FileNotFoundError as error:
             missing = f"{Path(error.filename).name} is missing"
-            raise BadInputError(f"{folder} is no token folder, {missing}; `ademamix data` makes one") from error
+            raise BadInputError(f"{folder} is not a token folder, {missing}; `ademamix data` makes one") from error
         except (ValueError, TypeError, KeyError, NotADirectoryError, RecursionError) as error:
-            raise BadInputError(f"{folder} is no token folder ({error})") from error
+            raise BadInputError(f"{folder} is not a token folder ({error})") from error
         if [len(split) for split in splits] != lengths:
             raise BadInputError(f"{folder} is damaged: its token files are not as long as {META} says")
         for split in SPLITS:
@@ -86,7 +86,7 @@ class Tokens:
     def batch(self, seed: int, step: int, sequences: int, context: int, part: slice = WHOLE) -> Tensor:
         """Return training batch number `step`, int64 [sequences, context + 1]: a pure function of the arguments.
 
-        Of all that is drawn, `part` alone is read and returned.
+        Only `part` of the batch is read and returned.
         """
         return _drawn(self.train, seed, step, sequences, context, part)
 

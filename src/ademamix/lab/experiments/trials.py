@@ -78,7 +78,7 @@ class Trials:
     Args:
         out: the folder; an Optuna journal (trials.log) and the runs' own folders are kept there.
         device: "auto", or the device of all runs.
-        workers: runs at a time; 0 for one a core of the CPU, with one thread each, or ``per_gpu`` on each GPU.
+        workers: runs at a time; 0 for one per CPU core, with one thread each, or ``per_gpu`` on each GPU.
         per_gpu: how many runs share a GPU.
     """
 
