@@ -73,14 +73,11 @@ def files(paths: list[str]) -> Iterator[Path]:
 
 def main() -> int:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["prose"]
-    chosen = sys.argv[1:] or settings["paths"]
-    skip = [] if sys.argv[1:] else [ROOT / name for name in settings["later"]]
     count = 0
-    for path in files(chosen):
-        if not any(path.is_relative_to(one) for one in skip):
-            for line, phrase, advice in sorted(findings(path)):
-                count += 1
-                print(f"{path.relative_to(ROOT)}:{line}: {phrase!r}: write {advice}")
+    for path in files(sys.argv[1:] or settings["paths"]):
+        for line, phrase, advice in sorted(findings(path)):
+            count += 1
+            print(f"{path.relative_to(ROOT)}:{line}: {phrase!r}: write {advice}")
     return 1 if count else 0
 
 

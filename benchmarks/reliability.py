@@ -297,7 +297,7 @@ def damaged(folder: Path, recipe: Recipe) -> Figures:
         file.write_bytes(content)
         cases += 1
         named += why.startswith(str(file))
-        offered += f"{before} is whole: to go on from there, delete {newest}" in why
+        offered += f"{before} is whole: to resume from there, delete {newest}" in why
     shutil.copytree(run, again)
     (again / "result.json").unlink()
     shutil.rmtree(saved(again)[-1])

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +24,10 @@ from ademamix.lab.training.loop import _Run
 
 def run_python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=100)
+
+
+def fail(error: Exception) -> NoReturn:
+    raise error
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -133,7 +139,7 @@ def test_a_preset_gives_the_defaults(cli, capsys):
 def test_every_experiment_shows_its_settings(name, cli, capsys):
     assert cli("run", name, "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"ademamix run {name}" in text
+    assert f"ademamix run {name} --out runs/{name}" in text
     assert all(word in text for word in ("--preset", "--seeds", "--dry-run"))
 
 
@@ -164,13 +170,13 @@ BAD_DATA = {
     'bad.jsonl, line 2: no JSON record with a text "text"': ("bad.jsonl",),
     'good.jsonl, line 1: no JSON record with a text "body"': ("good.jsonl", "--text-key", "body"),
     'table.parquet has no column "text", only id': ("table.parquet",),
-    "broken.parquet is no Parquet file": ("broken.parquet",),
+    "broken.parquet is not a Parquet file": ("broken.parquet",),
     "picture.bin is not text": ("picture.bin",),
     "of 1 documents none fell to": ("good.jsonl",),
     "latin.jsonl, line 2: no JSON record": ("latin.jsonl",),
     "max_tokens must be at least 1, got 0": ("good.jsonl", "--max-tokens", "0"),
     "no such tokenizer file: nowhere.json": ("good.jsonl", "--tokenizer", "nowhere.json"),
-    "good.jsonl is no tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
+    "good.jsonl is not a tokenizer file": ("good.jsonl", "--tokenizer", "good.jsonl"),
     "valid_fraction must be between 0 and 1": ("good.jsonl", "--valid-fraction", "1.5"),
     'cannot read the dataset "./nowhere"': ("hf:./nowhere",),
     "give at least one file, folder or hf:NAME to read": ("",),
@@ -202,7 +208,7 @@ def test_bad_data_gives_one_line_and_writes_nothing(message, cli, capsys):
 
 BAD_TRAIN = {
     "unknown preset huge; there are demo, 3m, 10m, 30m, 110m, 330m, 1.3b": ("--preset", "huge"),
-    "nowhere is no token folder, data.json is missing": ("--data", "nowhere"),
+    "nowhere is not a token folder, data.json is missing": ("--data", "nowhere"),
     "the corpus is too small": ("--context", "100000"),
     "steps must be at least 1, got 0": ("--steps", "0"),
     "warmup must be in [0, steps), got 20 with 20 steps": ("--warmup", "20"),
@@ -213,6 +219,7 @@ BAD_TRAIN = {
     "cannot use the device abacus": ("--device", "abacus"),
     "cannot use the device meta": ("--device", "meta"),
     "seed must be in [0, 2**63), got 9223372036854775808": ("--seed", str(2**63)),
+    "lr must be a finite number >= 0, got nan": ("--switch-at", "5", "--adamw.lr", "nan"),
     "switch_at is for AdEMAMix": ("--optimizer", "kema", "--switch-at", "5"),
     "out already exists": ("--out", "out"),
     "file: File exists": ("--out", "file/run"),
@@ -330,7 +337,7 @@ DAMAGE = {  # of a file of the run what is written into it, and what is said
         "{}": "config.json is damaged, or of another version of ademamix ('command')",
     },
     "metrics.jsonl": {
-        "garbage\n": "metrics.jsonl, line 1 is damaged; without that line the run can go on",
+        "garbage\n": "metrics.jsonl, line 1 is damaged; the run can be resumed without that line",
         '{"loss": 3.0}\n': "metrics.jsonl, line 1 is damaged",
         '{"step": 3}\n[1]\n': "metrics.jsonl, line 2 is damaged",
         '{"step": Infinity}\n': "metrics.jsonl, line 1 is damaged",
@@ -549,6 +556,22 @@ def test_a_name_that_another_command_takes_meanwhile_is_left_to_it(cli, tiny, mo
     assert cli("train", *tiny) == 0
     assert [path.name for path in taken.iterdir()] == ["other"]
     assert (taken.with_name(f"{taken.name}-2") / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda *_: np.empty(1 << 57),
+        lambda *_: torch.empty(1 << 50),  # more than a process can address
+        lambda *_: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+    ],
+)
+def test_a_run_that_lacks_memory_says_what_needs_less(allocate, cli, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(_Run, "advance", allocate)
+    assert cli("train", *tiny, "--out", "run") == 1
+    line = refusal(capsys)
+    assert line.startswith("ademamix: memory ran out (")
+    assert line.endswith("); a smaller --batch, or a larger --accumulate, needs less")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -106,6 +106,15 @@ def test_what_is_said_on_ctrl_c_resumes_a_run_of_an_own_rule(words, planted, cli
     assert cli(*shlex.split(how.removeprefix(PROGRAM))) == 0
 
 
+@pytest.mark.parametrize("option", ["--out", "--data", "--resume"])
+def test_only_an_optimizer_names_code(option, planted, cli, capsys):
+    planted.rename("code.txt:rule")
+    changed(Path("code.txt:rule/config.json"), lambda config: config.update(optimizer="code.txt:rule"))
+    cli("train", "--resume", "code.txt:rule", *([] if option == "--resume" else [option, "code.txt:rule"]))
+    assert not Path("ran").exists()
+    assert "the run's folder names the code in code.txt, which is not run" in refusal(capsys)
+
+
 def test_python_may_name_any_file(planted):
     assert pinned("code.txt:rule").startswith("code.txt:rule@")
     assert sys.argv[0] == "ademamix"  # a command was run in this process before

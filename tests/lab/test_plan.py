@@ -168,7 +168,8 @@ BAD_PLAN = {
     "gpus must be at least 1, got 0": ("--gpus", "0"),
     "bandwidth must be a positive number of GB/s, got 0": ("--bandwidth", "0"),
     "bandwidth must be a positive number of GB/s, got nan": ("--bandwidth", "nan"),
-    "vocab_size must be at least 1, got 0": ("--vocab-size", "0"),
+    "vocab_size must be in [1, 2**32], got 0": ("--vocab-size", "0"),
+    "vocab_size must be in [1, 2**32], got 9999999999999999999": ("--vocab-size", "9" * 19),
     "vocab_size goes with a preset; a configuration such as wrong.json has its own": (
         "wrong.json",
         "--vocab-size",

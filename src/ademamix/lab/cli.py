@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # at run time only once the packages of the [lab] extra are k
     from ademamix.lab.reports.report import Report
 
 CONFIG = "config.json"
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator")  # in torch's errors, on an accelerator and on a CPU
 PROGRAM = "python -m ademamix" if Path(sys.argv[0]).name == "__main__.py" else "ademamix"
 ABOUT = "AdEMAMix on your own machine: make token files, train small models, and compare optimizers with AdamW."
 WHAT = {
@@ -129,7 +130,12 @@ def _run(argv: list[str]) -> None:
     except BadInputError as error:
         _fail(str(error), 2)
     except OSError as error:
-        _fail(f"{shortened(error.filename)}: {error.strerror}" if error.filename else str(error), 2)
+        where = f"{shortened(error.filename)}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in NO_MEMORY):
+            raise
+        _fail(f"memory ran out ({shortened(error)}); a smaller --batch, or a larger --accumulate, needs less", 1)
 
 
 def _choose(words: list[str], what: Mapping[str, str], program: str, about: str, examples: Sequence[str]) -> list[str]:
@@ -185,7 +191,8 @@ def _parsed(command: str, words: list[str]) -> Any:
     except SystemExit as end:
         if help_asked and not end.code:
             print(*map(_wrapped, page.getvalue().splitlines()), sep="\n")  # tyro wraps tables only
-            _show(EXAMPLES.get(command) or [line.replace("run lm", command) for line in EXAMPLES["run"]])
+            name = command.removeprefix("run ")
+            _show(EXAMPLES.get(command) or [line.replace("lm", name) for line in EXAMPLES["run"]])
         raise
 
 

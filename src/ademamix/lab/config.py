@@ -24,6 +24,7 @@ NewFolder = Annotated[  # of a run
 ]
 RunFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: start a new run)")]
 SEEDS = LARGEST_INT = 2**63  # torch takes no larger ones
+LARGEST_VOCAB = 2**32  # tokens have 32 bits or fewer
 LARGEST = 1 << 28  # bytes of a JSON file; a result has some hundred for each evaluation
 
 
@@ -311,7 +312,7 @@ class Compare:
 class ReportOn:
     """Write an index of all experiments in a folder: the paper's figure next to ours, claim by claim."""
 
-    folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER"), tyro.conf.Positional] = Path("runs")
+    folder: Annotated[Path, tyro.conf.arg(metavar="[FOLDER]"), tyro.conf.Positional] = Path("runs")
     """The folder that holds the experiments' folders (`ademamix run lm --out FOLDER/lm`, and so on)."""
 
 
@@ -322,7 +323,7 @@ class PlanFor:
     Nothing is trained or allocated: a model of 70 billion parameters takes seconds, on any machine.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="MODEL"), tyro.conf.Positional] = "demo"
+    model: Annotated[str, tyro.conf.arg(metavar="[MODEL]"), tyro.conf.Positional] = "demo"
     """A preset (demo, 3m, 10m, 30m, 110m, 330m, 1.3b), or a config.json of the transformers library."""
     vocab_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 256)")] = None
     """Tokens in a preset's vocabulary: 256 for text as bytes; the paper's sizes are meant for 32,000."""
@@ -338,12 +339,11 @@ class PlanFor:
     """GB/s of a GPU's memory. The default is that of an H100 SXM; an A100 with 80 GB has 2039, an H200 4800."""
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise BadInputError(f"gpus must be at least 1, got {self.gpus}")
+        _at_least_1(self, "gpus")
         if not 0 < self.bandwidth < math.inf:
             raise BadInputError(f"bandwidth must be a positive number of GB/s, got {self.bandwidth}")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise BadInputError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= LARGEST_VOCAB:
+            raise BadInputError(f"vocab_size must be in [1, 2**32], got {shortened(self.vocab_size)}")
         if self.vocab_size is not None and self.model not in PRESETS:
             raise BadInputError(f"vocab_size goes with a preset; a configuration such as {self.model} has its own")
 

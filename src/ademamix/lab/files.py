@@ -21,8 +21,8 @@ LOCK, PARTIAL = ".lock", ".partial"
 def written_aside(out: Path) -> Iterator[Path]:
     """Yield a folder that becomes `out` when the block ends well, and is gone when it does not.
 
-    What killed processes have left of the same name is removed: folders named OUT.<32 hex digits>.partial beside which
-    there is a lock that nobody holds. All others are the user's own, or of version 0.1.0, which had no locks.
+    Leftovers of killed processes with the same name are removed: folders OUT.<32 hex digits>.partial with a lock that
+    no process holds. Folders without a lock belong to the user, or to version 0.1.0, which had no locks.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     ours = re.compile(rf"{re.escape(out.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL + LOCK)}")
@@ -93,7 +93,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def refuse_strange(out: Path) -> None:
-    """Raise BadInputError if anything in a run's folder is no file, folder, or link to one in there.
+    """Raise BadInputError if a run's folder holds anything but files, folders, and links to these.
 
     So what is written there stays there, and nothing waits for the other end of a pipe.
     """

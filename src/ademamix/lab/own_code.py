@@ -1,13 +1,15 @@
-"""Code of the user's own, named FILE.py:NAME: a command runs no file that its own words do not name.
+"""Code of the user's own, named FILE.py:NAME: a command runs no file that its own options do not name.
 
 So whoever wrote a folder that is resumed cannot choose what is run.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ademamix.lab.config import BadInputError, Optimizer, shortened
 
+OPTIONS = ("--optimizer", "--own")
 _named: frozenset[str] | None = None  # the files that the command names; None outside of a command: any may be run
 
 
@@ -32,9 +34,10 @@ def split(name: Optimizer) -> tuple[str, str, str]:
 
 @contextmanager
 def only_named_by(words: Sequence[str]) -> Iterator[None]:
-    """For the time of a block, run no code but that of files which a command's words name, as FILE.py:NAME."""
+    """For the time of a block, run only the code in files that a command names as an optimizer."""
     global _named
-    values = (word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words)
+    values = [value for option, value in itertools.pairwise(words) if option in OPTIONS]
+    values += [word.partition("=")[2] for word in words if word.partition("=")[0] in OPTIONS]
     before, _named = _named, frozenset(split(value)[0] for value in values)
     try:
         yield

@@ -191,7 +191,7 @@ class AdamW(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, multiplied by lr, >= 0.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
-            :class:`AdEMAMix`. state="compact" takes about 2.0 bytes a parameter.
+            :class:`AdEMAMix`. state="compact" takes about 2.0 bytes per parameter.
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.

@@ -28,9 +28,9 @@ def optimizer_from(
             geometry; or a whole rule ``(p, g, *slots, *, coefficients) -> (p, *slots)``. Elementwise, written against a
             global ``xp`` (import numpy as xp) with arithmetic, comparisons and ``xp.sqrt``, ``abs``, ``exp``, ``log``,
             ``minimum``, ``maximum`` and ``where``. Coefficients with defaults are hyperparameters. It is run now, on
-            stand-ins, and never again: what it finds by name (numbers, helpers) is in the class as it is now.
+            placeholders, and never again: what it finds by name (numbers, helpers) is in the class as it is now.
         coefficients: ``(step, *, hyperparameters) -> {name: value}``, those that change over time, of the step from 1
-            on, written against ``xp`` too. What it takes beside the rule's hyperparameters, with defaults, is one too.
+            on, written against ``xp`` too. Further arguments with defaults are hyperparameters too.
             What a plain function finds by name is kept as it is now.
         compact: formats of the slots under ``state="compact"``; None for 8 bits for slots whose names end with "_sq",
             which must not be negative, and 16 bits for all others.
@@ -69,7 +69,7 @@ def optimizer_from(
     if foreign := sorted(set(given_now) - set(coefficient_names(rule))):
         raise ValueError(
             f"{getattr(over_time, '__name__', over_time)} gives {foreign}, but {rule.__name__} takes "
-            f"{list(coefficient_names(rule))} alone"
+            f"only {list(coefficient_names(rule))}"
         )
     if unknown_slots := sorted((compact or {}).keys() - set(slot_names(frozen))):
         raise ValueError(f"compact must map slots {slot_names(frozen)} to formats, got {unknown_slots}")

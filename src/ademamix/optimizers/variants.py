@@ -58,7 +58,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         min_beta1: where b1_t starts, in [0, 1).
         slow_limit: as in :class:`AdEMAMix`, of m_t.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
-            :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
+            :class:`AdEMAMix`. state="compact" takes about 3.0 bytes per parameter.
 
     State of a parameter: ``step``, ``exp_avg`` (m_t), ``exp_avg_sq``. Arguments and keys are the authors'.
 
@@ -120,10 +120,10 @@ class ADana(RuleOptimizer):
         p_t = p_{t-1} - lr ((g_t + (1 + t)^(1 - kappa) m_t) / (sqrt(v_t) + eps) + weight_decay p_{t-1})
                       - lr / peak_lr omega / t p_{t-1}
 
-    Both moments forget alike, so that |m_t| <= sqrt(v_t) whatever the gradients are: there is nothing to limit. There
-    is no bias correction, and no length of the run to be known. This is the paper's formula; its authors' published
-    program adds m_t once more, that is, (1 + t)^(1 - kappa) + 1 times m_t, and decays by omega / (T + t).
-    It has AdamW's memory.
+    Both moments forget alike, so that |m_t| <= sqrt(v_t) whatever the gradients are: there is nothing to limit. It
+    has no bias correction and does not depend on the length of the run. This is the paper's formula. The published
+    program of its authors adds m_t once more, that is, (1 + t)^(1 - kappa) + 1 times m_t, and decays by
+    omega / (T + t). It has AdamW's memory.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups.
@@ -133,10 +133,10 @@ class ADana(RuleOptimizer):
         eps: added to the denominator, >= 0.
         weight_decay: plain decoupled weight decay, multiplied by lr, >= 0.
         omega: the paper's weight decay, >= 0: omega / t, multiplied by lr's schedule but not by its peak. The paper's
-            value is 4; more than 1 wants an lr that warms up, or the first steps would turn the parameters' sign.
+            value is 4; with more than 1, let lr warm up, or the first steps flip the sign of parameters.
         peak_lr: what ``lr`` is divided by to get its schedule, > 0; needed if ``omega`` is not 0.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
-            :class:`AdEMAMix`. state="compact" takes about 3.0 bytes a parameter.
+            :class:`AdEMAMix`. state="compact" takes about 3.0 bytes per parameter.
 
     State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq``.
 
@@ -224,7 +224,7 @@ class KEMA(RuleOptimizer):
             ``shortest`` (linearly in the half-life), as AdEMAMix's alpha and beta3 do; None for both at once.
         slow_limit: as in :class:`AdEMAMix`, of the sum of all EMAs but the first.
         maximize, state, backend, stochastic_rounding, seed, capturable, skip_nonfinite, offload, geometry, ...: as in
-            :class:`AdEMAMix`. state="compact" takes about 2 K bytes a parameter.
+            :class:`AdEMAMix`. state="compact" takes about 2 K bytes per parameter.
 
     State of a parameter: ``step``, ``exp_avg_1`` (absent with shortest = 1) to ``exp_avg_K``, ``exp_avg_sq``.
 

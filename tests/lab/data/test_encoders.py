@@ -409,7 +409,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_file_is_one_error(kind, tmp_path, capfd):
-    with pytest.raises(BadInputError, match=r"tokenizer\.json is no tokenizer file \("):
+    with pytest.raises(BadInputError, match=r"tokenizer\.json is not a tokenizer file \("):
         encoder(words("a"), tmp_path, **BROKEN[kind])
 
 

@@ -150,7 +150,7 @@ def test_a_damaged_page_is_named(tmp_path):
 def test_what_is_not_parquet_is_named(cut, tmp_path):
     pyarrow.parquet.write_table(columns("text"), tmp_path / "in.parquet")
     (tmp_path / "in.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:cut])
-    with pytest.raises(BadInputError, match=r"in\.parquet is no Parquet file"):
+    with pytest.raises(BadInputError, match=r"in\.parquet is not a Parquet file"):
         read(tmp_path / "in.parquet")
 
 

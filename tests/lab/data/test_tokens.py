@@ -128,20 +128,20 @@ def test_a_description_of_another_kind_is_refused(text, tokens, tmp_path):
     for file in tokens.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "data.json").write_text(text)
-    with pytest.raises(BadInputError, match="is no token folder"):
+    with pytest.raises(BadInputError, match="is not a token folder"):
         Tokens.open(tmp_path)
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1, True, 1.5, 2**70, None])
 def test_a_vocabulary_size_that_is_none(vocab_size, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps({"vocab_size": vocab_size}))
-    with pytest.raises(BadInputError, match=r"is no token folder .vocab_size must be an integer from 1 to"):
+    with pytest.raises(BadInputError, match=r"is not a token folder .vocab_size must be an integer from 1 to"):
         Tokens.open(tmp_path)
 
 
 def test_a_deep_description_and_an_empty_file(tmp_path):
     (tmp_path / "data.json").write_text("[" * 100_000)
-    with pytest.raises(BadInputError, match="is no token folder"):
+    with pytest.raises(BadInputError, match="is not a token folder"):
         Tokens.open(tmp_path)
     splits = {"train": {"tokens": 3}, "valid": {"tokens": 3}}
     (tmp_path / "data.json").write_text(json.dumps({"vocab_size": 256, **splits}))

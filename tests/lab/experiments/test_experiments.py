@@ -251,7 +251,7 @@ BAD = {
     "beta3 must be between 0 and 1, got": ("horizon", "--beta3", "0.5", "0.9", "1.5"),
     "images must be two or more growing numbers above 0, got (5,)": ("vit", "--images", "5"),
     "patch must divide size, got 7 with images of 20": ("vit", "--patch", "7"),
-    "nowhere is no token folder": ("lm", "--data", "nowhere"),
+    "nowhere is not a token folder": ("lm", "--data", "nowhere"),
     "no such folder of images: nowhere": ("vit", "--data", "nowhere"),
     "cannot use the device abacus": ("lm", "--device", "abacus"),
     "betas[0] must be a number in [0, 1), got 2.0": ("valley", "--large", "2"),
@@ -508,6 +508,30 @@ def test_a_journal_that_was_torn_at_any_place_goes_on(recipe, tmp_path, inline):
         assert (aside.read_bytes() if aside.exists() else b"") == (torn and torn + b"\n")
         with Trials(out, "cpu", 1) as trials:  # and what was appended since is sound
             assert trials.run(grid) == whole
+
+
+@pytest.mark.parametrize("damage", ["a line without an operation", "an unknown operation", "trials of other grids"])
+def test_a_journal_of_sound_lines_that_do_not_fit_is_named_and_kept(damage, recipe, tmp_path, inline):
+    some = some_grid(recipe)
+    grids = some, Grid("other", {"number": (5, 6)}, lambda number: some.run(seed=number))
+    with Trials(tmp_path, "cpu", 1) as trials:
+        whole = trials.run(*grids)
+    journal = tmp_path / "trials.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    damaged = {
+        "a line without an operation": [*lines, b"{}\n"],
+        "an unknown operation": [*lines, b'{"op_code":99,"worker_id":""}\n'],
+        "trials of other grids": [line.replace(b'"seed"', b'"number"') for line in lines],
+    }
+    journal.write_bytes(b"".join(damaged[damage]))
+    before = journal.read_bytes()
+    with pytest.raises(BadInputError, match=r"trials\.log is damaged \(.*\); move it away"):  # noqa: SIM117
+        with Trials(tmp_path, "cpu", 1) as trials:
+            trials.run(*grids)
+    assert journal.read_bytes().startswith(before)  # nothing is lost
+    journal.unlink()
+    with Trials(tmp_path, "cpu", 1) as trials:
+        assert trials.run(*grids) == whole
 
 
 def test_a_journal_with_a_damaged_line_in_the_middle_is_named_and_kept(recipe, tmp_path, inline):

@@ -237,7 +237,7 @@ def test_a_dry_run_is_no_setting_of_the_run(cli, short, probes):
 
 
 BAD = {
-    "nowhere is no token folder": ("--data", "nowhere"),
+    "nowhere is not a token folder": ("--data", "nowhere"),
     "out already exists": ("--out", "out"),
     "cannot use the device abacus": ("--device", "abacus"),
     "nothing to resume in nowhere": ("--resume", "nowhere"),

@@ -77,7 +77,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_offered(name, dama
     with pytest.raises(BadInputError) as caught:
         train("ademamix", recipe, Job(), run)
     assert str(caught.value).startswith(f"{file} is damaged")
-    assert str(caught.value).endswith(f"; {before} is whole: to go on from there, delete {newest}")
+    assert str(caught.value).endswith(f"; {before} is whole: to resume from there, delete {newest}")
     shutil.rmtree(newest)
     train("ademamix", recipe, Job(log_every=1), run)
     assert complete(run / "checkpoints") == [before, newest]
@@ -193,7 +193,7 @@ def test_a_description_or_a_manifest_names_only_files_of_the_checkpoint(name, ru
     for index, place in found.storage_data.items():
         found.storage_data[index] = dataclasses.replace(place, relative_path=name)
     (newest / ".metadata").write_bytes(pickle.dumps(found))
-    with pytest.raises(BadInputError, match="is no description of tensors"):
+    with pytest.raises(BadInputError, match="is not a description of tensors"):
         described(newest)
     content = json.loads((newest / "manifest.json").read_text())
     content["files"][name] = content["files"].pop("__0_0.distcp")
@@ -213,7 +213,7 @@ def test_no_tensor_is_read_through_a_link(name, run, tmp_path):
     with pytest.raises(BadInputError, match=f"{newest / name} is a link"):
         weights(newest)
     if name != ".metadata":
-        with pytest.raises(BadInputError, match=f"is no description of tensors .{name} is a link"):
+        with pytest.raises(BadInputError, match=f"is not a description of tensors .{name} is a link"):
             described(newest)
 
 
@@ -224,9 +224,10 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(where, run, recipe,
     with pytest.raises(BadInputError, match=f"{path}/.* is damaged"):  # already by its sum, unless that is made anew
         train("ademamix", recipe, Job(), run)
     reliability.sealed(path)
-    with pytest.raises(BadInputError, match=r"refused|cannot be loaded"):
+    with pytest.raises(BadInputError, match="refused") as caught:
         train("ademamix", recipe, Job(), run)
     assert not marker.exists()
+    assert "weights_only" not in str(caught.value)  # torch's own message says how to run the code
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable")

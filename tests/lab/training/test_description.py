@@ -56,7 +56,7 @@ def read(folder: Path, content: bytes) -> Metadata:
 def test_a_file_with_a_name_that_no_disk_takes_is_refused(tmp_path: Path) -> None:
     places = {MetadataIndex("lr"): _StorageInfo("x" * 100_000, 0, 8)}
     found = Metadata({"lr": BytesStorageMetadata()}, {"lr": ("lr",)}, places, StorageMeta(), "1.0.0")
-    with pytest.raises(BadInputError, match=r"\.metadata is no description of tensors \(.+\)") as caught:
+    with pytest.raises(BadInputError, match=r"\.metadata is not a description of tensors \(.+\)") as caught:
         read(tmp_path, pickle.dumps(found, protocol=2))
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
 
@@ -158,7 +158,7 @@ def state_of(kind: type) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_is_refused_and_changes_nothing(name: str, tmp_path: Path) -> None:
     before = [state_of(kind) for kind in WATCHED]
-    with pytest.raises(BadInputError, match=r"\.metadata is no description of tensors \(.+\)"):
+    with pytest.raises(BadInputError, match=r"\.metadata is not a description of tensors \(.+\)"):
         read(tmp_path, b"\x80\x04" + PROGRAMS[name] + b".")
     assert [state_of(kind) for kind in WATCHED] == before
 
@@ -222,5 +222,5 @@ def test_a_description_that_does_not_hold_is_refused(fault: str, tmp_path: Path)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     read(folder, pickle.dumps(sound()))
-    with pytest.raises(BadInputError, match="is no description of tensors"):
+    with pytest.raises(BadInputError, match="is not a description of tensors"):
         read(folder, pickle.dumps(FAULTS[fault]))

@@ -65,7 +65,7 @@ def file_encoder(path: Path, end_token: str | None) -> Encoder:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
-        raise BadInputError(f"{path} is no tokenizer file ({error})") from error
+        raise BadInputError(f"{path} is not a tokenizer file ({error})") from error
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
         raise BadInputError(f"{path} has no tokens")

@@ -220,7 +220,7 @@ def _from_parquet(path: Path, key: str) -> Iterator[Value]:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInputError(f"{path} is no Parquet file ({first_line(error)})") from error
+        raise BadInputError(f"{path} is not a Parquet file ({first_line(error)})") from error
     with file:
         if names.count(key) != 1:
             found = "more than one" if key in names else "no"

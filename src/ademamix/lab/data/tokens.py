@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ademamix.lab.config import BadInputError, read_file
+from ademamix.lab.config import LARGEST_VOCAB, BadInputError, read_file
 
 META = "data.json"
 SPLITS = ("train", "valid")
@@ -44,7 +44,7 @@ class Tokens:
         try:
             text = read_file(folder / META).decode()
             meta = json.loads(text)
-            if type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= 1 << 32:
+            if type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= LARGEST_VOCAB:
                 raise ValueError(f"vocab_size must be an integer from 1 to 2**32, got {meta['vocab_size']!r:.60}")
             dtype = token_dtype(meta["vocab_size"])
             lengths = [meta[split]["tokens"] for split in SPLITS]
@@ -57,9 +57,9 @@ class Tokens:
             splits = [np.memmap(folder / f"{split}.bin", dtype, mode="r").view(np.ndarray) for split in SPLITS]
         except FileNotFoundError as error:
             missing = f"{Path(error.filename).name} is missing"
-            raise BadInputError(f"{folder} is no token folder, {missing}; `ademamix data` makes one") from error
+            raise BadInputError(f"{folder} is not a token folder, {missing}; `ademamix data` makes one") from error
         except (ValueError, TypeError, KeyError, NotADirectoryError, RecursionError) as error:
-            raise BadInputError(f"{folder} is no token folder ({error})") from error
+            raise BadInputError(f"{folder} is not a token folder ({error})") from error
         if [len(split) for split in splits] != lengths:
             raise BadInputError(f"{folder} is damaged: its token files are not as long as {META} says")
         for split in SPLITS:
@@ -86,7 +86,7 @@ class Tokens:
     def batch(self, seed: int, step: int, sequences: int, context: int, part: slice = WHOLE) -> Tensor:
         """Return training batch number `step`, int64 [sequences, context + 1]: a pure function of the arguments.
 
-        Of all that is drawn, `part` alone is read and returned.
+        Only `part` of the batch is read and returned.
         """
         return _drawn(self.train, seed, step, sequences, context, part)
 

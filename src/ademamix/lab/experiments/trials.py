@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from optuna.samplers import GridSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from ademamix.lab.config import BadInputError, Job, Optimizer, Training, read_file, write_whole
+from ademamix.lab.config import BadInputError, Job, Optimizer, Training, read_file, shortened, write_whole
 from ademamix.lab.console import say
 from ademamix.lab.experiments.statistics import loss_of
 from ademamix.lab.experiments.workers import Workers, train_here
@@ -77,7 +78,7 @@ class Trials:
     Args:
         out: the folder; an Optuna journal (trials.log) and the runs' own folders are kept there.
         device: "auto", or the device of all runs.
-        workers: runs at a time; 0 for one a core of the CPU, with one thread each, or ``per_gpu`` on each GPU.
+        workers: runs at a time; 0 for one per CPU core, with one thread each, or ``per_gpu`` on each GPU.
         per_gpu: how many runs share a GPU.
     """
 
@@ -86,7 +87,8 @@ class Trials:
         (out / f"{JOURNAL}.lock").unlink(missing_ok=True)  # of a process that was killed while it wrote
         self.out = out
         _cut_torn_tail(out / JOURNAL)
-        self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+        with self._reading():
+            self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
         devices = _devices(device)
         self.workers = workers or len(devices) * (per_gpu if devices[0].startswith("cuda") else 1)
         threads = max(1, (os.cpu_count() or 1) // self.workers)
@@ -110,10 +112,11 @@ class Trials:
             Interrupted: SIGINT or SIGTERM came; the block's end saves the runs that are under way.
             BadInputError: a run's data or settings cannot be used.
         """
-        trials = iter([trial for grid in grids for trial in self._open(grid)])
         running: dict[Future[float], _Trial] = {}
-        count = sum(grid.size for grid in grids)
-        left = count - sum(len(self._complete(grid)) for grid in grids)
+        left = count = sum(grid.size for grid in grids)
+        with self._reading():
+            trials = iter([trial for grid in grids for trial in self._open(grid)])
+            left -= sum(len(self._complete(grid)) for grid in grids)
         while True:
             while len(running) < self.workers and (trial := next(trials, None)):
                 optimizer, recipe = trial.grid.run(**trial.point)
@@ -129,6 +132,17 @@ class Trials:
                 which = f"{trial.grid.name} {count - left} of {count}  {label(trial.point)}"
                 say(f"{minutes:5.1f} min  {which}: {loss_of(loss)}")
         return [self._complete(grid) for grid in grids]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise BadInputError for whatever Optuna raises if the journal's entries do not fit."""
+        try:
+            yield
+        except (BadInputError, OSError):
+            raise
+        except Exception as error:
+            why = f"{self.out / JOURNAL} is damaged ({type(error).__name__}: {shortened(error)})"
+            raise BadInputError(f"{why}; move it away: finished runs stay in folders of their own") from error
 
     def _study(self, grid: Grid) -> optuna.Study:
         sampler = _Sampler(grid.space, seed=0)

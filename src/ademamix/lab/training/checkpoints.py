@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -42,7 +43,7 @@ class SaveError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a run: written while it goes on, the last few kept.
+    """The checkpoints of a run: written while it continues, the last few kept.
 
     Args:
         out: the run's folder, one that all processes see.
@@ -82,7 +83,7 @@ class Checkpoints:
         _expect_one_process()
         aside = self.folder / f"step-{step:08}{PARTIAL}"
         state = _state(model, optimizer)
-        if torch.__version__ < "2.7":  # its async_save copies from GPUs only, and the training goes on
+        if torch.__version__ < "2.7":  # its async_save copies from GPUs only, and training continues
             state = _copied(state)
         saved = async_save(state, checkpoint_id=aside, process_group=self.group)
         self.writing = aside, self.thread.submit(self._finish, saved, aside, about)
@@ -142,7 +143,7 @@ class Checkpoints:
         fault = self._fault(found[-1])
         if fault is not None:
             whole = next((path for path in reversed(found[:-1]) if self._fault(path) is None), None)
-            how = f"{whole} is whole: to go on from there, delete {found[-1]}" if whole else "no other one is whole"
+            how = f"{whole} is whole: to resume from there, delete {found[-1]}" if whole else "no other one is whole"
             self.processes.on_first(lambda: _refuse(f"{fault}; {how}"))
         return found[-1], from_json(found[-1] / MANIFEST)
 
@@ -252,7 +253,7 @@ class _Planner(DefaultLoadPlanner):
         try:
             plain = torch.load(value, weights_only=True)
         except Exception as error:
-            raise BadInputError(f"{name} is no plain value, and is refused") from error
+            raise BadInputError(f"{name} is not a plain value, and is refused") from error
         set_element(self.original_state_dict, self.mappings[name], plain)
 
 
@@ -260,6 +261,8 @@ def _reason(error: BaseException) -> str:
     """What was at fault, on the first process where something was, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):  # its text says how to run what the pickle holds
+        return "something else than a tensor is refused"
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__  # torch.save complains, after the disk did, that its file is too short
@@ -279,7 +282,7 @@ def _refuse(why: str) -> None:
 
 def _refuse_earlier(path: Path) -> None:
     if path.exists():
-        raise BadInputError(f"{path} was written by ademamix 0.1.0, which alone can go on with this run")
+        raise BadInputError(f"{path} was written by ademamix 0.1.0; only that version can resume this run")
 
 
 def _size_and_sum(path: Path) -> list[Any]:

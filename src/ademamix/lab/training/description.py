@@ -144,7 +144,7 @@ def described(folder: Path) -> metadata.Metadata:
         _check(found, folder)
     except Exception as error:  # a damaged pickle raises whatever its damage leads to
         reason = str(error) or type(error).__name__
-        raise BadInputError(f"{path} is no description of tensors ({reason[:300]})") from error
+        raise BadInputError(f"{path} is not a description of tensors ({reason[:300]})") from error
     described: metadata.Metadata = found
     return described
 
@@ -155,7 +155,7 @@ def _check(found: Any, folder: Path) -> None:
     needed = 0
     _expect(type(found.state_dict_metadata) is dict, "it names nothing")
     for name, entry in found.state_dict_metadata.items():
-        _expect(type(name) is str, "a name is no text")
+        _expect(type(name) is str, "a name is not text")
         if type(entry) is metadata.BytesStorageMetadata:
             continue
         _expect(type(entry) is metadata.TensorStorageMetadata, f"{name} is neither a tensor nor a setting")
@@ -174,7 +174,7 @@ def _check(found: Any, folder: Path) -> None:
         _expect(type(index) is metadata.MetadataIndex and type(place) is _StorageInfo, "a place is none")
         name, numbers = place.relative_path, (place.offset, place.length)
         _expect(type(name) is str, "a file has no name")
-        _expect(Path(name).name == name, f"{name!r} is no file of the folder")
+        _expect(Path(name).name == name, f"{name!r} is not a file of the folder")
         if name not in sizes:
             _expect(not (folder / name).is_symlink(), f"{name} is a link")
             sizes[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1

@@ -106,7 +106,7 @@ def check(names: Sequence[Optimizer], recipe: Training, device: str) -> None:
     """Raise BadInputError for whatever would end such runs at once, before anything is written."""
     pick_device(device)
     task_of(recipe)
-    for name in names:
+    for name in (*names, *(["adamw"] if recipe.switch_at else [])):
         arguments_of(name, recipe)
     _check_parts(recipe, Processes())
 
@@ -121,7 +121,7 @@ def _check_parts(recipe: Training, processes: Processes) -> None:
 def train(
     name: Optimizer, recipe: Training, job: Job, out: Path, *, label: str | None = None, quiet: bool = False
 ) -> Result:
-    """Train in the folder `out`: start there, go on from its checkpoint, or return the result that it already holds.
+    """Train in the folder `out`: start there, resume from its checkpoint, or return the result that it already holds.
 
     Args:
         name: the optimizer.
@@ -217,7 +217,7 @@ class _Run:
     def _order_sums(self) -> None:
         """Take a backward pass for nothing: DDP orders its buckets after the first, and sums are rounded by that order.
 
-        So a resumed run sums as one does that goes on.
+        So a resumed run sums in the same order as one that was never stopped.
         """
         batch, _ = self.valid[0]
         torch.autograd.backward(self._loss(batch))
@@ -332,7 +332,7 @@ class _Run:
         return losses
 
     def _lap(self, loss: Tensor) -> None:
-        """Stop the clock, once the device has caught up, and refuse to go on from a loss that is no number."""
+        """Stop the clock, once the device has caught up; raise DivergedError if the loss stays not finite."""
         value = loss.item()  # waits for the forward pass ...
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)  # ... and this for the rest of the step
@@ -376,7 +376,7 @@ class _Run:
         self.began = time.perf_counter()
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
+        """What a checkpoint must have in common with the run that resumes from it, as JSON gives it back."""
         recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         return {"optimizer": self.name, "recipe": recipe, "data": self.task.sha256}
 
@@ -491,7 +491,7 @@ def _metrics_of(path: Path, number: int, line: bytes) -> dict[str, float]:
             return found
     except (ValueError, RecursionError):
         pass
-    raise BadInputError(f"{path}, line {number} is damaged; without that line the run can go on")
+    raise BadInputError(f"{path}, line {number} is damaged; the run can be resumed without that line")
 
 
 @contextmanager

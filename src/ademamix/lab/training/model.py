@@ -10,7 +10,7 @@ from ademamix.lab.config import ImageRecipe, Recipe
 
 
 def language_model(recipe: Recipe, vocab_size: int) -> torch.nn.Module:
-    """Return the recipe's Llama or Mamba; its seed alone decides the weights (float32, on the CPU)."""
+    """Return the recipe's Llama or Mamba; only its seed decides the weights (float32, on the CPU)."""
     torch.manual_seed(recipe.seed)
     if recipe.architecture == "mamba":
         from transformers import MambaConfig, MambaForCausalLM
@@ -50,7 +50,7 @@ def language_model(recipe: Recipe, vocab_size: int) -> torch.nn.Module:
 
 
 def vision_model(recipe: ImageRecipe, channels: int, classes: int) -> torch.nn.Module:
-    """Return the recipe's ViT; its seed alone decides the weights (float32, on the CPU)."""
+    """Return the recipe's ViT; only its seed decides the weights (float32, on the CPU)."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(recipe.seed)

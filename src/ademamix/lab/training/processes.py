@@ -32,7 +32,7 @@ def restarted() -> bool:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator["Processes"]:
-    """Join the processes that torchrun has started for the time of a block; a process started by itself stays alone.
+    """Join the processes that torchrun has started for the time of a block; a process started by itself has no others.
 
     Raises:
         BadInputError: torch.distributed cannot use the device.
@@ -66,16 +66,16 @@ def _store() -> TCPStore:
 
 
 class Processes:
-    """All processes that torch.distributed was started with, or this one alone."""
+    """All processes that torch.distributed was started with, or only this one."""
 
     def __init__(self) -> None:
         together = dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
-        self.first = self.rank == 0  # it alone writes what is not a checkpoint
+        self.first = self.rank == 0  # only the first writes what is not a checkpoint
 
     def part(self, count: int) -> slice:
-        """Return which of `count` things in order, a multiple of the processes, are this one's."""
+        """Return which of `count` things in order, a multiple of the processes, belong to this process."""
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -122,7 +122,7 @@ class Processes:
         return [value for value, _ in outcomes]
 
     def on_first(self, act: Callable[[], T]) -> T:
-        """Do something on the first process alone; return what it got, on all of them."""
+        """Do something only on the first process; return what it got, on all of them."""
         return self.everywhere(lambda: act() if self.first else None)[0]  # type: ignore[return-value]
 
 
@@ -165,7 +165,7 @@ def backward_of(model: nn.Module, *, last: bool) -> AbstractContextManager[None]
 
 
 def put_away(model: nn.Module) -> None:
-    """Split what a forward pass alone has put together.
+    """Split what a forward pass without a backward pass has put together.
 
     FSDP2 leaves the outermost parameters whole for a backward pass, and `model.parameters()` would be those.
     """

@@ -22,7 +22,7 @@ class Task(Protocol):
     sha256: str  # of the data
 
     def model(self) -> torch.nn.Module:
-        """A new model, whose weights the recipe's seed alone decides (float32, on the CPU)."""
+        """A new model, whose weights depend only on the recipe's seed (float32, on the CPU)."""
 
     def batch(self, step: int, part: slice = WHOLE) -> Batch:
         """The training batch of a step, or a part of it."""
