@@ -503,7 +503,7 @@ def test_matrices_of_a_shape_are_one_batch_in_bfloat16_where_that_is_fast() -> N
         products = re.findall(r"dot_general.*: \(tensor<(\w+)>", text)
         assert len(products) == 2 * 5 * 3  # for each shape five polynomials of three products
         assert {p.split("x")[-1] for p in products} == {dtype}
-        assert {p.split("x")[0] for p in products} == {"4", "8", "40"}  # four matrices, and one alone, of 40 by 8
+        assert {p.split("x")[0] for p in products} == {"4", "8", "40"}  # four matrices, and a single one, of 40 by 8
 
 
 def test_float32_is_float32_whatever_products_are_elsewhere() -> None:

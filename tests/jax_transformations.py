@@ -202,7 +202,7 @@ def test_trajectory_of_the_authors_program(file: Path, double: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_coefficients_are_those_of_the_host_in_every_bit(kind: str) -> None:
-    """Also where JAX has float32 alone."""
+    """Also where JAX has only float32."""
     cls, make, options = KINDS[kind]
     group = cls(torch_params(), lr=0.01, **options).param_groups[0]
     made = make(0.01, **options).update.__self__

@@ -35,7 +35,7 @@ def loss(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def batches(step: int, rank: int, accumulate: int = 1, bad: bool = False) -> list[Tensor]:
-    """The micro-batches of a process in a step; a bad one has a NaN in the last process alone."""
+    """The micro-batches of a process in a step; a bad one has a NaN only in the last process."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     drawn = [torch.randn(4, 16, generator=generator) for _ in range(accumulate)]
     if bad and rank == WORLD - 1:

@@ -1,4 +1,4 @@
-"""State dicts of other optimizers: what goes on from them is held against the equations in float64."""
+"""State dicts of other optimizers: runs that continue from them are compared with the equations in float64."""
 
 import copy
 import math
@@ -285,7 +285,7 @@ PROGRAMS: dict[str, Any] = {
 
 
 def foreign(layout: Any, steps: int) -> tuple[list[Equations], dict[str, Any]]:
-    """Trainings of both parameters, and the state dict that a program of that layout would have saved."""
+    """Runs of both parameters, and the state dict that a program of that layout would have saved."""
     trainings = [Equations(p) for p in parameters()]
     for i, exact in enumerate(trainings):
         advance(exact, i, range(1, steps + 1))

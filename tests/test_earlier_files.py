@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote: optimizers load them, runs go on from them, and kernels are compiled anew.
+"""Files that version 0.1.0 wrote: optimizers load them, runs continue from them, and kernels are compiled anew.
 
 `data/optimizers.pt` holds, for each optimizer, its state dict and parameters after 6 steps, and the parameters after
 6 more. Those with compact state have linear codes, which later versions read but do not write. `data/runs` are runs of
@@ -115,4 +115,4 @@ def test_a_cache_of_kernels_does_no_harm(tmp_path: Path, monkeypatch: pytest.Mon
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     # Both EMAs are of the gradient 1: p - lr (1 + alpha (1 - beta3)).
     assert list(map(float, done.stdout.split())) == pytest.approx([0.5 - 0.5 * 2.0 * 1e-4] * 4), done.stderr
-    assert len(list((tmp_path / "kernels").glob("ademamix_float32_*.kernel"))) == 1  # a new one beside the old
+    assert len(list((tmp_path / "kernels").glob("ademamix_float32_*.kernel"))) == 1  # a new one next to the old

@@ -216,7 +216,7 @@ MIXED = {"exp_avg_slow": "int16", "exp_avg_sq": "bfloat16"}
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Compiled here: which formats stand beside each other is a matter of AdEMAMix's slots, what is between them of rules.
+# Compiled here: AdEMAMix's slots decide which formats are next to each other, rules what is between them.
 STORED = [
     *((name, "compact", F32) for name in (*FIRST, "AdEMAMix, beta1 = 0")),
     *(("AdEMAMix", state, dtype) for state, dtype in (("compact", BF16), ("bfloat16", F32), (MIXED, BF16))),

@@ -1,4 +1,4 @@
-"""Every backend against trajectories of the authors' program (float64, the 1e-8 in its logarithm taken out)."""
+"""Every backend against trajectories of the reference implementation (float64, the 1e-8 in its logarithm taken out)."""
 
 import json
 from pathlib import Path

@@ -149,7 +149,7 @@ def test_large_tensors_are_cut_alike_by_both_backends() -> None:
 
 
 def test_nothing_is_written_after_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C reaches the main thread alone; a checkpoint that is saved then must not change under the writer."""
+    """Ctrl-C reaches only the main thread; a checkpoint that is saved then must not change under the writer."""
     calls: list[str] = []
 
     def kernel(*_: Any) -> None:
@@ -384,7 +384,7 @@ def test_a_cache_that_others_have_filled_and_nobody_may_write(
     made.mkdir()
     cache.step()
     assert capfd.readouterr() == ("-3.0\n-3.0\n", "")
-    assert list(made.parent.iterdir()) == [made]  # and nothing beside it
+    assert list(made.parent.iterdir()) == [made]  # and nothing else
 
 
 @pytest.fixture(scope="module")

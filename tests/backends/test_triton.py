@@ -17,7 +17,7 @@ from ademamix.backends import coefficient_names, slot_names
 from ademamix.engine.tape import Tape
 from ademamix.formats import FORMATS
 
-triton = pytest.importorskip("triton", reason="Triton is there on Linux alone")
+triton = pytest.importorskip("triton", reason="Triton is only available on Linux")
 
 from kernels import BITS, HEADS, TARGETS, compiled, rows, update  # noqa: E402
 
@@ -284,7 +284,7 @@ def test_a_graph_captures_the_step() -> None:
 
 @gpu
 def test_a_graph_is_replayed_rightly_whatever_steps_are_taken_beside_it() -> None:
-    """Steps with gradients elsewhere, other numbers, and of some parameters alone, have other tables; memory that is
+    """Steps with gradients elsewhere, other numbers, and of only some parameters, have other tables; memory that is
     freed is used."""
     runs = []
     for captured in (False, True):

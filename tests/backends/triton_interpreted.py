@@ -155,7 +155,7 @@ def test_steps_in_muon_s_geometry_as_eager(kind: Any, state: str, dtype: torch.d
 
 @pytest.mark.parametrize(
     "options",
-    # with beta2 = 0 a weight is 1, and many a slow average is above its limit
+    # with beta2 = 0 a weight is 1, and many slow EMAs are above their limit
     [{"betas": (0.0, 0.9, 0.99)}, {"betas": (0.9, 0.0, 0.99)}, {"maximize": True}, {"capturable": True}],
     ids=str,
 )
@@ -307,7 +307,7 @@ def test_nothing_changes_where_the_device_says_skip() -> None:
 
 
 def test_graphs_and_other_steps_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A captured copy is carried out by replays alone; here, what it would write shows which tables it writes."""
+    """A captured copy is carried out only by replays; here, what it would write shows which tables it writes."""
     p = torch.zeros(256, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = AdEMAMix([p], backend="triton", capturable=True)

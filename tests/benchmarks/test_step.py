@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 
 
 def test_one_program_at_a_time_has_state_beside_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them together would not fit beside 1.3 billion parameters on a GPU of 80 GB."""
+    """All of them together would not fit next to 1.3 billion parameters on a GPU of 80 GB."""
     made: list[weakref.ref[torch.optim.Optimizer]] = []
     alive: list[int] = []
     of = benchmark.Program.of
@@ -31,7 +31,7 @@ def test_one_program_at_a_time_has_state_beside_the_references(monkeypatch: pyte
     finally:
         gc.enable()
     assert max(alive) == len(benchmark.FUSED) + 1
-    assert len(rows) == 4 + 1 + len(made)  # title and head; copy is no optimizer
+    assert len(rows) == 4 + 1 + len(made)  # title and head; copy is not an optimizer
     assert {goal[0] for goal in benchmark.GOALS} <= {row.split(" | ")[0][2:] for row in rows}
 
 

@@ -1,4 +1,4 @@
-"""Saving, resuming and copying: training goes on to the bit, and what does not fit is refused."""
+"""Saving, resuming and copying: training continues bit for bit, and state that does not fit is refused."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ RESUMED = [
 def test_resume_at_every_step_is_exact(make: Case, backend: str, dtype: torch.dtype) -> None:
     """In the middle of all warmups too; bfloat16 parameters keep their float32 state.
 
-    One goes on to the end, the others for three steps: then they have all that the unbroken training has.
+    One continues to the end, the others for three steps: then they have all that the unbroken training has.
     """
 
     def everything(*objects: Any) -> io.BytesIO:

@@ -328,7 +328,7 @@ def test_memory_of_several_elements_is_refused(kind: str, offload: bool, backend
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_views_that_lie_between_each_other_are_two_parameters(backend: str, data: st.DataObject) -> None:
-    """Columns of one matrix, or every other row of it: each is updated as if it were alone."""
+    """Columns of one matrix, or every other row of it: each is updated as if it were the only one."""
     rows, columns = data.draw(st.integers(2, 6)), data.draw(st.integers(2, 6))
     matrix = torch.arange(float(rows * columns)).view(rows, columns)
     cut = data.draw(st.integers(1, columns - 1))

@@ -1,4 +1,4 @@
-"""State in host memory: what it computes is what the state beside the parameters, or float32 parameters, would give."""
+"""State in host memory: it computes what state next to the parameters, or float32 parameters, would give."""
 
 import copy
 import io

@@ -208,7 +208,7 @@ def test_numbers_may_be_numpy_s(number: Any) -> None:
 
 @every_case
 def test_schedulers_that_cycle_momentum_find_what_the_docs_say(make: Case) -> None:
-    """Without it they are for every optimizer, and leave betas alone."""
+    """Without it they are for every optimizer, and do not change betas."""
     optimizer = make([torch.ones(3, requires_grad=True)])
     (group,) = optimizer.param_groups
     betas = group.get("betas")

@@ -187,7 +187,7 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(
 ) -> None:
     kernel, table = Kernel(), Kernel()
     if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pytest.importorskip("triton", reason="Triton is only available on Linux")
         pretended.setattr("ademamix.backends.triton.kernel", lambda *_: kernel)
         pretended.setattr("ademamix.engine.triton_coefficients.kernel", lambda *_: table)
     with FakeTensorMode():
@@ -228,7 +228,7 @@ def test_a_step_in_muon_s_geometry_waits_for_nothing_and_mixes_no_devices(
     """Also where a matrix has more rows than columns, or more dimensions."""
     kernel = Kernel()
     if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pytest.importorskip("triton", reason="Triton is only available on Linux")
         pretended.setattr("ademamix.backends.triton.kernel", lambda *_: kernel)
         pretended.setattr("ademamix.engine.triton_coefficients.kernel", lambda *_: kernel)
     shapes = ((64, 96), (96, 64), (64, 8, 2, 2), (64, 96), (5,))
@@ -259,7 +259,7 @@ def test_what_a_step_starts_on_the_gpu(
 ) -> None:
     """A launch for the coefficients, one for the update, and torch's operations for the norm: no more for more
     parameters. Before there was a kernel of coefficients, they took 47 and 65 operations of torch's."""
-    pytest.importorskip("triton", reason="Triton is there on Linux alone")
+    pytest.importorskip("triton", reason="Triton is only available on Linux")
     kernel, table = Kernel(), Kernel()
     pretended.setattr("ademamix.backends.triton.kernel", lambda *_: kernel)
     pretended.setattr("ademamix.engine.triton_coefficients.kernel", lambda *_: table)

@@ -114,7 +114,7 @@ def test_a_grad_scaler_steps_the_wrapper(wrap: Any, fused: bool | None, clip: bo
         assert alike(nets, optimizers)
         assert not hasattr(wrapper, "grad_scale")
         assert not hasattr(optimizers[0], "found_inf")
-    # One that the scaler takes by itself and skips is nothing that the optimizer gets to know of.
+    # The optimizer does not learn of a step that the scaler itself skips.
     assert wrapper.skipped_steps == optimizers[0].skipped_steps == (1 if fused or clip else 0)
 
 

@@ -1,4 +1,4 @@
-"""Kinds of parameters, gradients and state: layouts, dtypes, views, wrappers; and no memory beside them."""
+"""Kinds of parameters, gradients and state: layouts, dtypes, views, wrappers; and no memory besides them."""
 
 import copy
 from typing import Any

@@ -115,7 +115,7 @@ def test_in_groups_they_must_be_the_optimizer_s() -> None:
 @pytest.mark.parametrize("keywords", [{"fused": True}, {"foreach": True}, {}], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_a_run_of_torch_s_adamw_goes_on(keywords: Any, backend: str) -> None:
-    """Its groups say how it ran, which is nothing that ours has to do as well."""
+    """Its groups say how it ran; ours need not do so."""
     theirs, ours = model(), model()
     reference, optimizer = torch.optim.AdamW(theirs.parameters(), **keywords), AdamW(ours.parameters(), backend=backend)
     for t in range(6):

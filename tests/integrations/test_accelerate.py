@@ -113,7 +113,7 @@ def test_a_run_resumes_exactly_from_accelerate_s_checkpoint(tmp_path: Path, opti
     first.train(data[: STEPS // 2])
     first.accelerator.save_state(str(tmp_path))
     resumed = Run(**options)
-    for p in resumed.net.parameters():  # all that it goes on with is in the folder
+    for p in resumed.net.parameters():  # it continues only from what is in the folder
         nn.init.zeros_(p)
     resumed.accelerator.load_state(str(tmp_path))
     assert_same(resumed.train(data[STEPS // 2 :]), plain_loop(data, **options))

@@ -63,7 +63,7 @@ def test_a_run_resumes_exactly_from_fastai_s_file(tmp_path: Path, options: dict[
         first.fit(1)
         first.save("half")
     resumed = learner(epoch, tmp_path, **options)
-    for p in resumed.model.parameters():  # all that it goes on with is in the file
+    for p in resumed.model.parameters():  # it continues only from what is in the file
         nn.init.zeros_(p)
     resumed.load("half")
     with resumed.no_bar(), resumed.no_logging():

@@ -192,7 +192,7 @@ def test_a_run_resumes_exactly_from_lightning_s_checkpoint(tmp_path: Path, optio
     first.fit(Module(**options), loader(epoch))
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = Module(**options)
-    for p in resumed.parameters():  # all that it goes on with is in the file
+    for p in resumed.parameters():  # it continues only from what is in the file
         nn.init.zeros_(p)
     trainer(max_epochs=2).fit(resumed, loader(epoch), ckpt_path=tmp_path / "half.ckpt")
     assert_same(resumed.net, plain_loop(2 * epoch, **options))

@@ -160,7 +160,7 @@ def test_a_run_resumes_exactly_from_timm_s_checkpoint(tmp_path: Path, opt: str) 
     saver = CheckpointSaver(net, optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
     saver.save_checkpoint(epoch=0, metric=0.0)
     net, optimizer = begun()
-    for p in net.parameters():  # all that it goes on with is in the file
+    for p in net.parameters():  # it continues only from what is in the file
         nn.init.zeros_(p)
     resume_checkpoint(net, str(tmp_path / "last.pth.tar"), optimizer)
     same(trained(optimizer, net, batches()[half:]), wanted)

@@ -23,7 +23,7 @@ def rule(p, g, *, lr=0.1):
 
 @pytest.fixture
 def planted(cli, tiny, capsys) -> Path:
-    """A finished run, and code of a stranger's beside it, in a file that need not be called .py."""
+    """A finished run, and a stranger's code next to it, in a file that need not be called .py."""
     assert cli("train", *tiny, "--out", "run") == 0
     Path("code.txt").write_text(f"{CODE}# {Path.cwd()}")  # the same text is run once per process
     capsys.readouterr()

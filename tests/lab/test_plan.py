@@ -61,7 +61,7 @@ def test_the_plan_is_what_training_allocates_and_saves(preset, kind, state, dtyp
     assert {name: planned[name] for name in there} == there
     assert planned["all three"] == sum(there.values())
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
-    # A file adds about 300 bytes a tensor, names and alignment: below 2 % but for tensors as small as the demo's.
+    # A file adds about 300 bytes per tensor, names and alignment: below 2 % but for tensors as small as the demo's.
     tensors = len(model.state_dict()) + sum(map(len, optimizer.state.values()))
     size = (tmp_path / "checkpoint.pt").stat().st_size
     assert planned["checkpoint"] < size < planned["checkpoint"] + 400 * tensors
@@ -153,7 +153,7 @@ def test_one_gpu_has_no_column_for_all(cli, capsys):
     assert cli("plan", "3m") == 0
     out = capsys.readouterr().out
     assert "in float32 on one GPU" in out
-    assert "1.25 times what they take with AdamW" in out  # 20 bytes a parameter instead of 16
+    assert "1.25 times what they take with AdamW" in out  # 20 bytes per parameter instead of 16
     assert "in all" not in out
 
 

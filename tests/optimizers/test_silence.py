@@ -1,4 +1,4 @@
-"""Rows whose gradients stop: the slow average is limited by the root mean square of the gradients."""
+"""Rows whose gradients stop: the slow EMA is limited by the root mean square of the gradients."""
 
 import copy
 from typing import Any
@@ -114,7 +114,7 @@ def test_above_the_limit_it_is_the_equation(slow_limit: float, backend: str) -> 
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "compact"])
 @EACH
 def test_in_every_format(kind: type[RuleOptimizer], state: str) -> None:
-    """Silent rows beside others: what is rounded makes no step larger than what it rounds."""
+    """Silent rows among others: what is rounded makes no step larger than what it rounds."""
     _, options, most = SHORT[kind.__name__]
     generator = torch.Generator().manual_seed(0)
     p = torch.zeros(16, 256, requires_grad=True)  # one block a row

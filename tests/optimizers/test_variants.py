@@ -39,7 +39,7 @@ def simplified(p: Array, grads: Array) -> Iterator[Array]:
 
 
 def adana(p: Array, grads: Array, delta: float, kappa: float, weight_decay: float, omega: float) -> Iterator[Array]:
-    """arXiv 2602.05298, peak lr 0.01; its lambda(t) = omega / t is multiplied by lr's schedule alone."""
+    """arXiv 2602.05298, peak lr 0.01; its lambda(t) = omega / t is multiplied only by lr's schedule."""
     m, v = np.zeros_like(p), np.zeros_like(p)
     for t, (g, lr) in enumerate(zip(grads, rates(), strict=True), start=1):
         beta = 1 - delta / (delta + t)

@@ -16,8 +16,8 @@ class Pretended:
 
     Args:
         loss: that function.
-        clipped: the share of steps that are clipped, likewise.
-        held_out: the losses of each held-out batch, by step, likewise.
+        clipped: the share of steps that are clipped, as a function of the same.
+        held_out: the losses of each held-out batch, by step, as a function of the same.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def curve(loss: float) -> list[dict[str, float]]:
 
 
 def found(losses: dict[str, dict[float, list[float]]], sizes: dict[str, float]) -> Found:
-    """Of runs with these final losses by length and seed, and these bytes a parameter."""
+    """Of runs with these final losses by length and seed, and these bytes per parameter."""
     kinds = {key: ("adamw" if key == "adamw" else "ademamix") for key in losses}
     entries = {key: Entry(key.upper(), kinds[key], {"lr": (1e-3,)}) for key in losses}
     fractions = tuple(sorted({x for of_key in losses.values() for x in of_key}))

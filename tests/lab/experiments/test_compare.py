@@ -298,7 +298,7 @@ def test_both_run_at_once_ctrl_c_saves_both_and_resumed_they_are_bit_for_bit_tho
         assert 0 < len(losses(out / name)) < recipe.steps
     going_on = begin([*COMMAND, "--resume", str(out)])
     under_way(out, going_on)
-    going_on.terminate()  # this time to the parent alone
+    going_on.terminate()  # this time only to the parent
     _, errors = going_on.communicate(timeout=100)
     assert going_on.returncode == 128 + signal.SIGTERM, errors
     killed = begin([*COMMAND, "--resume", str(out)])

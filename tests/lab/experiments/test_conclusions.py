@@ -255,7 +255,7 @@ def test_arrival_and_overshoot_are_those_of_torchs_trajectories(large: float, mo
         beta1: [max(path[at:]) for path, at in zip(paths[beta1], arrivals[beta1], strict=True) if at <= steps]
         for beta1 in paths
     }
-    # Without a slow average all but the one with the large beta1 are the same Adam.
+    # Without a slow EMA all but the one with the large beta1 are the same Adam.
     assert [row[0] for row in report.tables[0][1:]] == [
         "Adam, beta1 = 0.9", f"Adam, beta1 = {large:g}", "AdEMAMix", "Adam, lr 0.02",
     ]  # fmt: skip

@@ -347,7 +347,7 @@ def test_a_switched_run_is_adamw_until_the_switch_and_goes_on_from_there(recipe,
     assert switched[21:] != adamw[21:]
     train("adamw", dataclasses.replace(recipe, switch_at=20), job, tmp_path / "not")
     assert losses(tmp_path / "not") == adamw
-    # With nothing of the slow average in it, it goes on as AdamW.
+    # Without the slow EMA it continues as AdamW.
     same = dataclasses.replace(recipe.ademamix, lr=recipe.adamw.lr, alpha=0.0)
     train("ademamix", dataclasses.replace(recipe, switch_at=20, ademamix=same), job, tmp_path / "same")
     assert losses(tmp_path / "same") == pytest.approx(adamw, rel=1e-5)

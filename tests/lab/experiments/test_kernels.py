@@ -65,7 +65,7 @@ def test_the_measured_memory_is_the_closed_form(
 ) -> None:
     of = ages(STEP)
     found = memory(kind, settings, STEP, of)
-    # eps = 1e-8 beside a second moment of 1 takes that part of each weight; what is measured is a difference of two
+    # eps = 1e-8 next to a second moment of 1 takes that part of each weight; what is measured is a difference of two
     # updates of about 10, so its own error is some 1e-15.
     assert found == pytest.approx([weight(age) for age in of], rel=2e-8, abs=1e-14)
 

@@ -354,7 +354,7 @@ def test_any_name_makes_a_whole_file(name):
 def test_the_picture_of_memories_shows_what_its_title_says():
     lines = {line.name: line for line in memory_picture.picture(100).lines}
     adamw = lines["AdamW"]
-    # eps = 1e-8 beside a second moment of 1 takes that part; 0.9^100 is left out of the sum of weights.
+    # eps = 1e-8 next to a second moment of 1 takes that part; 0.9^100 is left out of the sum of weights.
     assert adamw.y == pytest.approx([0.1 * 0.9 ** (age - 1) / (1 - 0.9**100) for age in adamw.x], rel=1e-7)
     settings = suggest(memory_picture.STEPS)
     slow, alpha = settings["betas"][2], settings["alpha"]

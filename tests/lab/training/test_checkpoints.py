@@ -257,7 +257,7 @@ def tensors(model: torch.nn.Module, optimizer: AdEMAMix) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("state", ["float32", "compact"])
 def test_what_is_loaded_is_what_was_saved_when_it_was_saved(state, recipe, tmp_path):
-    """Also what a training that goes on at once has changed by the time it is written."""
+    """Also what a run that continues at once has changed by the time it is written."""
     task = task_of(dataclasses.replace(recipe, width=64))
     checkpoints, model = Checkpoints(tmp_path, 2, Processes()), task.model()
     optimizer = AdEMAMix(model.parameters(), lr=0.1, state=state)

@@ -85,7 +85,7 @@ def test_stopped_killed_and_resumed_is_the_unbroken_run_bit_for_bit(optimizer, t
     process.communicate()
     assert not (broken / "result.json").exists()
 
-    process = start("train", "--resume", str(broken), *longer)  # the same settings again are no other settings
+    process = start("train", "--resume", str(broken), *longer)  # the same settings again
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     _, errors = unbroken.communicate()
@@ -200,7 +200,7 @@ def test_the_presets_have_the_sizes_they_are_named_after():
 
 
 def test_bad_gradients_are_skipped_counted_and_survived(recipe, tmp_path, monkeypatch):
-    """Two steps have a NaN in their gradients: the run goes on, says so, and says so after being resumed."""
+    """Two steps have a NaN in their gradients: the run continues, says so, and says so after being resumed."""
     sound, poisoned = _Run._loss, []
 
     def poison(run: _Run, batch: Batch) -> torch.Tensor:

@@ -415,7 +415,7 @@ def test_a_setting_without_a_value_is_refused(cli: Any, tiny: tuple[str, ...], c
 
 
 def test_the_page_s_commands_run_on_the_page_s_rule(cli: Any, tiny: tuple[str, ...], monkeypatch: Any) -> None:
-    """As they are written, on a tiny model: what is added is the size alone."""
+    """As they are written, on a tiny model: only the size is added."""
     text = PAGE.read_text(encoding="utf-8")
     Path("my_file.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
     (compared,) = re.findall(r"^    ademamix (compare .*)$", text, re.MULTILINE)
