@@ -63,6 +63,8 @@ def settings(args: TrainingArguments, total_steps: int) -> dict[str, Any]:
     log_time = given.get("beta3_schedule") == "log-time"
     advice = suggest(None if log_time else max(total_steps, SHORTEST), **betas)
     beta3 = given.pop("beta3", advice["betas"][2])
+    # ZeRO's parameters are flat, and each process has other parts of them.
+    flat = {"flat_parameters": True, "seed": args.process_index} if args.deepspeed else {}
     return {
         "lr": args.learning_rate,
         "eps": args.adam_epsilon,
@@ -71,9 +73,7 @@ def settings(args: TrainingArguments, total_steps: int) -> dict[str, Any]:
         "alpha_warmup": None,
         "beta3_warmup": None,
         "beta3_schedule": "half-life",
-        **(
-            {"flat_parameters": True, "seed": args.process_index} if args.deepspeed else {}
-        ),  # ZeRO's parameters are flat
+        **flat,
         **advice,
         "betas": (*advice["betas"][:2], beta3),
         **given,
