@@ -53,7 +53,9 @@ def started_together(file: Path, processes: int = 4) -> tuple[Any, list[str]]:
         assert not missing, missing
         return [json.loads(result.read_text()) for result in results]
 
-    return outcomes, re.findall(r"@check\ndef (\w+)", file.read_text(encoding="utf-8"))
+    names = re.findall(r"^@check\n(?:@.*\n)*def (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    assert names, f"{file} has no checks"
+    return outcomes, names
 
 
 def assert_passed(name: str, outcomes: list[dict[str, str]]) -> None:
