@@ -159,7 +159,7 @@ def test_a_bad_norm_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize("others", [(), (torch.float32,)], ids=["alone", "among others"])
 @pytest.mark.parametrize("size", [1.0, 1e40, 1e-60])
 def test_float64_gradients_are_clipped_in_float64(size: float, others: tuple[torch.dtype, ...], backend: str) -> None:
-    """float32 has neither 1e40 nor 1e-60, and its factors are off by 6e-8. Also with a scale that is not a power of 2."""
+    """float32 has neither 1e40 nor 1e-60, its factors are off by 6e-8. Also with a scale that is not a power of 2."""
     runs = []
     for how in ("torch", "ours", "scaled"):
         params = [torch.zeros(5, dtype=d, requires_grad=True) for d in (torch.float64, *others)]
