@@ -55,6 +55,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
 
     Raises:
         ValueError: an argument is out of its range; the message names its value and what is allowed.
+        TypeError: the class has no such argument.
     """
 
     _skipped = Shared[int | Tensor]()
@@ -89,7 +90,12 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         adjust_lr_fn: str | None = None,
         ns_coefficients: tuple[float, float, float] | str = NEWTON_SCHULZ,
         ns_steps: int = 5,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            allowed = ", ".join(dict.fromkeys(["params", *defaults, *(q.name for q in OPTIONS)]))
+            name = type(self).__name__
+            raise TypeError(f"{name} got an unexpected keyword argument {[*unknown][0]!r}; allowed: {allowed}")
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         torch_s = {"fused": fused, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}

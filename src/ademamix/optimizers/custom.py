@@ -105,10 +105,12 @@ class _FromRule(RuleOptimizer):
     hyperparameters: ClassVar[tuple[str, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(type(self)).bind(*args, **kwargs)
+        signature = inspect.signature(type(self))
+        unknown = {name: kwargs.pop(name) for name in [*kwargs] if name not in signature.parameters}
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         group = {name: bound.arguments.pop(name) for name in self.hyperparameters}
-        super().__init__(defaults=group, **bound.arguments)
+        super().__init__(defaults=group, **bound.arguments, **unknown)
 
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
