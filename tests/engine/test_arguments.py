@@ -58,7 +58,7 @@ def test_a_signature_shows_every_option(kind: type[RuleOptimizer]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_arguments_are_refused(kind: Any) -> None:
-    with pytest.raises(TypeError, match=f"{kind.__name__} got an unexpected keyword argument 'momentum'; .* lr, .* seed,"):
+    with pytest.raises(TypeError, match=f"{kind.__name__} got an unexpected .*'momentum'; .* lr, .* seed,"):
         kind(one(), momentum=0.9)
 
 

@@ -95,7 +95,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         if unknown:
             allowed = ", ".join(dict.fromkeys(["params", *defaults, *(q.name for q in OPTIONS)]))
             name = type(self).__name__
-            raise TypeError(f"{name} got an unexpected keyword argument {[*unknown][0]!r}; allowed: {allowed}")
+            raise TypeError(f"{name} got an unexpected keyword argument {next(iter(unknown))!r}; allowed: {allowed}")
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         torch_s = {"fused": fused, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}

@@ -255,6 +255,7 @@ BAD = {
     "no such folder of images: nowhere": ("vit", "--data", "nowhere"),
     "cannot use the device abacus": ("lm", "--device", "abacus"),
     "betas[0] must be a number in [0, 1), got 2.0": ("valley", "--large", "2"),
+    "large must be above small, which is 0.9, got 0.9": ("valley", "--large", "0.9"),
     "fractions must have 1, that of T steps, got (0.5, 2.0)": ("beyond", "--fractions", "0.5", "2"),
     "fractions must be growing numbers above 0, got (1.0, 0.5)": ("beyond", "--fractions", "1", "0.5"),
     "budgets must be growing numbers above 1, got (0.5,)": ("beyond", "--budgets", "0.5"),
@@ -430,7 +431,7 @@ def test_adam_in_the_valley_is_torchs(inline):
 
     settings = valley.Valley(steps=200)
     starts = [valley._start(0), valley._start(3)]
-    ours = valley._paths(settings.optimizers()["AdamW"], starts, 200)
+    ours = valley._paths(settings.optimizers()["Adam, beta1 = 0.9"], starts, 200)
     p = torch.tensor(starts[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([p], lr=settings.lr, betas=(0.9, 0.999))
     for _ in range(200):

@@ -46,6 +46,8 @@ class Valley(Settings):
         super().__post_init__()
         if self.steps < 1:
             raise BadInputError(f"steps must be at least 1, got {self.steps}")
+        if not self.small < self.large:
+            raise BadInputError(f"large must be above small, which is {self.small}, got {self.large}")
         try:
             for make in self.optimizers().values():
                 make(torch.zeros(2))
@@ -56,8 +58,10 @@ class Valley(Settings):
         betas = (self.small, 0.999, self.large)
         step = (1 + self.alpha) * self.lr  # AdEMAMix's step along gradients that do not change
         return {
-            "AdamW": lambda p: AdamW([p], lr=self.lr, betas=(self.small, 0.999), weight_decay=0.0),
-            f"Adam, beta1 = {self.large:g}": lambda p: AdamW(
+            f"Adam, beta1 = {self.small}": lambda p: AdamW(
+                [p], lr=self.lr, betas=(self.small, 0.999), weight_decay=0.0
+            ),
+            f"Adam, beta1 = {self.large}": lambda p: AdamW(
                 [p], lr=self.lr, betas=(self.large, 0.999), weight_decay=0.0
             ),
             "AdEMAMix": lambda p: AdEMAMix([p], lr=self.lr, betas=betas, alpha=self.alpha),
@@ -87,8 +91,7 @@ def run(settings: Valley, trials: Trials) -> Report:
     farther = (
         paired([math.log10(b) for _, b in arrived], [math.log10(a) for a, _ in arrived]) if arrived else Paired(())
     )
-    names = {name: name for name in paths} | {"AdamW": f"Adam, beta1 = {settings.small:g}"}
-    steps_of = "; ".join(f"{names[name]}: {_steps(of_name)}" for name, of_name in arrivals.items())
+    steps_of = "; ".join(f"{name}: {_steps(of_name)}" for name, of_name in arrivals.items())
     at_small, at_large, ours_at, faster = map(_steps, arrivals.values())
     to_small, to_large = paired(mixed, small), paired(mixed, large)
     ours = (
@@ -97,7 +100,7 @@ def run(settings: Valley, trials: Trials) -> Report:
         f"log10 of AdEMAMix's steps minus log10 of Adam's with the small beta1: {to_small.told('+.2f')}, "
         f"with the large one: {to_large.told('+.2f')}"
     )
-    largest = "; ".join(f"{names[name]}: {_farthest(of_name)}" for name, of_name in after.items())
+    largest = "; ".join(f"{name}: {_farthest(of_name)}" for name, of_name in after.items())
     overshot = (
         f"the largest distance after that (median, range) - {largest}; "
         "log10 of AdEMAMix's minus log10 of Adam's with the large beta1: "
@@ -143,7 +146,7 @@ def run(settings: Valley, trials: Trials) -> Report:
                     "largest distance after that, median and range",
                 ),
                 *(
-                    (names[n], _steps(of_name), f"{_count(after[n])} of {len(of_name)}", _farthest(after[n]))
+                    (n, _steps(of_name), f"{_count(after[n])} of {len(of_name)}", _farthest(after[n]))
                     for n, of_name in arrivals.items()
                 ),
             ]
