@@ -144,6 +144,16 @@ def test_a_reference_line_is_thin_neutral_and_labeled():
         assert f"stroke: {SOFT[which]}; stroke-width: 0.8".encode() in drawn.replace(b"\n", b" ")
 
 
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_reference_line_is_labeled_where_no_line_is_near(falls):
+    ends = [2.0, 1.7, 1.0] if falls else [1.0, 1.7, 2.0]
+    chart = Chart("", "", "", [Line("AdamW", STEPS, ends)], reference=((1.9, "AdEMAMix's loss"),))
+    (label,) = [a for a in chart.labels(styles_of([chart])) if a.reference]
+    assert label.x == (chart.axes()[0].high if falls else chart.axes()[0].low)
+    (anchor,) = re.findall(r"text-anchor: (\w+)[^>]*>AdEMAMix's loss", svg("", [chart], "light").decode())
+    assert anchor == ("end" if falls else "start")  # it stands inside
+
+
 def test_lines_are_labeled_at_their_ends_in_their_color():
     styles = styles_of([CURVES])
     named = {a.text: a for a in CURVES.labels(styles) if not a.reference}

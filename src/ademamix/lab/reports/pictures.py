@@ -113,7 +113,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Label:
-    """What stands to the right of a point, or above a reference line at its left end."""
+    """What stands to the right of a point, or above a reference line at one of its ends."""
 
     text: str
     x: float
@@ -168,7 +168,7 @@ class Chart:
     def labels(self, styles: dict[str, Style]) -> list[Label]:
         """Of lines at their right ends, as far as they are shown, and of reference lines."""
         x_axis, y_axis = self.axes()
-        found = [Label(text, x_axis.low, y, SOFT, True) for y, text in self.reference]
+        found = [Label(text, self._free_end(y), y, SOFT, True) for y, text in self.reference]
         for line in self.lines if self.labeled else ():
             points = [p for p in zip(line.x, line.y, strict=True) if x_axis.shows(p[0]) and y_axis.can_show(p[1])]
             # The last point that is seen. A line above or below the axis all along is named at its edge.
@@ -177,6 +177,14 @@ class Chart:
                 x = x_axis.high if x_axis.part(x) > 0.9 else x  # so that labels stand in line
                 found.append(Label(line.name, x, min(max(y, y_axis.low), y_axis.high), styles[line.name].colors))
         return found
+
+    def _free_end(self, level: float) -> float:
+        """The end of a reference line that what is measured stays farther away from."""
+        x_axis, y_axis = self.axes()
+        every = [p for line in self.lines for p in zip(line.x, line.y, strict=True) if y_axis.can_show(p[1])]
+        places = [(x_axis.part(x), abs(y_axis.part(y) - y_axis.part(level))) for x, y in every]
+        left, right = (min((gap for x, gap in places if abs(x - end) < 0.4), default=1.0) for end in (0.0, 1.0))
+        return x_axis.low if left >= right else x_axis.high
 
 
 @dataclass(frozen=True)
