@@ -319,10 +319,10 @@ class Found:
         )
         charts: list[Picture] = [
             Chart(
-                "AdamW's further tokens for AdEMAMix's loss",
+                "Extra tokens that AdamW needs for AdEMAMix's loss",
                 "steps T",
                 "%, with 95 % interval",
-                [Line("AdamW needs", list(more), mean, mode="lines+markers", band=(low, high))],
+                [Line("AdamW", list(more), mean, mode="lines+markers", band=(low, high))],
                 log_x=True,
                 x_ticks=ticks,
             ),
