@@ -65,6 +65,7 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
     _host = Shared[Host]()
     grad_scale = Shared[Any]()  # a GradScaler sets these two for the time of a step
     found_inf = Shared[Any]()
+    refused: tuple[str, ...] = ()  # arguments that would have no effect
     flat_parameters, _fused = False, None  # of instances that earlier versions have pickled
     _told = False  # of state that has no effect
 
@@ -93,9 +94,11 @@ class RuleOptimizer(torch.optim.Optimizer, Kind):
         **unknown: Any,
     ) -> None:
         if unknown:
-            allowed = ", ".join(dict.fromkeys(["params", *defaults, *(q.name for q in OPTIONS)]))
-            name = type(self).__name__
-            raise TypeError(f"{name} got an unexpected keyword argument {next(iter(unknown))!r}; allowed: {allowed}")
+            every = dict.fromkeys(["params", *defaults, *(q.name for q in OPTIONS)])
+            allowed = ", ".join(name for name in every if name not in self.refused)
+            raise TypeError(
+                f"{type(self).__name__} got an unexpected keyword argument {next(iter(unknown))!r}; allowed: {allowed}"
+            )
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         torch_s = {"fused": fused, "foreach": foreach, "differentiable": differentiable, "amsgrad": amsgrad}

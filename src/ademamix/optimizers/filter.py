@@ -109,9 +109,9 @@ class GradientMemory(RuleOptimizer):
         super().add_param_group(param_group)
 
     def _check_used(self, given: Mapping[str, Any]) -> None:
-        refused = (*self.stepping, *OF_STEPS)
-        if found := [name for name in given if name in refused]:
-            allowed = [name for name in inspect.signature(self.kind).parameters if name not in ("params", *refused)]
+        if found := [name for name in given if name in self.refused]:
+            every = inspect.signature(self.kind).parameters
+            allowed = [name for name in every if name not in ("params", *self.refused)]
             raise ValueError(
                 f"GradientMemory of {self.kind.__name__} must not get {found}, which are for steps and have no effect "
                 f"on a direction; allowed: {allowed}, and for params all of a model's"
@@ -155,7 +155,8 @@ def _of(memory: Any) -> type[GradientMemory]:
             "memory must be an optimizer class of this library that has a memory, such as ADana, or a memory function "
             f"(g, *slots, *, coefficients) -> (u, *slots), got {memory!r}"
         )
-    body = {"given": staticmethod(memory), "kind": kind, "__module__": __name__}
+    refused = (*kind.stepping, *OF_STEPS)
+    body = {"given": staticmethod(memory), "kind": kind, "refused": refused, "__module__": __name__}
     return type("GradientMemory", (GradientMemory, kind), body)
 
 

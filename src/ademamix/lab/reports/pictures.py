@@ -120,6 +120,12 @@ class Label:
     y: float
     colors: Colors
     reference: bool = False  # of a reference line
+    inward: bool = False  # to the left of its point
+
+    @property
+    def wide(self) -> float:
+        """About how wide it is, in points."""
+        return 6.4 * len(self.text) + 6
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,10 @@ class Chart:
     def labels(self, styles: dict[str, Style]) -> list[Label]:
         """Of lines at their right ends, as far as they are shown, and of reference lines."""
         x_axis, y_axis = self.axes()
-        found = [Label(text, self._free_end(y), y, SOFT, True) for y, text in self.reference]
+        found = []
+        for y, text in self.reference:
+            inward = self._is_freer_at_the_right(y)
+            found.append(Label(text, x_axis.high if inward else x_axis.low, y, SOFT, True, inward))
         for line in self.lines if self.labeled else ():
             points = [p for p in zip(line.x, line.y, strict=True) if x_axis.shows(p[0]) and y_axis.can_show(p[1])]
             # The last point that is seen. A line above or below the axis all along is named at its edge.
@@ -178,13 +187,13 @@ class Chart:
                 found.append(Label(line.name, x, min(max(y, y_axis.low), y_axis.high), styles[line.name].colors))
         return found
 
-    def _free_end(self, level: float) -> float:
-        """The end of a reference line that what is measured stays farther away from."""
+    def _is_freer_at_the_right(self, level: float) -> bool:
+        """Whether what is measured stays farther away from a reference line's right end than from its left end."""
         x_axis, y_axis = self.axes()
         every = [p for line in self.lines for p in zip(line.x, line.y, strict=True) if y_axis.can_show(p[1])]
         places = [(x_axis.part(x), abs(y_axis.part(y) - y_axis.part(level))) for x, y in every]
         left, right = (min((gap for x, gap in places if abs(x - end) < 0.4), default=1.0) for end in (0.0, 1.0))
-        return x_axis.low if left >= right else x_axis.high
+        return right > left
 
 
 @dataclass(frozen=True)

@@ -194,18 +194,16 @@ def _label(chart: Chart, axis: Any, styles: dict[str, Style], which: int) -> Non
     wide, tall = box.width * points, box.height * points
     x_axis, y_axis = chart.axes()
     at = [tall * y_axis.part(s.y) for s in labels]
-    widths = [6.4 * len(s.text) + 6 for s in labels]
-    inward = [s.reference and s.x == x_axis.high for s in labels]  # to the left of their points
     boxes = [
-        (wide * x_axis.part(s.x) - width * left, width, y + 8 * s.reference)
-        for s, y, width, left in zip(labels, at, widths, inward, strict=True)
+        (wide * x_axis.part(s.x) - s.inward * s.wide, s.wide, y + 8 * s.reference)
+        for s, y in zip(labels, at, strict=True)
     ]
-    for label, place, left, y in zip(labels, at, inward, apart(boxes, 13.0, tall), strict=True):
+    for label, place, y in zip(labels, at, apart(boxes, 13.0, tall), strict=True):
         axis.annotate(
             _text(label.text),
             (label.x, label.y),
-            (-6 if left else 6, y - place),
-            ha="right" if left else "left",
+            (-6 if label.inward else 6, y - place),
+            ha="right" if label.inward else "left",
             textcoords="offset points",
             color=label.colors[which],
             va="center",
