@@ -516,6 +516,8 @@ def test_a_resume_on_changed_tokens_is_refused(finished, cli, capsys, tokens):
     assert line == f"ademamix: {path} is damaged: its SHA-256 is not what data.json says; {tokens} must be made anew"
 
 
+# TensorBoard writes in a thread of its own. It may find the folder gone first; its error ends nothing but the thread.
+@pytest.mark.filterwarnings("ignore:Exception in thread:pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_folder_that_was_removed_is_not_offered_and_not_made_anew(command, cli, tiny, capsys, monkeypatch):
     log = _Run.log
